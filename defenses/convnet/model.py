@@ -1,0 +1,78 @@
+"""The ConvNet of table A.3, without any defense: the row that every other one is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from robench.defense import Defense
+from robench.errors import UsageError
+from robench.types import Images, Logits
+
+if TYPE_CHECKING:
+    from robench.train.recipe import Recipe
+
+
+def make_convnet(channels: int, num_classes: int = 10) -> nn.Sequential:
+    """Table A.3: four convolutions, two poolings, three linear layers, Mish; no padding, no normalisation.
+
+    As printed a Mish follows the last layer too; it is left out, since it cuts negative logits off at -0.31.
+    891,438 parameters at 3x28x28.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels, 64, 4),  # b c 28 28 -> b 64 25 25
+        nn.Mish(),
+        nn.Conv2d(64, 128, 4),  # -> b 128 22 22
+        nn.Mish(),
+        nn.MaxPool2d(2),  # -> b 128 11 11
+        nn.Conv2d(128, 128, 4),  # -> b 128 8 8
+        nn.Mish(),
+        nn.Conv2d(128, 200, 3),  # -> b 200 6 6
+        nn.Mish(),
+        nn.MaxPool2d(2),  # -> b 200 3 3
+        nn.Flatten(),
+        nn.Linear(1800, 140),
+        nn.Mish(),
+        nn.Linear(140, 80),
+        nn.Mish(),
+        nn.Linear(80, num_classes),
+    )
+
+
+class ConvNet(Defense):
+    """The undefended ConvNet (E. M. Fischer, MSc thesis, UCLA 2020, table A.3): deterministic, no defense at all.
+
+    It takes images in the thesis's scale, [-1, 1], mapped inside. Cost of a forward: 90.7 M multiply-adds at 3x28x28.
+    """
+
+    name = "convnet"
+    needs_weights = True
+
+    def __init__(self, channels: int = 1) -> None:
+        """Builds an untrained net for `channels` x 28 x 28 images."""
+        super().__init__()
+        self.num_classes = 10
+        self.input_shape = (channels, 28, 28)
+        self.net = make_convnet(channels)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+
+    def forward(self, x: Images) -> Logits:
+        """Classifies images in [0, 1]."""
+        return self.net((2 * x - 1).contiguous(memory_format=torch.channels_last))
+
+    @classmethod
+    def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+        """The constructor's options for a dataset of 28x28 images of 10 classes."""
+        if input_shape[1:] != (28, 28) or num_classes != 10:
+            raise UsageError(f"convnet takes 28x28 images of 10 classes; the dataset has {input_shape}, {num_classes}")
+        return {"channels": input_shape[0]}
+
+    def recipe(self, name: str | None = None) -> Recipe:
+        """Plain training on clean images; there is one recipe, `clean`."""
+        from .train import ConvNetRecipe
+
+        if name not in (None, ConvNetRecipe.name):
+            raise UsageError(f'convnet has one recipe, "{ConvNetRecipe.name}"; got "{name}"')
+        return ConvNetRecipe(self)

@@ -1,0 +1,35 @@
+"""Plain training of the ConvNet on clean images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robench.train.recipe import Recipe, Stage, ranger
+from robench.types import Images, Labels
+
+from .model import ConvNet
+
+
+class ConvNetRecipe(Recipe):
+    """Cross-entropy on clean images with the thesis's optimizer and schedule (Ranger, flat then cosine)."""
+
+    name = "clean"
+
+    def __init__(self, defense: ConvNet) -> None:
+        """Keeps the net to train."""
+        self.defense = defense
+
+    def stages(self) -> list[Stage]:
+        """One stage of about four epochs."""
+        parameters = list(self.defense.parameters())
+        return [Stage("clean", 3700, self.loss, parameters, 1e-3, flat=0.5, optimizer=ranger, clip=5.0)]
+
+    def loss(self, x: Images, y: Labels) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self.defense(x), y)
+
+    def measure(self, x: Images, y: Labels) -> dict[str, float]:
+        """Accuracy."""
+        with torch.no_grad():
+            return {"accuracy": round((self.defense(x).argmax(1) == y).float().mean().item(), 4)}

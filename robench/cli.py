@@ -1,0 +1,191 @@
+"""The command line: parse, call, print. Nothing is computed here, and torch is imported only by what needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robench.errors import RobenchError
+
+app = typer.Typer(
+    name="robench",
+    help="Adversarial robustness of image classifiers, as numbers that can be re-checked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+leaderboard_app = typer.Typer(help="Leaderboard rows from finished runs.", no_args_is_help=True)
+app.add_typer(leaderboard_app, name="leaderboard")
+
+DataDir = Annotated[Path | None, typer.Option(help="Folder of <name>/{train,test}-*.parquet; default ROBENCH_DATA.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
+
+
+def main() -> None:
+    """Runs the command line and turns errors into one line and an exit status.
+
+    0 done; 1 done but something failed; 2 the user can fix it; 130 interrupted.
+    """
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        _say(f"robench: {stop}" if str(stop) else "robench: interrupted")
+        raise SystemExit(130) from None
+    except RobenchError as error:
+        _say(f"robench: {error}")
+        raise SystemExit(2) from None
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what the parser raises for a wrong option
+        if message is None:
+            raise
+        _say(f"robench: {message()} See 'robench --help'")
+        raise SystemExit(2) from None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{' '.join(text.split())}\n")
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str, typer.Argument(help="defenses, attacks, datasets or protocols; default all.")] = "all",
+    norm: Annotated[str | None, typer.Option(help="Only attacks that support this norm (imports them).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Names that --defense, --attack, --dataset and --protocol take."""
+    from robench.listing import list_all
+
+    content = list_all(kind, norm)
+    if as_json:
+        _print_json({"names": content})
+        return
+    for heading, lines in content.items():
+        sys.stdout.write(f"{heading}:\n" + "".join(f"  {line}\n" for line in lines))
+
+
+@app.command()
+def run(  # noqa: PLR0913 - each parameter is an option of the command line
+    defense: Annotated[str | None, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")] = None,
+    attack: Annotated[str | None, typer.Option(help="One or several: fgsm,pgd(steps=100).")] = None,
+    protocol: Annotated[str | None, typer.Option(help="A named list of attacks instead of --attack.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Dataset name, hf:org/name, or a Parquet file.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2, l1 or l0.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Bound, or several: 0.05,0.1 or 8/255.")] = None,
+    n: Annotated[int | None, typer.Option(help="Images, a class-stratified draw.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds the draw and all randomness.")] = None,
+    eot: Annotated[int | None, typer.Option(help="Draws averaged in each gradient of a randomized defense.")] = None,
+    judge_repeats: Annotated[int | None, typer.Option(help="Fresh answers behind each verdict.")] = None,
+    unit_size: Annotated[int | None, typer.Option(help="Images of one work unit.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<date>-<defense>-...")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Finish the run in this folder.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Attack a defense and measure its worst-case accuracy."""
+    from robench.command import RunRequest, run_command
+    from robench.report.terminal import print_run
+
+    request = RunRequest(
+        defense=defense,
+        attack=attack,
+        protocol=protocol,
+        dataset=dataset,
+        norm=norm,
+        eps=eps,
+        n=n,
+        seed=seed,
+        eot=eot,
+        judge_repeats=judge_repeats,
+        unit_size=unit_size,
+        device=device,
+        weights=weights,
+        out=out,
+        resume=resume,
+        data_dir=data_dir,
+    )
+    result = run_command(request)
+    if as_json:
+        _print_json({**result.to_json(), "run": str(result.folder), "seconds": result.seconds})
+    else:
+        print_run(result, request)
+    if not result.complete:
+        _say(f"robench: an attack failed; the worst case is incomplete. See {result.folder}/failures")
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Re-judge a run's saved adversarial images under fresh randomness: does its claim still hold?"""
+    from robench.verify import verify_run
+
+    report = verify_run(run_folder, device=device, data_dir=data_dir)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        sys.stdout.write(f"{report}\n")
+    if not report.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(  # noqa: PLR0913 - each parameter is an option of the command line
+    defense: Annotated[str, typer.Option(help="A defense with a training recipe.")],
+    dataset: Annotated[str, typer.Option(help="Dataset name.")] = "fashion_mnist",
+    recipe: Annotated[str | None, typer.Option(help="The recipe's name; default the defense's own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of checkpoint and weights.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Multiplies the iterations; 0.01 is a smoke test.")] = 1.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out.")] = False,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Train a defense and write its weights with a model card."""
+    from robench.command import TrainRequest, train_command
+
+    request = TrainRequest(defense, dataset, recipe, out, seed, scale, device, resume, data_dir)
+    path, card = train_command(request)
+    if as_json:
+        _print_json({"weights": str(path), "card": card})
+        return
+    test = card["test"]
+    sys.stdout.write(
+        f"clean accuracy {100 * test['clean_accuracy']:.1f} % [{100 * test['clean_low']:.1f}, "
+        f"{100 * test['clean_high']:.1f}] on {test['images']} test images\nweights {path}\n"
+        f"next: robench run --defense {defense} --dataset {dataset} --weights {path} --attack pgd\n"
+    )
+
+
+@leaderboard_app.command("add")
+def leaderboard_add(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    folder: Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")] = Path("leaderboards"),
+    as_json: Json = False,
+) -> None:
+    """Add the rows of finished runs to leaderboards/<dataset>-<norm>-<eps>.csv."""
+    from robench.leaderboard import add_run
+    from robench.result import Evaluation
+
+    written = [path for one in runs for path in add_run(Evaluation.load(one), folder)]
+    if as_json:
+        _print_json({"leaderboards": [str(path) for path in written]})
+    else:
+        sys.stdout.write("".join(f"{path}\n" for path in written))

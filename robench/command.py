@@ -1,0 +1,211 @@
+"""What the commands do between parsing and printing: defaults of a first look, run folders, resume."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from robench.defense import Defense
+from robench.errors import UsageError
+from robench.evaluate import Settings, evaluate
+from robench.plan import RunSpec
+from robench.protocol import default_eps, get_protocol
+from robench.registry import load_defense
+from robench.result import Evaluation
+from robench.store import RunStore
+from robench.threat import ThreatModel, parse_eps
+from robench.train import TrainSettings
+from robench.train.named import TrainJob, train_named
+
+FULL_N = 1000
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """The options of `robench run` as given; None is what the user left out."""
+
+    defense: str | None = None
+    attack: str | None = None
+    protocol: str | None = None
+    dataset: str | None = None
+    norm: str | None = None
+    eps: str | None = None
+    n: int | None = None
+    seed: int | None = None
+    eot: int | None = None
+    judge_repeats: int | None = None
+    unit_size: int | None = None
+    device: str | None = None
+    weights: Path | None = None
+    out: Path | None = None
+    resume: Path | None = None
+    data_dir: Path | None = None
+
+    def is_first_look(self, result: Evaluation) -> bool:
+        """True if the run was smaller than the full protocol."""
+        return result.spec.n < FULL_N or not result.spec.protocol.startswith("standard")
+
+    def full_command(self, result: Evaluation) -> str:
+        """The command that runs the full protocol on the same defense and threat model."""
+        spec = result.spec
+        eps = ",".join(f"{value:g}" for value in spec.eps)
+        words = ["robench", "run", "--defense", spec.defense, "--protocol", "standard", "--dataset", spec.dataset]
+        words += ["--norm", spec.norm, "--eps", eps, "--n", str(FULL_N), "--seed", str(spec.seed)]
+        if self.weights is not None:
+            words += ["--weights", str(self.weights)]
+        return shlex.join(words)
+
+
+def run_command(request: RunRequest) -> Evaluation:
+    """Runs or resumes an evaluation as the command line asks for it.
+
+    Raises:
+        RobenchError: see `evaluate`, `load_defense` and `load_dataset`.
+        KeyboardInterrupt: interrupted; the message names the command that resumes.
+    """
+    if request.resume is not None:
+        return _resume(request.resume, request)
+    if request.defense is None:
+        raise UsageError("robench run needs --defense; see 'robench list defenses'")
+    if (request.attack is None) == (request.protocol is None):
+        raise UsageError("robench run needs either --attack or --protocol; see 'robench list attacks'")
+    dataset, norm = request.dataset or "fashion_mnist", request.norm or "linf"
+    threats = [ThreatModel(norm, parse_eps(part)) for part in (request.eps or default_eps(dataset, norm)).split(",")]
+    options = {} if request.weights is None else {"weights": str(request.weights)}
+    defense = load_defense(request.defense, dataset, **options)
+    attacks = request.attack if request.protocol is None else get_protocol(request.protocol)[0]
+    n, eot, judge_repeats = _budget(request, defense)
+    settings = Settings(
+        n=n,
+        seed=request.seed or 0,
+        device=request.device or "auto",
+        out=request.out or _default_folder(defense, attacks or ""),
+        progress=True,
+        data_dir=request.data_dir,
+        unit_size=request.unit_size or Settings.unit_size,
+        eot=eot,
+        judge_repeats=judge_repeats,
+        defense_spec=request.defense,
+        defense_options=options,
+    )
+    return _run(defense, attacks or "", threats, dataset, settings)
+
+
+def _budget(request: RunRequest, defense: Defense) -> tuple[int | None, int | None, int | None]:
+    """n, eot and judge_repeats: as given, else the defense's first look, unless a protocol was asked for."""
+    look = {} if request.protocol is not None else dict(defense.first_look)
+    return (
+        look.get("n") if request.n is None else request.n,
+        look.get("eot") if request.eot is None else request.eot,
+        look.get("judge_repeats") if request.judge_repeats is None else request.judge_repeats,
+    )
+
+
+def _run(
+    defense: Defense, attacks: str | list[str], threats: list[ThreatModel], dataset: str, settings: Settings
+) -> Evaluation:
+    content = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    try:
+        return evaluate(defense, attacks, threats, dataset, **content)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; finish it with: robench run --resume {settings.out}") from None
+
+
+def _resume(folder: Path, request: RunRequest) -> Evaluation:
+    spec = RunStore.open(folder).spec
+    _check_same(request, spec, folder)
+    if not spec.defense or not spec.dataset:
+        raise UsageError(f"{folder} was run from Python on a defense or data without a name; resume it there")
+    defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    attacks: str | list[str] = spec.protocol or [
+        entry.spec + (f"@{entry.mode}" if entry.mode else "") for entry in spec.attacks
+    ]
+    settings = Settings(
+        n=spec.n,
+        seed=spec.seed,
+        unit_size=spec.unit_size,
+        eot=spec.eot,
+        judge_repeats=spec.judge_repeats,
+        device=spec.device,
+        out=folder,
+        resume=True,
+        progress=True,
+        data_dir=request.data_dir,
+        defense_spec=spec.defense,
+        defense_options=spec.defense_options,
+    )
+    threats = [ThreatModel(spec.norm, eps) for eps in spec.eps]
+    return _run(defense, attacks, threats, spec.dataset, settings)
+
+
+def _check_same(request: RunRequest, spec: RunSpec, folder: Path) -> None:
+    """Refuses options beside --resume that say something else than the run folder."""
+    given: dict[str, Any] = {
+        "defense": request.defense,
+        "protocol": request.protocol,
+        "dataset": request.dataset,
+        "norm": request.norm,
+        "n": request.n,
+        "seed": request.seed,
+        "eot": request.eot,
+        "judge_repeats": request.judge_repeats,
+        "unit_size": request.unit_size,
+    }
+    for name, value in given.items():
+        if value is not None and value != getattr(spec, name):
+            raise UsageError(f"{folder} holds a run of another spec: {name} is {getattr(spec, name)!r}, not {value!r}")
+    if request.eps is not None and tuple(sorted(parse_eps(part) for part in request.eps.split(","))) != spec.eps:
+        raise UsageError(f"{folder} holds a run of another spec: eps is {spec.eps}, not {request.eps}")
+    if request.attack is not None and request.attack != ",".join(entry.spec for entry in spec.attacks):
+        attacks = ",".join(entry.spec for entry in spec.attacks)
+        raise UsageError(f"{folder} holds a run of another spec: the attacks are {attacks}, not {request.attack}")
+
+
+def _default_folder(defense: Defense, attacks: str) -> Path:
+    now = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", attacks).strip("-")[:40]
+    folder = Path("runs") / f"{now}-{defense.name}-{plain}"
+    return folder if not folder.exists() else Path(f"{folder}-2")
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """The options of `robench train` as given."""
+
+    defense: str
+    dataset: str
+    recipe: str | None
+    out: Path | None
+    seed: int
+    scale: float
+    device: str
+    resume: bool
+    data_dir: Path | None
+
+
+def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
+    """Trains as the command line asks for it; returns the weights file and its card.
+
+    Raises:
+        RobenchError: see `train_named`.
+        KeyboardInterrupt: interrupted; the message names the command that resumes.
+    """
+    if not request.scale > 0:
+        raise UsageError(f"scale must be positive; got {request.scale}")
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", request.defense).strip("-")
+    folder = request.out or Path("runs") / "train" / f"{plain}-{request.dataset}-{request.seed}"
+    settings = TrainSettings(
+        seed=request.seed, scale=request.scale, device=Settings(device=request.device).resolve_device()
+    )
+    job = TrainJob(
+        request.defense, request.dataset, folder, recipe=request.recipe, data_dir=request.data_dir, settings=settings
+    )
+    try:
+        return train_named(job, resume=request.resume)
+    except KeyboardInterrupt:
+        command = f"robench train --defense {shlex.quote(request.defense)} --dataset {request.dataset}"
+        raise KeyboardInterrupt(f"interrupted; continue with: {command} --out {folder} --resume") from None

@@ -1,0 +1,190 @@
+"""The defense: a classifier under attack, its traits, and `wrap` for a plain torch module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from robench.errors import PluginError, UsageError
+from robench.types import Images, Logits
+
+if TYPE_CHECKING:
+    from robench.train.recipe import Recipe
+
+
+class Defense(nn.Module):
+    """An image classifier as robench sees it: images in [0, 1] to logits, and a way to differentiate it.
+
+    Subclasses implement `forward` and set the traits. Randomness comes from torch's global generator, which the engine
+    seeds; a defense never seeds anything. A defense that wants another pixel range maps it inside.
+
+    Attributes:
+        name: the name in tables and CSV files.
+        randomized: True if two calls on the same images can differ.
+        num_classes: number of logits.
+        input_shape: (channels, height, width).
+        gradient_modes: the differentiable paths that `adaptive_forward` offers, strongest first.
+        needs_weights: True if the class is useless untrained, so `load` insists on a weights file.
+        batch_rows: the largest batch that the engine passes at once (None: no limit); bounds memory.
+        first_look: settings of a first look that a CPU affords, where the general ones cost too much.
+    """
+
+    name: str = ""
+    randomized: bool = False
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    gradient_modes: tuple[str, ...] = ("full",)
+    needs_weights: ClassVar[bool] = False
+    batch_rows: int | None = None
+    first_look: ClassVar[Mapping[str, int]] = {}
+
+    def forward(self, x: Images) -> Logits:
+        """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement forward")
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        """The logits that an attacker who knows the defense differentiates; the default is `forward`.
+
+        Args:
+            x: images in [0, 1].
+            mode: one of `gradient_modes`; None takes the first.
+
+        Raises:
+            UsageError: the defense has no such mode.
+        """
+        self.check_mode(mode)
+        return self(x)
+
+    def check_mode(self, mode: str | None) -> str:
+        """Returns the gradient mode meant by `mode`.
+
+        Raises:
+            UsageError: the defense has no such mode.
+        """
+        if mode is None:
+            return self.gradient_modes[0]
+        if mode not in self.gradient_modes:
+            offered = ", ".join(self.gradient_modes)
+            raise UsageError(f'defense "{self.name}" offers the gradient modes {offered}; got "{mode}"')
+        return mode
+
+    @classmethod
+    def load(cls, dataset: str | None = None, weights: str | Path | None = None, **options: Any) -> Self:
+        """Builds the defense and reads its weights: those shipped for `dataset`, or the file `weights`.
+
+        A weights file is safetensors with a JSON card of the same stem beside it (see robench.weights); the card holds
+        the constructor's options, and `options` override them.
+
+        Raises:
+            UsageError: no weights for this dataset, an option the constructor does not take, or a missing file.
+            DataError: the file is damaged, not safetensors, or of other shapes.
+        """
+        from robench.weights import build_and_load
+
+        return build_and_load(cls, dataset, weights, options)
+
+    @classmethod
+    def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+        """The constructor's options for a dataset of that shape, used by `robench train`; default none.
+
+        Raises:
+            UsageError: the defense cannot take such images.
+        """
+        del input_shape, num_classes
+        return {}
+
+    def recipe(self, name: str | None = None) -> Recipe:
+        """The training recipe of that name (None: the default one).
+
+        Raises:
+            UsageError: the defense has none of that name.
+        """
+        del name
+        raise UsageError(f'defense "{self.name}" has no training recipe')
+
+    def freeze(self) -> Self:
+        """Puts the defense in eval mode and switches gradients of its weights off; returns itself."""
+        self.eval()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        return self
+
+    def check_traits(self) -> None:
+        """Checks what can be checked without a forward pass.
+
+        Raises:
+            PluginError: names the trait that is missing or of the wrong kind.
+        """
+        problems = []
+        if not self.name:
+            problems.append("name is empty")
+        if not (isinstance(getattr(self, "num_classes", None), int) and self.num_classes >= 2):
+            problems.append("num_classes must be an int of at least 2")
+        shape = getattr(self, "input_shape", None)
+        if not (isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(s, int) and s > 0 for s in shape)):
+            problems.append("input_shape must be (channels, height, width)")
+        if not (isinstance(self.gradient_modes, tuple) and self.gradient_modes):
+            problems.append("gradient_modes must be a non-empty tuple")
+        if problems:
+            raise PluginError(f'defense "{self.name or type(self).__name__}": {"; ".join(problems)}')
+
+
+class WrappedModule(Defense):
+    """A plain torch module under the interface of a defense; made by `wrap`."""
+
+    def __init__(self, module: nn.Module, name: str, *, num_classes: int, input_shape: tuple[int, int, int]) -> None:
+        """Keeps the module; see `wrap`."""
+        super().__init__()
+        self.module = module
+        self.name = name
+        self.num_classes = num_classes
+        self.input_shape = input_shape
+
+    def forward(self, x: Images) -> Logits:
+        """Calls the module."""
+        return self.module(x)
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    randomized: bool = False,
+    name: str = "",
+) -> Defense:
+    """Adopts any torch module that maps images in [0, 1] to logits.
+
+    Args:
+        module: the classifier. It is put in eval mode and its weights are frozen.
+        num_classes: number of logits.
+        input_shape: (channels, height, width).
+        randomized: True if two calls on the same images can differ.
+        name: the name in tables; default the class name in lower case.
+
+    Raises:
+        PluginError: a trait is missing or of the wrong kind.
+    """
+    defense = WrappedModule(
+        module, name or type(module).__name__.lower(), num_classes=num_classes, input_shape=tuple(input_shape)
+    )
+    defense.randomized = randomized
+    defense.check_traits()
+    return defense.freeze()
+
+
+def weights_digest(defense: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of all weights and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(defense.state_dict().items()):
+        if not isinstance(value, torch.Tensor):
+            continue
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""The judge: classifies adversarial images again, on its own randomness, and checks the bounds itself.
+
+Independent of the attack: it sees images only, always in float32, and calls the defense as any user does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from robench.defense import Defense
+from robench.errors import PluginError
+from robench.threat import ThreatModel
+from robench.types import Images
+from robench.victim import BATCH_ROWS
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the judge found of each adversarial image.
+
+    Attributes:
+        finite: no NaN, no infinity.
+        in_box: within [0, 1].
+        within: within eps, by the tolerance of robench.threat.
+        distance: distance from the original, NaN where it is not finite.
+    """
+
+    finite: Tensor
+    in_box: Tensor
+    within: Tensor
+    distance: Tensor
+
+    def broken_rule(self) -> str | None:
+        """One line on the first bound that any image breaks, None if all hold."""
+        for held, rule in (
+            (self.finite, "must be finite"),
+            (self.in_box, "must lie in [0, 1]"),
+            (self.within, "must lie within eps"),
+        ):
+            if not bool(held.all()):
+                count = int((~held).sum())
+                return f"adversarial images {rule}; {count} of {len(held)} do not (largest distance {self._largest()})"
+        return None
+
+    def _largest(self) -> str:
+        return f"{self.distance.nan_to_num(torch.inf).max().item():.6g}"
+
+
+def check_bounds(x: Images, x_adv: Images, threat: ThreatModel) -> Bounds:
+    """Measures each adversarial image against the threat model.
+
+    Raises:
+        PluginError: the attack returned another shape or dtype.
+    """
+    if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
+        raise PluginError(
+            f"adversarial images must be {tuple(x.shape)} {x.dtype}; got {tuple(x_adv.shape)} {x_adv.dtype}"
+        )
+    flat = x_adv.flatten(1)
+    finite = flat.isfinite().all(1)
+    in_box = ((flat >= 0) & (flat <= 1)).all(1)
+    return Bounds(finite, in_box, threat.contains(x, x_adv), threat.distance(x, x_adv))
+
+
+def judge(defense: Defense, x: Images, repeats: int, *, on_query: Callable[[int], None] | None = None) -> Tensor:
+    """Counts how often the defense answers each class: `repeats` independent answers, `b k` int64.
+
+    Args:
+        defense: what is judged.
+        x: images in [0, 1].
+        repeats: answers per image; draws come from torch's global generator.
+        on_query: called with the number of images after each pass (progress).
+
+    Raises:
+        PluginError: logits of the wrong shape, or not finite.
+    """
+    votes = torch.zeros(len(x), defense.num_classes, dtype=torch.int64)
+    size = defense.batch_rows or BATCH_ROWS
+    with torch.no_grad():
+        for _ in range(repeats):
+            answers = [answer(defense, rows) for rows in x.split(size)]
+            votes += functional.one_hot(torch.cat(answers), defense.num_classes).cpu()
+            if on_query is not None:
+                on_query(len(x))
+    return votes
+
+
+def answer(defense: Defense, x: Images) -> Tensor:
+    """One answer of the defense for each image: `b` int64.
+
+    Raises:
+        PluginError: logits of the wrong shape, or not finite.
+    """
+    logits = defense(x)
+    expected = (len(x), defense.num_classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise PluginError(f'defense "{defense.name}": logits must be a tensor of shape {expected}; got {came}')
+    if not bool(logits.isfinite().all()):
+        rows = int((~logits.isfinite().all(1)).sum())
+        raise PluginError(f'defense "{defense.name}": logits must be finite; {rows} of {len(x)} rows hold NaN or inf')
+    return logits.argmax(1)

@@ -1,0 +1,225 @@
+"""Leaderboards: one CSV row per defense and protocol; made from run folders, ordered, written."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from robench.errors import DataError, UsageError
+from robench.store import write_atomic
+from robench.threat import format_eps
+from robench.unit import WORST
+
+if TYPE_CHECKING:
+    from robench.result import Estimate, Evaluation
+
+HEAD: Final = (
+    "rank",
+    "defense",
+    "protocol",
+    "weights_digest",
+    "randomized",
+    "clean_acc",
+    "clean_low",
+    "clean_high",
+    "robust_acc",
+    "robust_low",
+    "robust_high",
+    "majority_acc",
+    "worst_attack",
+)
+TAIL: Final = (
+    "audit_verdict",
+    "audit_failed_checks",
+    "n",
+    "eot",
+    "judge_repeats",
+    "seed",
+    "forwards_per_example",
+    "backwards_per_example",
+    "device",
+    "robench_version",
+    "torch_version",
+    "data_digest",
+    "evidence",
+    "date",
+)
+"""The columns before and after those of the attacks, which are named by their keys."""
+
+_NUMBERS: Final = (
+    "clean_acc",
+    "clean_low",
+    "clean_high",
+    "robust_acc",
+    "robust_low",
+    "robust_high",
+    "majority_acc",
+    "n",
+    "eot",
+    "judge_repeats",
+    "seed",
+    "forwards_per_example",
+    "backwards_per_example",
+)
+
+Row = dict[str, str]
+"""A row as it stands in the CSV; the attacks' columns lie between HEAD and TAIL."""
+
+
+def make_row(result: Evaluation, eps: float) -> Row:
+    """The row of a run at one of its bounds. A number that is not known is empty, and then the row gets no rank."""
+    spec = result.spec
+    robust = result.robust_at(eps) if result.complete else None
+    majority = result.answers(WORST, eps)
+    attacks = result.attacks_at(eps)
+    queries = result.queries
+    return {
+        "rank": "",
+        "defense": spec.defense_name,
+        "protocol": spec.protocol,
+        "weights_digest": spec.weights_digest[:16],
+        "randomized": "yes" if spec.randomized else "no",
+        **_cells("clean", result.clean_accuracy),
+        **_cells("robust", robust),
+        "majority_acc": _number(majority.majority().value if majority and result.complete else None),
+        "worst_attack": result.worst_attack,
+        **{key: _number(estimate.value if estimate else None) for key, estimate in attacks.items()},
+        "audit_verdict": "not run",
+        "audit_failed_checks": "",
+        "n": str(spec.n),
+        "eot": str(spec.eot),
+        "judge_repeats": str(spec.judge_repeats),
+        "seed": str(spec.seed),
+        "forwards_per_example": f"{queries['forwards']:.1f}",
+        "backwards_per_example": f"{queries['backwards']:.1f}",
+        "device": spec.device,
+        "robench_version": spec.robench_version,
+        "torch_version": spec.torch_version,
+        "data_digest": spec.data_digest[:16],
+        "evidence": spec.digest()[:16],
+        "date": result.created,
+    }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _cells(kind: str, estimate: Estimate | None) -> Row:
+    values = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+    return {f"{kind}_{end}": _number(value) for end, value in zip(("acc", "low", "high"), values, strict=True)}
+
+
+def attack_columns(rows: Sequence[Row]) -> list[str]:
+    """The attacks' columns of a set of rows, in order of their names."""
+    return sorted({key for row in rows for key in row} - {*HEAD, *TAIL})
+
+
+def is_complete(row: Row) -> bool:
+    """True if no number of the row is missing: neither a general one nor one of its own attacks."""
+    return all(row.get(name, "") for name in _NUMBERS) and all(row[key] for key in row if key not in (*HEAD, *TAIL))
+
+
+def rank_rows(rows: Sequence[Row]) -> list[Row]:
+    """Orders rows by the lower end of the robust interval and ranks them; equal ends share a rank.
+
+    Rows that miss a number come last and have no rank. The order depends on the rows alone, not on how they came.
+    """
+    complete = sorted(
+        (row for row in rows if is_complete(row)), key=lambda row: (-float(row["robust_low"]), _identity(row))
+    )
+    partial = sorted((row for row in rows if not is_complete(row)), key=_identity)
+    ends = [row["robust_low"] for row in complete]
+    ranked = [{**row, "rank": str(ends.index(row["robust_low"]) + 1)} for row in complete]
+    return [*ranked, *({**row, "rank": ""} for row in partial)]
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    return row["defense"], row["protocol"], row["weights_digest"], row["evidence"]
+
+
+def rows_csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV text. A cell that a spreadsheet would take for a formula gets a leading apostrophe."""
+    columns = [*HEAD, *attack_columns(rows), *TAIL]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_defuse(row.get(name, "")) for name in columns])
+    return buffer.getvalue()
+
+
+def _defuse(cell: str) -> str:
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not _is_number(cell) else cell
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def row_csv(row: Row) -> str:
+    """One row with its header."""
+    return rows_csv([row])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a leaderboard; a cell of an attack that the row's protocol does not have is left out of the row.
+
+    Raises:
+        DataError: columns are missing, or a row has another number of cells.
+    """
+    try:
+        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"leaderboard {path} cannot be read: {error}") from None
+    if not lines or not {*HEAD, *TAIL} <= set(lines[0]):
+        raise DataError(f"leaderboard {path} must have the columns {', '.join((*HEAD, *TAIL))}")
+    rows = []
+    for number, cells in enumerate(lines[1:], start=2):
+        if len(cells) != len(lines[0]):
+            raise DataError(f"leaderboard {path}, line {number}: expected {len(lines[0])} cells, got {len(cells)}")
+        row = dict(zip(lines[0], (_restore(cell) for cell in cells), strict=True))
+        rows.append({key: cell for key, cell in row.items() if cell or key in (*HEAD, *TAIL)})
+    return rows
+
+
+def _restore(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and cell[1:2] in ("=", "+", "-", "@", "\t", "\r") else cell
+
+
+def board_name(result: Evaluation, eps: float) -> str:
+    """The file of a run's leaderboard: `fashion_mnist-linf-0.1.csv`, `cifar10-linf-8_255.csv`."""
+    bound = format_eps(eps, result.spec.norm).replace("/", "_")
+    return f"{result.spec.dataset}-{result.spec.norm}-{bound}.csv"
+
+
+def add_run(result: Evaluation, folder: Path) -> list[Path]:
+    """Adds a run's rows (one for each bound) to the leaderboards in `folder`; returns the files.
+
+    A row of the same defense, protocol and weights is replaced, so that adding twice changes nothing.
+
+    Raises:
+        UsageError: the run's data has no name, or the folder cannot be written.
+        DataError: a leaderboard is damaged.
+    """
+    if not result.spec.dataset:
+        raise UsageError("a leaderboard needs a named dataset; this run was on tensors handed over by the caller")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from None
+    written = []
+    for eps in result.spec.eps:
+        path = folder / board_name(result, eps)
+        row = result.row(eps)
+        kept = [old for old in (read_rows(path) if path.exists() else []) if _identity(old)[:3] != _identity(row)[:3]]
+        write_atomic(path, rows_csv(rank_rows([*kept, row])).encode())
+        written.append(path)
+    return written

@@ -1,0 +1,237 @@
+"""Names to plugins: built-in files, entry points of other packages, classes in modules and files.
+
+Listing names imports nothing, so that `robench list` is quick; a plugin is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from robench.errors import PluginError, RobenchError, UsageError
+
+if TYPE_CHECKING:
+    from robench.attack import Attack
+    from robench.defense import Defense
+
+Kind = Literal["defense", "attack"]
+
+
+def builtin_names(kind: Kind) -> list[str]:
+    """The stems of the files and packages in the folder `defenses/` or `attacks/`."""
+    folder = importlib.util.find_spec(f"robench.{kind}s")
+    places = [Path(place) for place in (folder.submodule_search_locations or [])] if folder else []
+    found = set()
+    for path in (entry for place in places for entry in place.iterdir()):
+        if path.name.startswith("_"):
+            continue
+        if path.suffix == ".py" or (path / "__init__.py").is_file():
+            found.add(path.stem)
+    return sorted(found)
+
+
+def plugin_entry_points(kind: Kind) -> dict[str, EntryPoint]:
+    """Entry points of other packages in the group `robench.defenses` or `robench.attacks`, by name."""
+    return {point.name: point for point in entry_points(group=f"robench.{kind}s")}
+
+
+def names(kind: Kind) -> list[str]:
+    """All names that resolve without a path: built in and entry points."""
+    return sorted({*builtin_names(kind), *plugin_entry_points(kind)})
+
+
+def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """Splits `pgd(steps=100, loss="dlr")` into its name and options; values are Python literals or bare words.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    text = text.strip()
+    name, parenthesis, rest = text.partition("(")
+    name = name.strip()
+    if not name:
+        raise UsageError(f'expected a name such as pgd or pgd(steps=100); got "{text}"')
+    if not parenthesis:
+        return name, {}
+    try:
+        call = ast.parse(f"_({rest}", mode="eval").body
+    except (SyntaxError, ValueError):
+        call = None
+    if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+        raise UsageError(f'expected NAME(option=value, ...) such as pgd(steps=100, restarts=5); got "{text}"')
+    return name, {cast("str", word.arg): _literal(word.value, text) for word in call.keywords}
+
+
+def _literal(node: ast.expr, text: str) -> object:
+    if isinstance(node, ast.Name):
+        return node.id  # loss=dlr, as one types it in a shell
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise UsageError(f'option values must be numbers, words, True, False or None; got "{text}"') from None
+
+
+def split_specs(text: str) -> list[str]:
+    """Splits a list at the commas outside parentheses: `fgsm,pgd(steps=5,restarts=2)` has two entries."""
+    parts, depth, current = [], 0, ""
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    return [part.strip() for part in [*parts, current] if part.strip()]
+
+
+def resolve(kind: Kind, name: str) -> type:
+    """Finds the class of a defense or an attack.
+
+    Args:
+        kind: `defense` or `attack`.
+        name: a built-in name, an entry point, `module.path:Class` or `path/to/file.py:Class`.
+
+    Raises:
+        UsageError: there is none of that name; says what there is and what was probably meant.
+        PluginError: the plugin cannot be imported or is not of the right kind.
+    """
+    if ":" in name:
+        found = _from_path(kind, name)
+    elif name in builtin_names(kind):
+        found = _builtin(kind, name)
+    elif name in (points := plugin_entry_points(kind)):
+        found = _import(f'{kind} "{name}"', points[name].load)
+    else:
+        raise UsageError(_unknown(kind, name))
+    if not (inspect.isclass(found) and issubclass(found, _base(kind))):
+        raise PluginError(f'{kind} "{name}" must be a class that extends robench.{_base(kind).__name__}; got {found!r}')
+    return cast("type", found)
+
+
+def _unknown(kind: Kind, name: str) -> str:
+    known = names(kind)
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f'did you mean "{near[0]}"? ' if near else ""
+    return f"there is no {kind} \"{name}\"; {meant}There are: {', '.join(known)}. See 'robench list {kind}s'"
+
+
+def _base(kind: Kind) -> type:
+    module, name = ("robench.defense", "Defense") if kind == "defense" else ("robench.attack", "Attack")
+    return cast("type", getattr(importlib.import_module(module), name))
+
+
+def _import(what: str, load: Any) -> Any:
+    try:
+        return load()
+    except RobenchError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _builtin(kind: Kind, name: str) -> type:
+    module = _import(f'{kind} "{name}"', lambda: importlib.import_module(f"robench.{kind}s.{name}"))
+    base = _base(kind)
+    owned = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c is not base]
+    matching = [c for c in owned if getattr(c, "name", "") == name]
+    if len(matching) != 1:
+        raise PluginError(
+            f'{kind}s/{name} must hold exactly one {base.__name__} with name = "{name}"; it has {len(matching)}'
+        )
+    return cast("type", matching[0])
+
+
+def _from_path(kind: Kind, name: str) -> object:
+    place, _, class_name = name.rpartition(":")
+    if place in ("foolbox", "torchattacks", "robustbench"):
+        raise UsageError(f'the bridge "{place}:" is not part of this version of robench; see CHANGELOG.md')
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise UsageError(f'{kind} "{name}": the file {path} does not exist')
+        module = _import(f'{kind} "{name}"', lambda: _import_file(path))
+    else:
+        module = _import(f'{kind} "{name}"', lambda: importlib.import_module(place))
+    if not hasattr(module, class_name):
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
+        near = difflib.get_close_matches(class_name, classes, n=1)
+        meant = f'; did you mean "{near[0]}"?' if near else ""
+        raise UsageError(f'{kind} "{name}": {place} has no class "{class_name}"{meant}')
+    return getattr(module, class_name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    key = f"robench_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if key in sys.modules:
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module
+
+
+def load_defense(name: str, dataset: str | None = None, **options: Any) -> Defense:
+    """Builds a defense with its weights: in eval mode, weights frozen, on the CPU.
+
+    Args:
+        name: see `resolve`; may carry options: `shortrun(n_chains=20)`.
+        dataset: whose weights to read; None takes the defense's default.
+        options: the constructor's options, and `weights`: a file to read instead of those shipped.
+
+    Raises:
+        UsageError: unknown name or option, or no weights.
+        DataError: a damaged weights file.
+        PluginError: the plugin breaks the contract.
+    """
+    plugin, written = parse_spec(name)
+    cls = cast("type[Defense]", resolve("defense", plugin))
+    defense = cls.load(dataset, **{**written, **options})
+    defense.check_traits()
+    return defense.freeze()
+
+
+def load_attack(name: str, **options: Any) -> Attack:
+    """Builds an attack: `pgd`, `pgd(steps=100, restarts=5)`, a path; `options` override the written ones.
+
+    Raises:
+        UsageError: unknown name or option, or an option out of range.
+        PluginError: the plugin breaks the contract.
+    """
+    plugin, written = parse_spec(name)
+    cls = cast("type[Attack]", resolve("attack", plugin))
+    if not dataclasses.is_dataclass(cls):
+        raise PluginError(f'attack "{plugin}" must be a frozen dataclass of its hyperparameters')
+    fields = {field.name for field in dataclasses.fields(cls)}
+    wrong = [key for key in {**written, **options} if key not in fields]
+    if wrong:
+        near = difflib.get_close_matches(wrong[0], sorted(fields), n=1)
+        meant = f'did you mean "{near[0]}"? ' if near else ""
+        raise UsageError(f'attack "{plugin}" has no option "{wrong[0]}"; {meant}Options: {", ".join(sorted(fields))}')
+    attack = cls(**{**written, **options})
+    attack.check_traits()
+    return attack
+
+
+def spec_of(name: str, options: Mapping[str, Any]) -> str:
+    """Writes a name and options the way `parse_spec` reads them."""
+    inside = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{name}({inside})" if inside else name

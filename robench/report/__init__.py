@@ -1,0 +1,1 @@
+"""Tables, plots and pages made from results; no numbers are computed here."""

@@ -1,0 +1,69 @@
+"""What a run says on the terminal: a table, where the run folder is, and what to do next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from robench.command import RunRequest
+    from robench.result import Estimate, Evaluation
+
+NO_ESTIMATE = "failed"
+
+
+def print_run(result: Evaluation, request: RunRequest) -> None:
+    """Prints a finished run on standard output."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(summary_table(result))
+    if len(result.spec.eps) > 1:
+        console.print(curve_table(result))
+    if request.is_first_look(result):
+        console.print(
+            "This is a first look: few images, steps and draws. The full protocol:\n  " + request.full_command(result)
+        )
+    console.print(f"run folder: {result.folder}")
+    console.print(f"next: robench leaderboard add {result.folder}   (or: robench verify {result.folder})")
+
+
+def summary_table(result: Evaluation) -> Table:
+    """Dataset, threat model, images, accuracies with intervals, queries and time."""
+    spec = result.spec
+    table = Table(title=f"{spec.defense_name} on {spec.dataset}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column()
+    kind = f"randomized, judged on {spec.judge_repeats} draws, EOT {spec.eot}" if spec.randomized else "deterministic"
+    table.add_row("defense", f"{spec.defense_name} ({kind})")
+    table.add_row("dataset", f"{spec.dataset}, {spec.n} images (seed {spec.seed})")
+    table.add_row("threat model", str(result.threat))
+    table.add_row("clean accuracy", f"{result.clean_accuracy}")
+    for key, estimate in result.per_attack.items():
+        table.add_row(f"under {key}", _cell(estimate))
+    table.add_row("robust accuracy", _cell(result.robust_accuracy) + ("" if result.complete else " (incomplete)"))
+    if spec.randomized:
+        table.add_row("  of a majority vote", f"{_cell(result.majority)}, clean {_cell(result.clean_majority)}")
+        tries = max(result.best_of, default=0)
+        if tries:
+            again = f"{_cell(result.best_of[tries])}, clean {_cell(result.clean_best_of[tries])}"
+            table.add_row(f"  if the attacker has {tries} tries", again)
+    queries = result.queries
+    table.add_row("queries per image", f"{queries['forwards']:.0f} forward, {queries['backwards']:.0f} backward passes")
+    if result.seconds is not None:
+        table.add_row("time", f"{result.seconds:.0f} s on {spec.device}")
+    table.add_section()
+    table.add_row("intervals", "95 %")
+    return table
+
+
+def curve_table(result: Evaluation) -> Table:
+    """Accuracy against eps."""
+    table = Table("eps", "robust accuracy", title="accuracy against eps", title_justify="left")
+    for eps in result.spec.eps:
+        table.add_row(f"{eps:g}", _cell(result.robust_at(eps)))
+    return table
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return NO_ESTIMATE if estimate is None else str(estimate)

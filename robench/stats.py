@@ -1,0 +1,59 @@
+"""Confidence intervals for accuracies. All are 95 % unless another level is given."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm, t
+
+
+def wilson(right: float, n: float, level: float = 0.95, quantile: float | None = None) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927): sound also at 0 and at n of n.
+
+    Args:
+        right: successes; may be fractional when `n` is an effective sample size.
+        n: trials.
+        level: two-sided confidence.
+        quantile: the quantile to use instead of the normal one (for small samples, Student's).
+    """
+    if n <= 0:
+        return 0.0, 1.0
+    z = quantile if quantile is not None else float(norm.ppf((1 + level) / 2))
+    p = right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(max(p * (1 - p), 0) / n + z * z / (4 * n * n))
+    low = 0.0 if p == 0 else max(centre - half, 0.0)
+    return low, 1.0 if p == 1 else min(centre + half, 1.0)
+
+
+def mean_interval(fractions: npt.NDArray[np.float64], repeats: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean of per-example accuracies, each the fraction of `repeats` draws that were right.
+
+    Wilson's interval at an effective sample size: that of independent answers with the same variance of the mean as
+    the examples show. It lies between the number of examples (an example is either always or never right) and
+    examples times repeats (all examples are alike and only the draws vary). With one repeat it is Wilson's interval.
+    Where all answers agree the variance says nothing, and the number of examples is used, the conservative end.
+    Student's quantile makes up for the variance being estimated.
+    """
+    n = len(fractions)
+    if n == 0:
+        return 0.0, 1.0
+    p = float(fractions.mean())
+    if repeats == 1 or n == 1 or p in (0.0, 1.0):
+        return wilson(p * n, n, level)
+    variance = float(fractions.var(ddof=1)) / n
+    effective = n * repeats if variance == 0 else min(max(p * (1 - p) / variance, n), n * repeats)
+    return wilson(p * effective, effective, level, quantile=float(t.ppf((1 + level) / 2, n - 1)))
+
+
+def differ(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], level: float = 0.001) -> bool:
+    """True if two measurements of the same examples differ in mean beyond noise: a paired t-test at `level`."""
+    gaps = second - first
+    if len(gaps) < 2 or not gaps.any():
+        return False
+    error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
+    if error == 0:
+        return True
+    return bool(abs(float(gaps.mean())) / error > t.ppf(1 - level / 2, len(gaps) - 1))

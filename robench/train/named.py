@@ -1,0 +1,84 @@
+"""`robench train` as a function: from names to a weights file with its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from robench.data import Dataset, load_dataset
+from robench.defense import Defense, weights_digest
+from robench.registry import parse_spec, resolve
+from robench.rng import seeded
+from robench.stats import wilson
+from robench.train.loop import TrainSettings, train
+from robench.weights import save_weights
+
+TEST_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train and where to put it.
+
+    Attributes:
+        defense: a registry name, with options if need be: `shortrun(preset="paper_literal")`.
+        dataset: a dataset's name.
+        folder: checkpoint and weights go there.
+        recipe: the recipe's name; None takes the defense's default.
+        data_dir: see `load_dataset`.
+        test_images: test images behind the card's clean accuracy.
+        settings: seed, device and so on.
+    """
+
+    defense: str
+    dataset: str
+    folder: Path
+    recipe: str | None = None
+    data_dir: Path | None = None
+    test_images: int = TEST_IMAGES
+    settings: TrainSettings = field(default_factory=TrainSettings)
+
+
+def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Trains a defense and writes `<folder>/<dataset>.safetensors` and its card; returns both.
+
+    Raises:
+        UsageError: unknown names, no recipe, data not at hand, a checkpoint of another run.
+        DataError: the training diverged, or a file is damaged.
+    """
+    name, options = parse_spec(job.defense)
+    cls = cast("type[Defense]", resolve("defense", name))
+    data = load_dataset(job.dataset, "train", data_dir=job.data_dir)
+    test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir)
+    shape = cast("tuple[int, int, int]", tuple(data.x.shape[1:]))
+    options = {**cls.options_for(shape, len(data.class_names)), **options}
+    with seeded(job.settings.seed, "weights"):
+        defense = cls(**options)
+    recipe = defense.recipe(job.recipe)
+    card = train(defense, recipe, data, job.folder, job.settings, resume=resume)
+    card["options"] = options
+    card["weights_digest"] = weights_digest(defense)
+    card["test"] = test_accuracy(defense, test, job.settings)
+    path = job.folder / f"{job.dataset}.safetensors"
+    save_weights(defense, path, card)
+    return path, card
+
+
+def test_accuracy(defense: Defense, test: Dataset, settings: TrainSettings) -> dict[str, Any]:
+    """Clean accuracy of one answer per test image, with its 95 % interval (Wilson)."""
+    right = 0
+    rows = defense.batch_rows or 256
+    with torch.no_grad(), seeded(settings.seed, "test", device=settings.device):
+        for x, y in zip(test.x.split(rows), test.y.split(rows), strict=True):
+            right += int((defense(x.to(settings.device)).argmax(1).cpu() == y).sum())
+    low, high = wilson(right, len(test.y))
+    return {
+        "images": len(test.y),
+        "digest": test.digest,
+        "clean_accuracy": round(right / len(test.y), 4),
+        "clean_low": round(low, 4),
+        "clean_high": round(high, 4),
+    }

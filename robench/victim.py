@@ -1,0 +1,243 @@
+"""What an attack may see of a defense: logits, labels or gradients, counted, gated and averaged over randomness."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from robench.attack import ACCESS_LEVELS, Access
+from robench.defense import Defense
+from robench.errors import BudgetExhausted, PluginError
+from robench.losses import Loss, get_loss, margin
+from robench.types import Images, Labels, Logits, PerExample
+
+BATCH_ROWS: Final = 512
+"""Rows of one pass where the defense names no limit of its own."""
+
+
+class Gradient(NamedTuple):
+    """What one gradient query returns.
+
+    Attributes:
+        loss: the loss of each example, averaged over the EOT samples.
+        grad: its gradient with respect to the images.
+        logits: the logits, averaged over the EOT samples.
+    """
+
+    loss: PerExample
+    grad: Images
+    logits: Logits
+
+
+@dataclass
+class Ledger:
+    """Queries per example, and the best images seen where a budget may cut the attack off.
+
+    Attributes:
+        forwards: forward passes of each example.
+        backwards: backward passes of each example.
+        budget: the most forwards plus backwards of one example; None: no limit.
+        labels: the labels, to know the best images; the attack is given the same.
+        best: the images with the largest margin so far.
+        best_margin: their margins.
+        on_query: called with the number of passes after each query.
+    """
+
+    forwards: Tensor
+    backwards: Tensor
+    budget: int | None = None
+    labels: Labels | None = None
+    best: Images | None = None
+    best_margin: PerExample | None = None
+    on_query: Callable[[int], None] | None = field(default=None, repr=False)
+
+
+class Victim:
+    """All that an attack gets of a defense.
+
+    Every query is on images `b c h w` of which row i belongs to example i of the batch given to the attack. To query
+    some of the examples take a `subset`. To try several candidates for each, pass `m * b` rows, candidate-major.
+
+    Randomness: a gradient query averages the loss over `eot` draws of a randomized defense (Athalye et al. 2018,
+    expectation over transformation), folded into the batch as far as memory allows; `logits` averages the logits over
+    as many draws. On a deterministic defense there is one draw.
+    """
+
+    def __init__(
+        self,
+        defense: Defense,
+        access: Access,
+        examples: int,
+        *,
+        eot: int = 1,
+        mode: str | None = None,
+        budget: int | None = None,
+        on_query: Callable[[int], None] | None = None,
+    ) -> None:
+        """Prepares an empty ledger.
+
+        Args:
+            defense: what is attacked.
+            access: what the attack declared; a query above it raises.
+            examples: images in the attack's batch.
+            eot: draws averaged in one query of a randomized defense.
+            mode: gradient mode; None takes the defense's first.
+            budget: the most forwards plus backwards of one example; None: no limit.
+            on_query: called with the number of passes after each query (progress).
+        """
+        self._defense = defense
+        self._access = access
+        self._mode = defense.check_mode(mode)
+        self.randomized = defense.randomized
+        self.num_classes = defense.num_classes
+        self.eot = eot if defense.randomized else 1
+        self._rows = torch.arange(examples)
+        zeros = torch.zeros(examples, dtype=torch.int64)
+        self.ledger = Ledger(zeros, zeros.clone(), budget, on_query=on_query)
+
+    def subset(self, index: Tensor) -> Self:
+        """The victim for some of the examples: row i of a query then belongs to example `index[i]` (or mask)."""
+        part = copy.copy(self)
+        part._rows = self._rows[index.cpu()]
+        return part
+
+    def watch(self, x: Images, y: Labels) -> None:
+        """Starts to remember each example's best images, for an attack that its budget may cut off."""
+        self.ledger.labels, self.ledger.best = y, x.clone()
+        self.ledger.best_margin = torch.full((len(x),), -torch.inf, device=x.device)
+
+    def labels(self, x: Images) -> Labels:
+        """The class that the defense answers; of a randomized one, the most frequent of `eot` answers.
+
+        Raises:
+            PluginError: the attack declared no access to decisions.
+            BudgetExhausted: the query budget would be exceeded.
+        """
+        self._open("decisions", "labels")
+        draws = self._draw(x)
+        if len(draws) == 1:
+            return draws[0].argmax(1)
+        votes = torch.nn.functional.one_hot(draws.argmax(2), self.num_classes).sum(0)  # eot b k -> b k
+        return votes.argmax(1)
+
+    def logits(self, x: Images) -> Logits:
+        """The defense's logits; of a randomized one, their mean over `eot` draws.
+
+        Raises:
+            PluginError: the attack declared no access to scores.
+            BudgetExhausted: the query budget would be exceeded.
+        """
+        self._open("scores", "logits")
+        return self._draw(x).mean(0)
+
+    def loss_grad(self, x: Images, y: Labels, loss: str | Loss = "ce") -> tuple[PerExample, Images]:
+        """Loss of each example and its gradient with respect to x; see `gradient`."""
+        result = self.gradient(x, y, loss)
+        return result.loss, result.grad
+
+    def gradient(self, x: Images, y: Labels, loss: str | Loss = "ce") -> Gradient:
+        """Loss, gradient and logits, each the mean over `eot` draws, from the same passes.
+
+        Args:
+            x: images in [0, 1].
+            y: their labels.
+            loss: a name in robench.losses or a function of logits and labels, one value per row.
+
+        Raises:
+            PluginError: the attack declared no access to gradients, or the defense gives none.
+            BudgetExhausted: the query budget would be exceeded.
+        """
+        self._open("gradient", "loss_grad")
+        self._charge(len(x), forwards=self.eot, backwards=self.eot)
+        loss = get_loss(loss) if isinstance(loss, str) else loss
+        total, grads, logits = [], [], []
+        for rows, labels in self._chunks(x, y):
+            leaf = rows.detach().requires_grad_()
+            with torch.enable_grad():
+                answer = self._defense.adaptive_forward(leaf, self._mode)
+                self._check_shape(answer, len(leaf))
+                values = loss(answer, labels)
+                if not values.requires_grad:
+                    raise PluginError(
+                        f'defense "{self._defense.name}": adaptive_forward gives no gradient with respect to x. '
+                        "Implement adaptive_forward with a differentiable stand-in (BPDA)"
+                    )
+                (grad,) = torch.autograd.grad(values.sum(), leaf)
+            total.append(values.detach())
+            grads.append(grad)
+            logits.append(answer.detach())
+        draws = self.eot
+        mean_logits = torch.cat(logits).unflatten(0, (draws, -1)).mean(0)
+        result = Gradient(
+            torch.cat(total).unflatten(0, (draws, -1)).mean(0),
+            torch.cat(grads).unflatten(0, (draws, -1)).mean(0),
+            mean_logits,
+        )
+        self._remember(x, mean_logits)
+        return result
+
+    def _draw(self, x: Images) -> Tensor:
+        """Logits of `eot` draws: eot b k."""
+        self._charge(len(x), forwards=self.eot, backwards=0)
+        answers = []
+        with torch.no_grad():
+            for rows, _ in self._chunks(x, None):
+                answer = self._defense(rows)
+                self._check_shape(answer, len(rows))
+                answers.append(answer)
+        draws = torch.cat(answers).unflatten(0, (self.eot, -1))
+        self._remember(x, draws.mean(0))
+        return draws
+
+    def _chunks(self, x: Images, y: Labels | None) -> list[tuple[Images, Labels]]:
+        size = self._defense.batch_rows or BATCH_ROWS
+        images = x.repeat(self.eot, 1, 1, 1).split(size)
+        labels = images if y is None else y.repeat(self.eot).split(size)
+        return list(zip(images, labels, strict=True))
+
+    def _check_shape(self, logits: Tensor, rows: int) -> None:
+        if logits.shape != (rows, self.num_classes):
+            raise PluginError(
+                f'defense "{self._defense.name}": logits must be {(rows, self.num_classes)}; got {tuple(logits.shape)}'
+            )
+
+    def _open(self, needed: Access, query: str) -> None:
+        if ACCESS_LEVELS.index(needed) > ACCESS_LEVELS.index(self._access):
+            raise PluginError(
+                f'an attack that declares access "{self._access}" called victim.{query}, which needs "{needed}"'
+            )
+
+    def _charge(self, count: int, *, forwards: int, backwards: int) -> None:
+        candidates, rest = divmod(count, max(len(self._rows), 1))
+        if rest or not candidates:
+            raise PluginError(
+                f"a query must have one row for each of the victim's {len(self._rows)} examples, or a multiple of "
+                f"that; got {count}. Use victim.subset for some of them"
+            )
+        ledger, cost = self.ledger, candidates * (forwards + backwards)
+        if ledger.budget is not None:
+            spent = (ledger.forwards + ledger.backwards)[self._rows].max()
+            if int(spent) + cost > ledger.budget:
+                raise BudgetExhausted(f"query budget of {ledger.budget} passes per image is used up")
+        ledger.forwards[self._rows] += candidates * forwards
+        ledger.backwards[self._rows] += candidates * backwards
+        if ledger.on_query is not None:
+            ledger.on_query(count * (forwards + backwards))
+
+    def _remember(self, x: Images, logits: Logits) -> None:
+        ledger = self.ledger
+        if ledger.labels is None or ledger.best is None or ledger.best_margin is None:
+            return
+        rows = self._rows.repeat(len(x) // len(self._rows))
+        margins = margin(logits, ledger.labels[rows])
+        for part in range(0, len(x), len(self._rows)):  # candidates of one example one after the other
+            index = rows[part : part + len(self._rows)]
+            better = margins[part : part + len(index)] > ledger.best_margin[index]
+            chosen = index[better.cpu()]
+            ledger.best[chosen] = x[part : part + len(index)][better]
+            ledger.best_margin[chosen] = margins[part : part + len(index)][better]

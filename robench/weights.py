@@ -1,0 +1,148 @@
+"""Weights on disk: safetensors with a JSON card of the same stem beside them. Never an unrestricted pickle."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from robench.errors import DataError, UsageError
+from robench.store import write_atomic
+
+if TYPE_CHECKING:
+    from robench.defense import Defense
+
+D = TypeVar("D", bound="Defense")
+
+
+def weights_folder(cls: type[Defense]) -> Path:
+    """The folder `weights/` beside the module that defines the defense."""
+    return Path(inspect.getfile(cls)).parent / "weights"
+
+
+def shipped_weights(cls: type[Defense]) -> list[str]:
+    """The stems of the weights shipped with a defense: `fashion_mnist`, `fashion_mnist-paper_literal`, ..."""
+    return sorted(path.stem for path in weights_folder(cls).glob("*.safetensors"))
+
+
+def build_and_load(cls: type[D], dataset: str | None, weights: str | Path | None, options: dict[str, Any]) -> D:
+    """Builds a defense from its card and options and reads its weights; see `Defense.load`."""
+    path = _locate(cls, dataset, weights, options)
+    if path is None:
+        return _build(cls, options)
+    card = read_card(path)
+    defense = _build(cls, {**card.get("options", {}), **options})
+    load_weights(defense, path)
+    return defense
+
+
+def _locate(
+    cls: type[Defense], dataset: str | None, weights: str | Path | None, options: dict[str, Any]
+) -> Path | None:
+    if weights is not None:
+        return Path(weights)
+    if not cls.needs_weights:
+        return None
+    stem = dataset or "fashion_mnist"
+    if "preset" in options:
+        variant = weights_folder(cls) / f"{stem}-{options['preset']}.safetensors"
+        if variant.exists():
+            return variant
+    path = weights_folder(cls) / f"{stem}.safetensors"
+    if not path.exists():
+        shipped = ", ".join(shipped_weights(cls)) or "none"
+        raise UsageError(
+            f'no weights of defense "{cls.name}" for dataset "{stem}" (shipped: {shipped}). '
+            f"Train them with 'robench train --defense {cls.name} --dataset {stem}' or pass --weights FILE"
+        )
+    return path
+
+
+def _build(cls: type[D], options: dict[str, Any]) -> D:
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(cls).parameters) or "none"
+        raise UsageError(f'defense "{cls.name}": {error}; its options are: {takes}') from None
+    return cls(**options)
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Reads the model card beside a weights file; an empty one if there is none.
+
+    Raises:
+        DataError: the card is not a JSON object.
+    """
+    card = path.with_suffix(".json")
+    if not card.exists():
+        return {}
+    try:
+        content = json.loads(card.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"model card {card} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"model card {card} must be a JSON object; got {type(content).__name__}")
+    return content
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Reads weights into a module: safetensors, or a torch file under `weights_only=True`.
+
+    Raises:
+        UsageError: the file does not exist or may not be read.
+        DataError: it is cut off, a pickle of other things, or its names or shapes differ from the module's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"weights file {path} does not exist")
+    state = _read_state(path)
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    came = {name: tuple(value.shape) for name, value in state.items()}
+    differing = sorted(name for name in wanted.keys() | came.keys() if wanted.get(name) != came.get(name))
+    if differing:
+        first = differing[0]
+        raise DataError(
+            f"weights file {path} does not fit: {len(differing)} of {len(wanted)} tensors differ, first "
+            f'"{first}": expected {wanted.get(first, "none")}, got {came.get(first, "none")}. '
+            "Check the dataset, the preset and the options"
+        )
+    module.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    )
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UsageError(f"weights file {path} may not be read: {error.strerror}") from None
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise DataError(
+            f"weights file {path} is damaged or not a plain tensor file ({reason}). robench reads safetensors, "
+            "or torch files that load under weights_only=True; it never runs a pickle"
+        ) from None
+    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
+        raise DataError(f"weights file {path} must hold a dict of tensors (a state_dict); got {type(state).__name__}")
+    return state
+
+
+def save_weights(module: nn.Module, path: str | Path, card: dict[str, Any]) -> None:
+    """Writes weights (float32, contiguous) and card, each in one atomic step."""
+    from safetensors.torch import save
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    write_atomic(path, save(state))
+    write_atomic(path.with_suffix(".json"), (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())

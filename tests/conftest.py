@@ -1,0 +1,49 @@
+"""Set-up of all tests: shapes and types checked at run time, the `data` marker, --update-golden."""
+
+import os
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+from _pytest.assertion.rewrite import AssertionRewritingHook
+
+if "robench" in sys.modules:
+    raise RuntimeError("robench was imported before tests/conftest.py: its signatures would go unchecked")
+# An int passes for a float, as in mypy. `Self` goes unchecked: beartype knows it in classes, not method by method.
+TYPECHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
+    is_pep484_tower=True,
+    hint_overrides=beartype.FrozenDict({__import__("typing").Self: __import__("typing").Any}),
+))"""
+jaxtyping.install_import_hook("robench", TYPECHECKER)
+# The contract tests are shipped inside the package: there pytest's finder, which rewrites assert, must come first.
+pytest.register_assert_rewrite("robench.testing")
+sys.meta_path.sort(key=lambda finder: not isinstance(finder, AssertionRewritingHook))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files; review the diff")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test marked `data` where there is no data; with ROBENCH_REQUIRE_DATA=1 (CI) it fails instead."""
+    if item.get_closest_marker("data") is None:
+        return
+    folder = os.environ.get("ROBENCH_DATA", "")
+    if folder and Path(folder).is_dir():
+        return
+    reason = f"ROBENCH_DATA is not a folder: {folder}" if folder else "ROBENCH_DATA is not set"
+    if os.environ.get("ROBENCH_REQUIRE_DATA") == "1":
+        pytest.fail(f"{reason}, and ROBENCH_REQUIRE_DATA=1", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder ROBENCH_DATA; only for tests marked `data`."""
+    return Path(os.environ["ROBENCH_DATA"])
