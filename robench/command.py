@@ -55,8 +55,8 @@ class RunRequest:
         eps = ",".join(f"{value:g}" for value in spec.eps)
         words = ["robench", "run", "--defense", spec.defense, "--protocol", "standard", "--dataset", spec.dataset]
         words += ["--norm", spec.norm, "--eps", eps, "--n", str(FULL_N), "--seed", str(spec.seed)]
-        if self.weights is not None:
-            words += ["--weights", str(self.weights)]
+        if "weights" in spec.defense_options:
+            words += ["--weights", str(spec.defense_options["weights"])]
         return shlex.join(words)
 
 
@@ -75,7 +75,7 @@ def run_command(request: RunRequest) -> Evaluation:
         raise UsageError("robench run needs either --attack or --protocol; see 'robench list attacks'")
     dataset, norm = request.dataset or "fashion_mnist", request.norm or "linf"
     threats = [ThreatModel(norm, parse_eps(part)) for part in (request.eps or default_eps(dataset, norm)).split(",")]
-    options = {} if request.weights is None else {"weights": str(request.weights)}
+    options = {} if request.weights is None else {"weights": str(request.weights.resolve())}
     defense = load_defense(request.defense, dataset, **options)
     attacks = request.attack if request.protocol is None else get_protocol(request.protocol)[0]
     n, eot, judge_repeats = _budget(request, defense)

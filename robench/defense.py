@@ -171,7 +171,7 @@ def wrap(
         PluginError: a trait is missing or of the wrong kind.
     """
     defense = WrappedModule(
-        module, name or type(module).__name__.lower(), num_classes=num_classes, input_shape=tuple(input_shape)
+        module, name or type(module).__name__.lower(), num_classes=num_classes, input_shape=input_shape
     )
     defense.randomized = randomized
     defense.check_traits()

@@ -75,7 +75,7 @@ def make_row(result: Evaluation, eps: float) -> Row:
     robust = result.robust_at(eps) if result.complete else None
     majority = result.answers(WORST, eps)
     attacks = result.attacks_at(eps)
-    queries = result.queries
+    queries = result.queries(eps)
     return {
         "rank": "",
         "defense": spec.defense_name,
@@ -85,7 +85,7 @@ def make_row(result: Evaluation, eps: float) -> Row:
         **_cells("clean", result.clean_accuracy),
         **_cells("robust", robust),
         "majority_acc": _number(majority.majority().value if majority and result.complete else None),
-        "worst_attack": result.worst_attack,
+        "worst_attack": result.worst_attack(eps),
         **{key: _number(estimate.value if estimate else None) for key, estimate in attacks.items()},
         "audit_verdict": "not run",
         "audit_failed_checks": "",

@@ -69,6 +69,11 @@ class Progress:
         self.printed = time.monotonic()
         elapsed = self.printed - self.started
         finished = self.done - self.first
-        left = f"{elapsed / finished * (self.total - self.done):.0f} s left" if finished else "time left unknown"
-        sys.stderr.write(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}  {self.note}\n")
+        remaining = max(self.total - self.done, 0)
+        left = (
+            "done" if not remaining else f"{elapsed / finished * remaining:.0f} s left" if finished else "just started"
+        )
+        sys.stderr.write(
+            f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}  {self.note}".rstrip() + "\n"
+        )
         sys.stderr.flush()

@@ -186,8 +186,11 @@ class Evaluation:
             raise DataError(f'no adversarial images of "{attack}" in this run')
         return np.stack([np.frombuffer(blob, dtype="<f4").reshape(self.spec.image_shape) for blob in whole])
 
+    def _bound(self, eps: float | None) -> float:
+        return self.spec.eps[-1] if eps is None else eps
+
     def _rows(self, attack: str, eps: float | None) -> pd.DataFrame:
-        bound = 0.0 if attack == CLEAN else self.spec.eps[-1] if eps is None else eps
+        bound = 0.0 if attack == CLEAN else self._bound(eps)
         return self.table[(self.table["attack"] == attack) & (self.table["eps"] == bound)]
 
     @property
@@ -260,25 +263,21 @@ class Evaluation:
             points.append({"eps": eps, **(estimate.to_json() if estimate else dict.fromkeys(("value", "low", "high")))})
         return points
 
-    @property
-    def worst_attack(self) -> str:
-        """The attack whose images are most often the worst case, at the largest bound."""
-        rows = self._rows(WORST, None)
-        attacked = self._rows(CLEAN, None)["accuracy"].to_numpy() > 0
-        counts = rows["chosen"][attacked[: len(rows)]].value_counts() if len(rows) else rows["chosen"].value_counts()
-        return str(sorted(counts.index, key=lambda key: (-int(counts[key]), key))[0]) if len(counts) else ""
+    def worst_attack(self, eps: float | None = None) -> str:
+        """The attack under which accuracy is lowest at a bound (default the largest); the first by name of equals."""
+        known = [(found.value, key) for key, found in self.attacks_at(self._bound(eps)).items() if found is not None]
+        return min(known)[1] if known else ""
 
-    @property
-    def queries(self) -> dict[str, float]:
-        """Forward and backward passes per example of all attacks together, at the largest bound."""
-        rows = self.table[(self.table["eps"] == self.spec.eps[-1]) & ~self.table["attack"].isin([CLEAN, WORST])]
+    def queries(self, eps: float | None = None) -> dict[str, float]:
+        """Forward and backward passes per example of all attacks together, at a bound (default the largest)."""
+        rows = self.table[(self.table["eps"] == self._bound(eps)) & ~self.table["attack"].isin([CLEAN, WORST])]
         return {kind: float(rows[kind].sum()) / self.spec.n for kind in ("forwards", "backwards")}
 
     def row(self, eps: float | None = None) -> dict[str, str]:
         """The leaderboard row at a bound (default the largest), every value as it stands in the CSV."""
         from robench.leaderboard import make_row
 
-        return make_row(self, self.spec.eps[-1] if eps is None else eps)
+        return make_row(self, self._bound(eps))
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON types; what `--json` prints but for the run folder and the time."""
@@ -301,8 +300,8 @@ class Evaluation:
                 "robust": {str(n): estimate.to_json() for n, estimate in self.best_of.items()},
             },
             "curve": self.curve,
-            "worst_attack": self.worst_attack,
-            "queries": self.queries,
+            "worst_attack": self.worst_attack(),
+            "queries": self.queries(),
             "n": self.spec.n,
             "seed": self.spec.seed,
             "eot": self.spec.eot,

@@ -48,7 +48,7 @@ def summary_table(result: Evaluation) -> Table:
         if tries:
             again = f"{_cell(result.best_of[tries])}, clean {_cell(result.clean_best_of[tries])}"
             table.add_row(f"  if the attacker has {tries} tries", again)
-    queries = result.queries
+    queries = result.queries()
     table.add_row("queries per image", f"{queries['forwards']:.0f} forward, {queries['backwards']:.0f} backward passes")
     if result.seconds is not None:
         table.add_row("time", f"{result.seconds:.0f} s on {spec.device}")
