@@ -31,6 +31,7 @@ class Defense(nn.Module):
         gradient_modes: the differentiable paths that `adaptive_forward` offers, strongest first.
         needs_weights: True if the class is useless untrained, so `load` insists on a weights file.
         batch_rows: the largest batch that the engine passes at once (None: no limit); bounds memory.
+        forward_cost: how long one `forward` takes against one pass of `adaptive_forward`; guides the time left only.
         first_look: settings of a first look that a CPU affords, where the general ones cost too much.
     """
 
@@ -41,6 +42,7 @@ class Defense(nn.Module):
     gradient_modes: tuple[str, ...] = ("full",)
     needs_weights: ClassVar[bool] = False
     batch_rows: int | None = None
+    forward_cost: float = 1.0
     first_look: ClassVar[Mapping[str, int]] = {}
 
     def forward(self, x: Images) -> Logits:

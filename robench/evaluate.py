@@ -5,9 +5,8 @@ spec -> units -> for each unit: clean pass, attacks, judge -> store -> Evaluatio
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ from robench.runners import run_here
 from robench.store import RunStore
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
-from robench.unit import UnitWork, run_unit
+from robench.unit import CLEAN, WORST, UnitWork, run_unit
 
-Data = str | tuple[Images, Labels] | Dataset
+Data = str | tuple[torch.Tensor, torch.Tensor] | Dataset
 Attacks = Attack | str | Sequence[Attack | str]
 
 DEFAULT_N = 256
@@ -140,7 +139,7 @@ def evaluate(
     spec = make_spec(defense, threats, dataset, entries, protocol, settings=chosen)
     check_answers(defense, dataset.x, spec)
     store = _open_store(spec, chosen)
-    work = UnitWork(spec, defense.to(spec.device), built, dataset.x, dataset.y, dataset.index, chosen.query_budget)
+    work = UnitWork(spec, defense.to(spec.device), built, dataset.x, dataset.y, dataset.index)
     try:
         tables, seconds = _run(work, store, show=chosen.progress)
     finally:
@@ -163,13 +162,12 @@ def _run(work: UnitWork, store: RunStore | None, *, show: bool) -> tuple[list[An
         for unit in units:
             if unit.index in done:
                 store.read(unit)  # a damaged file is found before any work
+    missing = [unit for unit in units if unit.index not in done]
     tables: list[Any] = []
-    expected = expected_passes(work)
     started = time.monotonic()
-    before = sum(unit.stop - unit.start for unit in units if unit.index in done) * expected
 
     def work_on(unit: Unit) -> None:
-        start, spent = time.monotonic(), bar.done
+        start = time.monotonic()
         table = run_unit(work, unit)
         if store is None:
             tables.append(table)
@@ -179,27 +177,25 @@ def _run(work: UnitWork, store: RunStore | None, *, show: bool) -> tuple[list[An
             store.write(unit, table)
             store.note_time(unit, time.monotonic() - start)
         work.failures.clear()
-        bar.advance(spent + (unit.stop - unit.start) * expected - bar.done)
+        finished.append(unit)
+        for kind, passes in expected_passes(work, finished).items():
+            progress.finish(kind, passes)
 
-    with _bar(work.spec, expected, before, show=show) as bar:
-        work.on_query = bar.advance
-        run_here([unit for unit in units if unit.index not in done], work_on)
+    finished: list[Unit] = []
+    totals, weights = expected_passes(work, missing), {"judge": work.defense.forward_cost}
+    with Progress(work.spec.defense_name, totals, weights=weights, enabled=show and bool(missing)) as progress:
+        work.on_query = progress.advance
+        run_here(missing, work_on)
     return tables, time.monotonic() - started
 
 
-@contextlib.contextmanager
-def _bar(spec: RunSpec, expected: int, before: int, *, show: bool) -> Iterator[Progress]:
-    with Progress(f"{spec.defense_name}, passes", spec.n * expected, start=before, enabled=show) as bar:
-        yield bar
-
-
-def expected_passes(work: UnitWork) -> int:
-    """Passes per image that a run is expected to take; only the time left is guessed from it."""
+def expected_passes(work: UnitWork, units: Sequence[Unit]) -> dict[str, int]:
+    """Passes that units are expected to take, by kind; only the time left is guessed from it."""
     spec = work.spec
-    judged = (
-        1 + len(spec.eps) * (len(spec.attacks) + (spec.randomized and len(spec.attacks) > 1))
-    ) * spec.judge_repeats
-    return judged + len(spec.eps) * sum(work.attacks[entry.key].passes() * spec.eot for entry in spec.attacks)
+    images = sum(unit.stop - unit.start for unit in units)
+    judged = 1 + len(spec.eps) * (len(spec.attacks) + int(spec.randomized and len(spec.attacks) > 1))
+    attacked = len(spec.eps) * sum(work.attacks[entry.key].passes() * spec.eot for entry in spec.attacks)
+    return {"judge": images * judged * spec.judge_repeats, "attack": images * attacked}
 
 
 def make_settings(settings: dict[str, Any]) -> Settings:
@@ -251,6 +247,7 @@ def make_spec(
         unit_size=settings.unit_size,
         eot=(settings.eot or RANDOMIZED_EOT) if defense.randomized else 1,
         judge_repeats=(settings.judge_repeats or repeats) if defense.randomized else 1,
+        query_budget=settings.query_budget,
         device=settings.resolve_device(),
         robench_version=robench.__version__,
         torch_version=torch.__version__.split("+")[0],
@@ -264,7 +261,7 @@ def plan_attacks(attacks: Attacks, defense: Defense) -> tuple[list[AttackEntry],
     gradients along all of them.
 
     Raises:
-        UsageError: an unknown name, option or mode, or no attack at all.
+        UsageError: an unknown name, option or mode, no attack at all, or two different ones of one name.
     """
     given: list[Attack | str] = [attacks] if isinstance(attacks, Attack | str) else list(attacks)
     protocol = find_protocol(given[0]) if len(given) == 1 and isinstance(given[0], str) else None
@@ -278,6 +275,8 @@ def plan_attacks(attacks: Attacks, defense: Defense) -> tuple[list[AttackEntry],
         wants_all = protocol is not None and attack.access == "gradient"
         for mode in defense.gradient_modes if wants_all else [written]:
             entry = _entry(attack, one if isinstance(one, str) else None, defense.check_mode(mode), defense)
+            if entry.key in (CLEAN, WORST) or built.get(entry.key, attack) != attack:
+                raise UsageError(f'two things of this run would be named "{entry.key}"; give the attack another name')
             entries[entry.key], built[entry.key] = entry, attack
     if not entries:
         raise UsageError("no attack given; name at least one, for example pgd")

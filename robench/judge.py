@@ -51,7 +51,7 @@ class Bounds:
         return f"{self.distance.nan_to_num(torch.inf).max().item():.6g}"
 
 
-def check_bounds(x: Images, x_adv: Images, threat: ThreatModel) -> Bounds:
+def check_bounds(x: Images, x_adv: Tensor, threat: ThreatModel) -> Bounds:
     """Measures each adversarial image against the threat model.
 
     Raises:

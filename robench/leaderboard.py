@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -64,6 +66,9 @@ _NUMBERS: Final = (
     "forwards_per_example",
     "backwards_per_example",
 )
+
+_DEFUSED: Final = ("=", "+", "-", "@", "\t", "\r", "'")
+"""What a spreadsheet takes for the start of a formula, and the apostrophe that says it is none."""
 
 Row = dict[str, str]
 """A row as it stands in the CSV; the attacks' columns lie between HEAD and TAIL."""
@@ -129,9 +134,9 @@ def rank_rows(rows: Sequence[Row]) -> list[Row]:
     Rows that miss a number come last and have no rank. The order depends on the rows alone, not on how they came.
     """
     complete = sorted(
-        (row for row in rows if is_complete(row)), key=lambda row: (-float(row["robust_low"]), _identity(row))
+        (row for row in rows if is_complete(row)), key=lambda row: (-float(row["robust_low"]), _order(row))
     )
-    partial = sorted((row for row in rows if not is_complete(row)), key=_identity)
+    partial = sorted((row for row in rows if not is_complete(row)), key=_order)
     ends = [row["robust_low"] for row in complete]
     ranked = [{**row, "rank": str(ends.index(row["robust_low"]) + 1)} for row in complete]
     return [*ranked, *({**row, "rank": ""} for row in partial)]
@@ -141,27 +146,30 @@ def _identity(row: Row) -> tuple[str, ...]:
     return row["defense"], row["protocol"], row["weights_digest"], row["evidence"]
 
 
+def _order(row: Row) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
+    return _identity(row), sorted((key, cell) for key, cell in row.items() if key != "rank")
+
+
 def rows_csv(rows: Sequence[Row]) -> str:
     """Rows as CSV text. A cell that a spreadsheet would take for a formula gets a leading apostrophe."""
     columns = [*HEAD, *attack_columns(rows), *TAIL]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow([_defuse(name) for name in columns])
     for row in rows:
         writer.writerow([_defuse(row.get(name, "")) for name in columns])
     return buffer.getvalue()
 
 
 def _defuse(cell: str) -> str:
-    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not _is_number(cell) else cell
+    return f"'{cell}" if cell[:1] in _DEFUSED and not _is_number(cell) else cell
 
 
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        return math.isfinite(float(cell))
     except ValueError:
         return False
-    return True
 
 
 def row_csv(row: Row) -> str:
@@ -173,31 +181,39 @@ def read_rows(path: Path) -> list[Row]:
     """Reads a leaderboard; a cell of an attack that the row's protocol does not have is left out of the row.
 
     Raises:
-        DataError: columns are missing, or a row has another number of cells.
+        DataError: columns are missing, a row has another number of cells, or a number is none.
     """
     try:
-        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
+        text = path.read_bytes().decode("utf-8")  # read_text would turn a \r inside a cell into \n
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"leaderboard {path} cannot be read: {error}") from None
-    if not lines or not {*HEAD, *TAIL} <= set(lines[0]):
-        raise DataError(f"leaderboard {path} must have the columns {', '.join((*HEAD, *TAIL))}")
+    columns = [_restore(name) for name in lines[0]] if lines else []
+    if not {*HEAD, *TAIL} <= set(columns) or len(set(columns)) < len(columns):
+        raise DataError(f"leaderboard {path} must have, each once, the columns {', '.join((*HEAD, *TAIL))}")
     rows = []
     for number, cells in enumerate(lines[1:], start=2):
-        if len(cells) != len(lines[0]):
-            raise DataError(f"leaderboard {path}, line {number}: expected {len(lines[0])} cells, got {len(cells)}")
-        row = dict(zip(lines[0], (_restore(cell) for cell in cells), strict=True))
+        if len(cells) != len(columns):
+            raise DataError(f"leaderboard {path}, line {number}: expected {len(columns)} cells, got {len(cells)}")
+        row = dict(zip(columns, (_restore(cell) for cell in cells), strict=True))
+        wrong = [key for key in _NUMBERS if row[key] and not _is_number(row[key])]
+        if wrong:
+            raise DataError(f'leaderboard {path}, line {number}: {wrong[0]} must be a number; got "{row[wrong[0]]}"')
         rows.append({key: cell for key, cell in row.items() if cell or key in (*HEAD, *TAIL)})
     return rows
 
 
 def _restore(cell: str) -> str:
-    return cell[1:] if cell[:1] == "'" and cell[1:2] in ("=", "+", "-", "@", "\t", "\r") else cell
+    return cell[1:] if cell[:1] == "'" and cell[1:2] in _DEFUSED else cell
 
 
 def board_name(result: Evaluation, eps: float) -> str:
-    """The file of a run's leaderboard: `fashion_mnist-linf-0.1.csv`, `cifar10-linf-8_255.csv`."""
-    bound = format_eps(eps, result.spec.norm).replace("/", "_")
-    return f"{result.spec.dataset}-{result.spec.norm}-{bound}.csv"
+    """The file of a run's leaderboard: `fashion_mnist-linf-0.1.csv`, `cifar10-linf-8_255.csv`.
+
+    What has no place in a file name, as in `hf:org/name` or a path, becomes an underscore.
+    """
+    name = f"{result.spec.dataset}-{result.spec.norm}-{format_eps(eps, result.spec.norm)}.csv"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
 
 
 def add_run(result: Evaluation, folder: Path) -> list[Path]:

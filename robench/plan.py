@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from robench.errors import DataError
@@ -51,6 +51,7 @@ class RunSpec:
         unit_size: images of one work unit.
         eot: draws averaged in one gradient query.
         judge_repeats: fresh draws behind each verdict.
+        query_budget: the most forward plus backward passes per image of one attack; None: no limit.
         device: kind of device, `cpu` or `cuda`.
         robench_version: version of this package.
         torch_version: version of torch.
@@ -73,6 +74,7 @@ class RunSpec:
     unit_size: int
     eot: int
     judge_repeats: int
+    query_budget: int | None
     device: str
     robench_version: str
     torch_version: str
@@ -89,7 +91,13 @@ class RunSpec:
         Raises:
             DataError: a field is missing, unknown or of the wrong kind.
         """
+        kinds: dict[Any, type] = {"str": str, "int": int, "bool": bool, "dict[str, Any]": dict}
         try:
+            wrong = [
+                one.name for one in fields(cls) if one.type in kinds and type(content[one.name]) is not kinds[one.type]
+            ]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {content[wrong[0]]!r}")
             entries = tuple(AttackEntry(**entry) for entry in content["attacks"])
             eps, shape = tuple(float(value) for value in content["eps"]), tuple(content["image_shape"])
             return cls(**{**content, "attacks": entries, "eps": eps, "image_shape": shape})

@@ -138,7 +138,8 @@ class Evaluation:
         """Writes result.json and row.csv into the run folder, or a whole run folder elsewhere; returns it.
 
         Raises:
-            UsageError: no folder known or given, or it cannot be written.
+            DataError: no folder known or given.
+            UsageError: the folder holds a run already, or cannot be written.
         """
         from robench.leaderboard import row_csv
 
@@ -146,7 +147,7 @@ class Evaluation:
         if target is None:
             raise DataError("this evaluation has no run folder; give one: save(folder)")
         if target != self.folder:
-            store = RunStore.create(target, self.spec)
+            store = RunStore.create(target, self.spec, self.created)
             for unit in plan_units(self.spec):
                 store.write(unit, self._unit_table(unit.start, unit.stop))
             self.folder = target

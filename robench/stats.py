@@ -35,7 +35,9 @@ def mean_interval(fractions: npt.NDArray[np.float64], repeats: int, level: float
     the examples show. It lies between the number of examples (an example is either always or never right) and
     examples times repeats (all examples are alike and only the draws vary). With one repeat it is Wilson's interval.
     Where all answers agree the variance says nothing, and the number of examples is used, the conservative end.
-    Student's quantile makes up for the variance being estimated.
+    Student's quantile makes up for the variance being estimated, and one example that is always right and one that
+    never is, added to those of which the variance is taken, for rare kinds of examples that the sample happens to lack:
+    without them 64 examples of which 1 % are never right would be covered in half of all samples only.
     """
     n = len(fractions)
     if n == 0:
@@ -43,8 +45,9 @@ def mean_interval(fractions: npt.NDArray[np.float64], repeats: int, level: float
     p = float(fractions.mean())
     if repeats == 1 or n == 1 or p in (0.0, 1.0):
         return wilson(p * n, n, level)
-    variance = float(fractions.var(ddof=1)) / n
-    effective = n * repeats if variance == 0 else min(max(p * (1 - p) / variance, n), n * repeats)
+    padded = np.append(fractions, (0.0, 1.0))
+    centre, variance = float(padded.mean()), float(padded.var(ddof=1)) / (n + 2)
+    effective = min(max(centre * (1 - centre) / variance, n), n * repeats)
     return wilson(p * effective, effective, level, quantile=float(t.ppf((1 + level) / 2, n - 1)))
 
 
@@ -57,3 +60,13 @@ def differ(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], leve
     if error == 0:
         return True
     return bool(abs(float(gaps.mean())) / error > t.ppf(1 - level / 2, len(gaps) - 1))
+
+
+def paired_interval(
+    first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of second minus first over the same examples, and the ends of its interval (Student's t)."""
+    gaps = second - first
+    mean = float(gaps.mean())
+    half = float(t.ppf((1 + level) / 2, max(len(gaps) - 1, 1))) * float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
+    return mean, mean - half, mean + half

@@ -71,8 +71,8 @@ class RunStore:
         self.folder, self.spec, self.created = folder, spec, created
 
     @classmethod
-    def create(cls, folder: Path, spec: RunSpec) -> RunStore:
-        """Starts a run folder.
+    def create(cls, folder: Path, spec: RunSpec, created: str | None = None) -> RunStore:
+        """Starts a run folder; `created` is the day of the run, None for today.
 
         Raises:
             UsageError: it holds a run already, or cannot be written.
@@ -85,7 +85,7 @@ class RunStore:
             )
         with _explained(folder):
             (folder / UNIT_FOLDER).mkdir(parents=True, exist_ok=True)
-        created = cls.today()
+        created = created or cls.today()
         content = {"schema": SCHEMA, "created": created, "spec": spec.to_json()}
         write_atomic(folder / SPEC_FILE, _json(content))
         return cls(folder, spec, created)

@@ -74,6 +74,7 @@ class ThreatModel:
             )
         if self.norm == "l0" and self.eps != int(self.eps):
             raise UsageError(f"eps for l0 is a number of pixels; got {self.eps:g}")
+        object.__setattr__(self, "eps", float(self.eps))  # 1 and 1.0 are one bound: seeds and digests take it as text
 
     def __str__(self) -> str:
         return f"{self.norm} eps={format_eps(self.eps, self.norm)}"
@@ -148,6 +149,12 @@ def _clip_l0(delta: Images, eps: float) -> Images:
     return delta * keep.view(-1, 1, *delta.shape[2:])
 
 
+def _unit_l2(grad: Images) -> Images:
+    largest = _column(grad.abs().flatten(1).amax(1))
+    scaled = grad / torch.where(largest > 0, largest, 1)  # the gradient of a saturated softmax underflows when squared
+    return scaled / _column(scaled.flatten(1).norm(dim=1).clamp_min(1))
+
+
 def _top_value(grad: Images) -> Images:
     flat = grad.flatten(1)
     best = flat.abs().argmax(1, keepdim=True)
@@ -197,7 +204,7 @@ _PROJECTIONS: Final[dict[str, Callable[[Images, float], Images]]] = {
 }
 _STEEPEST: Final[dict[str, Callable[[Images], Images]]] = {
     "linf": torch.sign,
-    "l2": lambda grad: grad / _column(grad.flatten(1).norm(dim=1).clamp_min(1e-12)),
+    "l2": _unit_l2,
     "l1": _top_value,
     "l0": _top_pixel,
 }

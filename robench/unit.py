@@ -52,8 +52,7 @@ class UnitWork:
         x: all images of the run.
         y: their labels.
         index: position of each image in its split.
-        query_budget: the most passes per image of one attack; None: no limit.
-        on_query: called with the number of passes after each query.
+        on_query: called after each query with the number of passes and who asked: `judge` or `attack`.
         failures: tracebacks of attacks that failed in this unit, by key; filled by `run_unit`.
     """
 
@@ -63,9 +62,13 @@ class UnitWork:
     x: Images
     y: Labels
     index: Tensor
-    query_budget: int | None = None
-    on_query: Callable[[int], None] | None = None
+    on_query: Callable[[int, str], None] | None = None
     failures: dict[str, str] = field(default_factory=dict)
+
+    def counter(self, kind: str) -> Callable[[int], None] | None:
+        """`on_query` for one kind of query."""
+        on_query = self.on_query
+        return None if on_query is None else lambda passes: on_query(passes, kind)
 
 
 class _Rows:
@@ -128,7 +131,7 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     x, y = work.x[unit.start : unit.stop].to(device), work.y[unit.start : unit.stop].to(device)
     rows = _Rows(work.index[unit.start : unit.stop], y)
     with seeded(work.spec.seed, unit.index, CLEAN, device=device):
-        clean = judge(work.defense, x, work.spec.judge_repeats, on_query=work.on_query)
+        clean = judge(work.defense, x, work.spec.judge_repeats, on_query=work.counter("judge"))
     rows.add(0.0, CLEAN, ["ok"] * len(x), clean)
     right = clean.gather(1, y.cpu()[:, None])[:, 0] > 0
     for eps in work.spec.eps:
@@ -148,8 +151,8 @@ def _run_bound(
             int(right.sum()),
             eot=work.spec.eot,
             mode=entry.mode,
-            budget=work.query_budget,
-            on_query=work.on_query,
+            budget=work.spec.query_budget,
+            on_query=work.counter("attack"),
         )
         purpose = (work.spec.seed, unit.index, entry.key, repr(threat.eps))
         x_adv, distance = x, torch.zeros(len(x), dtype=torch.float64)
@@ -162,7 +165,7 @@ def _run_bound(
             rows.add(threat.eps, entry.key, ["failed"] * len(x), torch.zeros(len(x), work.defense.num_classes).long())
             continue
         with seeded(*purpose, "judge", device=x.device):
-            votes = judge(work.defense, x_adv, work.spec.judge_repeats, on_query=work.on_query)
+            votes = judge(work.defense, x_adv, work.spec.judge_repeats, on_query=work.counter("judge"))
         candidates[entry.key] = (x_adv, votes)
         forwards, backwards = torch.zeros(2, len(x), dtype=torch.int64)
         forwards[right], backwards[right] = victim.ledger.forwards, victim.ledger.backwards
@@ -178,6 +181,8 @@ def _run_bound(
         )
     if candidates:
         _add_worst(work, unit, threat, y=y, candidates=candidates, rows=rows)
+    else:  # every attack failed
+        rows.add(threat.eps, WORST, ["failed"] * len(x), torch.zeros(len(x), work.defense.num_classes).long())
 
 
 @dataclass(frozen=True)
@@ -196,8 +201,8 @@ def _attack(work: UnitWork, task: _Task, victim: Victim) -> tuple[Images, Tensor
     """Runs one attack on the images that are right and checks what it returns."""
     mask = task.right.to(task.x.device)
     originals, labels = task.x[mask], task.y[mask]
-    if work.query_budget is not None:
-        victim.watch(originals, labels)
+    if work.spec.query_budget is not None:
+        victim.watch(originals, labels, task.threat)
     with seeded(*task.purpose, "attack", device=task.x.device):
         try:
             found = work.attacks[task.key](victim, originals.clone(), labels.clone(), task.threat)
@@ -232,7 +237,7 @@ def _add_worst(
     chosen = images[best.to(images.device), torch.arange(len(y), device=images.device)]
     if len(keys) > 1 and work.defense.randomized:
         with seeded(work.spec.seed, unit.index, WORST, repr(threat.eps), device=chosen.device):
-            votes = judge(work.defense, chosen, work.spec.judge_repeats, on_query=work.on_query)
+            votes = judge(work.defense, chosen, work.spec.judge_repeats, on_query=work.counter("judge"))
     else:
         votes = torch.stack([votes for _, votes in candidates.values()])[best, torch.arange(len(y))]
     rows.add(threat.eps, WORST, ["ok"] * len(y), votes, chosen=[keys[i] for i in best.tolist()])

@@ -14,6 +14,7 @@ from robench.attack import ACCESS_LEVELS, Access
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError
 from robench.losses import Loss, get_loss, margin
+from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, PerExample
 
 BATCH_ROWS: Final = 512
@@ -35,6 +36,25 @@ class Gradient(NamedTuple):
 
 
 @dataclass
+class Watched:
+    """The best images within the bound that an attack asked about so far.
+
+    Attributes:
+        originals: the images under attack.
+        labels: their labels.
+        threat: the bound.
+        best: of each example the images with the largest margin, at first the originals.
+        margin: their margins.
+    """
+
+    originals: Images
+    labels: Labels
+    threat: ThreatModel
+    best: Images
+    margin: PerExample
+
+
+@dataclass
 class Ledger:
     """Queries per example, and the best images seen where a budget may cut the attack off.
 
@@ -42,19 +62,20 @@ class Ledger:
         forwards: forward passes of each example.
         backwards: backward passes of each example.
         budget: the most forwards plus backwards of one example; None: no limit.
-        labels: the labels, to know the best images; the attack is given the same.
-        best: the images with the largest margin so far.
-        best_margin: their margins.
+        watched: the best images so far; None where no budget may cut the attack off.
         on_query: called with the number of passes after each query.
     """
 
     forwards: Tensor
     backwards: Tensor
     budget: int | None = None
-    labels: Labels | None = None
-    best: Images | None = None
-    best_margin: PerExample | None = None
+    watched: Watched | None = None
     on_query: Callable[[int], None] | None = field(default=None, repr=False)
+
+    @property
+    def best(self) -> Images | None:
+        """The best images so far within the bound, as far as they are watched."""
+        return None if self.watched is None else self.watched.best
 
 
 class Victim:
@@ -101,15 +122,21 @@ class Victim:
         self.ledger = Ledger(zeros, zeros.clone(), budget, on_query=on_query)
 
     def subset(self, index: Tensor) -> Self:
-        """The victim for some of the examples: row i of a query then belongs to example `index[i]` (or mask)."""
+        """The victim for some of the examples: row i of a query then belongs to example `index[i]` (or mask).
+
+        Raises:
+            PluginError: an example is named twice, so that its queries could not be counted.
+        """
         part = copy.copy(self)
         part._rows = self._rows[index.cpu()]
+        if len(part._rows.unique()) < len(part._rows):
+            raise PluginError("victim.subset takes each example at most once; pass candidates as m * b rows instead")
         return part
 
-    def watch(self, x: Images, y: Labels) -> None:
-        """Starts to remember each example's best images, for an attack that its budget may cut off."""
-        self.ledger.labels, self.ledger.best = y, x.clone()
-        self.ledger.best_margin = torch.full((len(x),), -torch.inf, device=x.device)
+    def watch(self, x: Images, y: Labels, threat: ThreatModel) -> None:
+        """Starts to remember each example's best images within the bound, for an attack that its budget may cut off."""
+        unknown = torch.full((len(x),), -torch.inf, device=x.device)
+        self.ledger.watched = Watched(x, y, threat, x.clone(), unknown)
 
     def labels(self, x: Images) -> Labels:
         """The class that the defense answers; of a randomized one, the most frequent of `eot` answers.
@@ -156,7 +183,7 @@ class Victim:
         self._charge(len(x), forwards=self.eot, backwards=self.eot)
         loss = get_loss(loss) if isinstance(loss, str) else loss
         total, grads, logits = [], [], []
-        for rows, labels in self._chunks(x, y):
+        for rows, labels in zip(self._fold(x), self._fold(y), strict=True):
             leaf = rows.detach().requires_grad_()
             with torch.enable_grad():
                 answer = self._defense.adaptive_forward(leaf, self._mode)
@@ -186,7 +213,7 @@ class Victim:
         self._charge(len(x), forwards=self.eot, backwards=0)
         answers = []
         with torch.no_grad():
-            for rows, _ in self._chunks(x, None):
+            for rows in self._fold(x):
                 answer = self._defense(rows)
                 self._check_shape(answer, len(rows))
                 answers.append(answer)
@@ -194,11 +221,10 @@ class Victim:
         self._remember(x, draws.mean(0))
         return draws
 
-    def _chunks(self, x: Images, y: Labels | None) -> list[tuple[Images, Labels]]:
+    def _fold(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The EOT draws of images or labels as one batch, draw-major, in parts that memory allows."""
         size = self._defense.batch_rows or BATCH_ROWS
-        images = x.repeat(self.eot, 1, 1, 1).split(size)
-        labels = images if y is None else y.repeat(self.eot).split(size)
-        return list(zip(images, labels, strict=True))
+        return rows.repeat(self.eot, *[1] * (rows.ndim - 1)).split(size)
 
     def _check_shape(self, logits: Tensor, rows: int) -> None:
         if logits.shape != (rows, self.num_classes):
@@ -214,7 +240,7 @@ class Victim:
 
     def _charge(self, count: int, *, forwards: int, backwards: int) -> None:
         candidates, rest = divmod(count, max(len(self._rows), 1))
-        if rest or not candidates:
+        if rest or not candidates or not len(self._rows):
             raise PluginError(
                 f"a query must have one row for each of the victim's {len(self._rows)} examples, or a multiple of "
                 f"that; got {count}. Use victim.subset for some of them"
@@ -230,14 +256,13 @@ class Victim:
             ledger.on_query(count * (forwards + backwards))
 
     def _remember(self, x: Images, logits: Logits) -> None:
-        ledger = self.ledger
-        if ledger.labels is None or ledger.best is None or ledger.best_margin is None:
+        watched, size = self.ledger.watched, len(self._rows)
+        if watched is None:
             return
-        rows = self._rows.repeat(len(x) // len(self._rows))
-        margins = margin(logits, ledger.labels[rows])
-        for part in range(0, len(x), len(self._rows)):  # candidates of one example one after the other
-            index = rows[part : part + len(self._rows)]
-            better = margins[part : part + len(index)] > ledger.best_margin[index]
-            chosen = index[better.cpu()]
-            ledger.best[chosen] = x[part : part + len(index)][better]
-            ledger.best_margin[chosen] = margins[part : part + len(index)][better]
+        for images, answers in zip(x.split(size), logits.split(size), strict=True):  # one candidate of each example
+            margins = margin(answers, watched.labels[self._rows])
+            within = watched.threat.contains(watched.originals[self._rows], images)
+            better = within & (margins > watched.margin[self._rows])
+            chosen = self._rows[better.cpu()]
+            watched.best[chosen] = images[better]
+            watched.margin[chosen] = margins[better]

@@ -6,18 +6,16 @@ import inspect
 import json
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from robench.defense import Defense
 from robench.errors import DataError, UsageError
 from robench.store import write_atomic
 
-if TYPE_CHECKING:
-    from robench.defense import Defense
-
-D = TypeVar("D", bound="Defense")
+D = TypeVar("D", bound=Defense)
 
 
 def weights_folder(cls: type[Defense]) -> Path:

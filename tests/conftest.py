@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pytest
 from _pytest.assertion.rewrite import AssertionRewritingHook
@@ -19,6 +20,9 @@ jaxtyping.install_import_hook("robench", TYPECHECKER)
 # The contract tests are shipped inside the package: there pytest's finder, which rewrites assert, must come first.
 pytest.register_assert_rewrite("robench.testing")
 sys.meta_path.sort(key=lambda finder: not isinstance(finder, AssertionRewritingHook))
+
+hypothesis.settings.register_profile("robench", deadline=None)  # a busy machine is no error
+hypothesis.settings.load_profile("robench")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

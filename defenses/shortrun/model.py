@@ -75,7 +75,7 @@ class ShortRun(Defense):
     needs_weights = True
     gradient_modes = ("full", "last_step")
     batch_rows = 64
-    first_look = {"n": 32, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
+    first_look = {"n": 32, "eot": 5, "judge_repeats": 6}  # noqa: RUF012 - a constant; the base declares the type
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the thesis
         self,
@@ -105,10 +105,11 @@ class ShortRun(Defense):
             UsageError: an option is out of range.
         """
         super().__init__()
-        _check_options(preset, aggregate, n_chains, attack_chains, steps)
+        _check_options(preset, aggregate, min(n_chains, attack_chains, steps, channels), sigma=sigma, step_size=step_size)
         self.preset, self.aggregate = preset, aggregate
         self.n_chains, self.attack_chains = n_chains, attack_chains
         self.steps, self.step_size = steps, step_size
+        self.forward_cost = n_chains / attack_chains
         self.num_classes = 10
         self.input_shape = (channels, 28, 28)
         self.generator = make_generator(channels, preset)
@@ -188,13 +189,15 @@ class ShortRun(Defense):
         return logits.mean(0)
 
 
-def _check_options(preset: str, aggregate: str, n_chains: int, attack_chains: int, steps: int) -> None:
+def _check_options(preset: str, aggregate: str, smallest: int, *, sigma: float | None, step_size: float) -> None:
     if preset not in get_args(Preset):
         raise UsageError(f'shortrun: preset must be one of {", ".join(get_args(Preset))}; got "{preset}"')
     if aggregate not in get_args(Aggregate):
         raise UsageError(f'shortrun: aggregate must be one of {", ".join(get_args(Aggregate))}; got "{aggregate}"')
-    if min(n_chains, attack_chains, steps) < 1:
-        raise UsageError("shortrun: n_chains, attack_chains and steps must be at least 1")
+    if smallest < 1:
+        raise UsageError(f"shortrun: channels, n_chains, attack_chains and steps must be at least 1; got {smallest}")
+    if not (step_size > 0 and (sigma is None or sigma > 0)):  # also where one is NaN
+        raise UsageError(f"shortrun: sigma and step_size must be positive; got {sigma} and {step_size}")
 
 
 def auto_sigma(x: Images, step_size: float = 0.015, stability: float = 0.8) -> float:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 import platform
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -91,20 +94,34 @@ class _Run:
 
     @contextmanager
     def checkpoints(self, optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
-        """Yields a function that saves when a minute has gone by; an interrupt saves too."""
-        saved = time.monotonic()
+        """Yields a function to call after each iteration: it saves when a minute has gone by, and on Ctrl-C.
 
-        def save_now_and_then() -> None:
+        An interrupt waits for the end of the iteration, so that no half-made update is saved; a second one does not.
+        """
+        saved, interrupted = time.monotonic(), False
+
+        def note_interrupt(number: int, frame: FrameType | None) -> None:
+            nonlocal interrupted
+            del number, frame
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted = True
+
+        def after_iteration() -> None:
             nonlocal saved
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.save(optimizer)
                 saved = time.monotonic()
+            if interrupted:
+                raise KeyboardInterrupt
 
+        is_main = threading.current_thread() is threading.main_thread()  # only it may set a handler
+        previous = signal.signal(signal.SIGINT, note_interrupt) if is_main else None
         try:
-            yield save_now_and_then
-        except KeyboardInterrupt:
-            self.save(optimizer)
-            raise
+            yield after_iteration
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
     def load(self) -> dict[str, Any]:
         """Reads the checkpoint and returns the optimizer's state.
@@ -191,14 +208,18 @@ def _train_stage(run: _Run, stage: Stage, optimizer_state: dict[str, Any] | None
         optimizer.load_state_dict(optimizer_state)
     average = 0.0
     label = f"{defense.name}: {stage.name}"
-    with Progress(label, iterations, start=run.state.iteration) as progress, run.checkpoints(optimizer) as checkpoint:
-        for iteration in range(run.state.iteration, iterations):
+    with (
+        Progress(label, {"iterations": iterations}, done=run.state.iteration) as progress,
+        run.checkpoints(optimizer) as checkpoint,
+    ):
+        first = run.state.iteration
+        for iteration in range(first, iterations):
             x, y = run.batch(stage, iteration)
             reseed(settings.seed, stage.name, iteration)
             loss = _update(stage, optimizer, x, y, stage.rate(int(iteration / settings.scale)))
-            average += (loss - average) * max(0.02, 1 / (iteration + 1))
+            average += (loss - average) * max(0.02, 1 / (iteration - first + 1))
             run.state.iteration = iteration + 1
-            progress.advance(1, f"loss {average:.4g}")
+            progress.advance(note=f"iteration {iteration + 1}/{iterations}, loss {average:.4g}")
             checkpoint()
 
 

@@ -1,0 +1,247 @@
+"""Toys of the engine's tests. The command line finds them too: `tests/engine_toys.py:Slow`."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robench.attack import Attack
+from robench.defense import Defense
+from robench.threat import NORMS, ThreatModel
+from robench.types import Images, Labels, Logits
+from robench.victim import Victim
+
+CLASSES, SHAPE = 3, (2, 3, 3)
+
+
+class Linear(Defense):
+    """Three classes on 2 x 3 x 3 images: logits = gain * W (x - 1/2), W of cosines. Deterministic."""
+
+    name = "linear"
+    num_classes = CLASSES
+    input_shape = SHAPE
+
+    def __init__(self, gain: float = 3.0) -> None:
+        super().__init__()
+        rows = torch.arange(18.0) * torch.arange(1.0, CLASSES + 1)[:, None]  # k d
+        self.weight = nn.Parameter(gain * torch.cos(rows + torch.arange(CLASSES)[:, None]))
+        self.freeze()
+
+    def forward(self, x: Images) -> Logits:
+        return (x - 0.5).flatten(1) @ self.weight.T
+
+
+class Noisy(Linear):
+    """The linear toy with Gaussian noise on its logits."""
+
+    name = "noisy"
+    randomized = True
+
+    def __init__(self, gain: float = 3.0, sigma: float = 2.0) -> None:
+        super().__init__(gain)
+        self.sigma = sigma
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        return logits + self.sigma * torch.randn_like(logits)
+
+
+class NoisyInput(Linear):
+    """Gaussian noise on the images before a nonlinear toy, so that the gradient depends on the draw."""
+
+    name = "noisy_input"
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward((x + 0.3 * torch.randn_like(x)).sin())
+
+
+class TwoPaths(Linear):
+    """Two gradient modes: the first gives no gradient to speak of, the second the true one."""
+
+    name = "two_paths"
+    gradient_modes = ("flat", "full")
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        logits = self(x)
+        return logits.detach() + 0.0 * logits if self.check_mode(mode) == "flat" else logits
+
+
+class NoGradient(Linear):
+    """Differentiates nothing and offers no stand-in."""
+
+    name = "no_gradient"
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x.detach())
+
+
+class Broken(Linear):
+    """Answers NaN, or logits of the wrong shape."""
+
+    name = "broken"
+
+    def __init__(self, how: str = "nan") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        return logits[:, :2] if self.how == "shape" else logits.fill_(float(self.how))
+
+
+PROTOTYPES = (
+    (12, 50, 51, 14, 17, 57, 56, 20, 3, 56, 57, 5, 2, 56, 57, 4),
+    (0, 47, 53, 0, 1, 48, 50, 1, 1, 40, 40, 1, 1, 35, 35, 1),
+    (9, 51, 52, 11, 22, 60, 59, 26, 27, 58, 57, 30, 24, 40, 40, 26),
+    (1, 43, 45, 1, 2, 49, 50, 4, 2, 53, 55, 3, 1, 50, 53, 1),
+    (4, 52, 54, 5, 18, 69, 67, 22, 25, 68, 67, 29, 22, 46, 47, 25),
+    (0, 1, 5, 6, 1, 10, 25, 25, 17, 30, 32, 32, 8, 13, 4, 7),
+    (7, 44, 45, 9, 18, 56, 55, 21, 18, 55, 54, 21, 14, 46, 47, 17),
+    (0, 0, 1, 0, 1, 16, 43, 30, 29, 47, 50, 44, 1, 2, 2, 2),
+    (4, 14, 15, 6, 29, 49, 49, 36, 41, 67, 66, 47, 23, 47, 44, 24),
+    (0, 2, 22, 16, 0, 9, 68, 55, 20, 49, 73, 62, 20, 34, 21, 26),
+)
+"""Mean brightness of each class of Fashion-MNIST on a 4 x 4 grid, in hundredths."""
+
+
+class Prototypes(Defense):
+    """The nearest of ten class means on a 4 x 4 grid of Fashion-MNIST. Deterministic, 58 % right."""
+
+    name = "prototypes"
+    num_classes = 10
+    input_shape = (1, 28, 28)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(PROTOTYPES) / 100)
+        self.freeze()
+
+    def forward(self, x: Images) -> Logits:
+        return self.classify(functional.avg_pool2d(x, 7).flatten(1))
+
+    def classify(self, cells: Tensor) -> Logits:
+        """Logits of 16 cells: minus half the squared distance from each class mean, but for what all classes share."""
+        return 10 * (cells @ self.weight.T - self.weight.pow(2).sum(1) / 2)
+
+
+class Blindfold(Prototypes):
+    """Randomized: each answer sees one corner of the image, drawn by chance, at a fixed grey."""
+
+    name = "blindfold"
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        corner = torch.randint(4, (len(x),), device=x.device)
+        return self.with_corner_hidden(x, corner)
+
+    def with_corner_hidden(self, x: Images, corner: Labels) -> Logits:
+        cells = functional.avg_pool2d(x, 7).flatten(1)
+        grid = torch.arange(16, device=x.device)
+        place = 2 * (grid // 8) + grid % 4 // 2  # corner of each cell
+        return self.classify(torch.where(place == corner[:, None], 0.3, cells))
+
+
+class Slow(Blindfold):
+    """Sleeps in each pass and before each write to disk, so that a test can kill it at any point."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pause = float(os.environ.get("ROBENCH_TOY_PAUSE", "0"))
+        if self.pause:
+            slow_down_disk(5 * self.pause)
+
+    def forward(self, x: Images) -> Logits:
+        time.sleep(self.pause)
+        return super().forward(x)
+
+
+def slow_down_disk(pause: float) -> None:
+    """Makes each fsync of this process take longer: it stands between a temporary file and its final name."""
+    sync = os.fsync
+
+    def slow_sync(handle: int) -> None:
+        time.sleep(pause)
+        sync(handle)
+
+    os.fsync = slow_sync
+
+
+class Toy(Attack):
+    """Base of the toy attacks: every norm."""
+
+    norms = NORMS
+    access = "gradient"
+
+
+@dataclass(frozen=True)
+class Still(Toy):
+    """Returns the originals and asks nothing."""
+
+    name = "still"
+    access = "none"
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        return x
+
+
+@dataclass(frozen=True)
+class Nudge(Toy):
+    """Moves every pixel by the bound (linf), up or down; asks nothing."""
+
+    name = "nudge"
+    access = "none"
+
+    up: bool = True
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        return threat.project(x, x + (threat.eps if self.up else -threat.eps))
+
+
+@dataclass(frozen=True)
+class Bad(Toy):
+    """Breaks a rule: `raises`, `far`, `nan`, `box`, `shape`, `dtype`, or `some` (raises in the unit of example 0 alone)."""
+
+    name = "bad"
+
+    how: str = "raises"
+    first: float = -1.0
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        if self.how == "raises" or (self.how == "some" and x[0, 0, 0, 0].item() == self.first):
+            raise RuntimeError("planted")
+        return {
+            "far": (x + 2 * threat.eps).clamp(0, 1),
+            "nan": torch.full_like(x, torch.nan),
+            "box": x - 2,
+            "shape": x[:, :1],
+            "dtype": x.double(),
+            "some": x,
+        }[self.how]
+
+
+@dataclass(frozen=True)
+class Wander(Toy):
+    """Queries images ever farther away, in and out of the bound, until a budget stops it."""
+
+    name = "wander"
+    access = "scores"
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        for step in range(10_000):
+            victim.logits((x + 0.25 * step * threat.eps).clamp(0, 1))
+        return x
+
+
+def grid_images(n: int, salt: int = 0) -> tuple[Tensor, Tensor]:
+    """`n` images for `Linear` in [0.1, 0.9] and the labels that it gives them; deterministic."""
+    count = torch.arange(n * 18, dtype=torch.float64) + 1000 * salt
+    x = (0.1 + 0.8 * (count * 0.618034 % 1)).float().view(n, *SHAPE)
+    return x, Linear()(x).argmax(1)

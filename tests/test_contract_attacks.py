@@ -1,0 +1,16 @@
+"""Every attack of the registry keeps the contract: a new file in attacks/ is tested by being there."""
+
+import pytest
+
+from robench.registry import load_attack, names
+from robench.testing import AttackContract
+
+
+class TestAttack(AttackContract):
+    @pytest.fixture(autouse=True, params=names("attack"))
+    def choose(self, request: pytest.FixtureRequest) -> None:
+        self.attack = load_attack(request.param)
+
+
+def test_the_registry_has_attacks() -> None:
+    assert {"fgsm", "pgd"} <= set(names("attack"))

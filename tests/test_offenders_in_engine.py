@@ -1,0 +1,167 @@
+"""Planted offenders in a run: what the engine records as failed, what it refuses, what cannot harm it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import offending_attacks as attacks
+import pytest
+import torch
+from torch import Tensor
+
+import robench
+from robench.attack import Attack
+from robench.defense import Defense
+from robench.errors import PluginError, UsageError
+from robench.testing import LinearToy
+from robench.threat import NORMS, ThreatModel
+from robench.types import Images, Logits
+
+LINF = ThreatModel("linf", 0.05)
+
+
+def evaluate_toy(attacks: list[Attack | str], defense: Defense | None = None, **settings: Any) -> robench.Evaluation:
+    toy = LinearToy()
+    return robench.evaluate(defense or toy, attacks, LINF, toy.examples(12), device="cpu", **settings)
+
+
+OFFENDERS: dict[str, tuple[Attack, str]] = {
+    "leaves the ball": (attacks.LeavesBall(), "within eps"),
+    "leaves the box": (attacks.changed(lambda x: x + 2), "lie in [0, 1]"),
+    "not a number": (attacks.changed(lambda x: x * torch.nan), "must be finite"),
+    "another shape": (attacks.changed(lambda x: x[:, :, 1:]), "adversarial images must be (12, 1, 4, 4)"),
+    "another dtype": (attacks.changed(Tensor.double), "torch.float32; got"),
+    "undeclared access": (attacks.SecretGradient(), 'needs "gradient"'),
+    "raises": (attacks.Raises(), "planted"),
+}
+
+
+@pytest.mark.parametrize(("offender", "reason"), OFFENDERS.values(), ids=OFFENDERS)
+def test_engine_records_a_failed_attack_and_goes_on(offender: Attack, reason: str, tmp_path: Path) -> None:
+    result = evaluate_toy([offender, attacks.Honest(), "fgsm"], out=tmp_path / "run")
+    assert not result.complete
+    assert result.per_attack[offender.spec()] is None
+    assert result.per_attack["honest"] == result.per_attack["fgsm"]
+    assert result.row()["honest"] == "0.0000"
+    assert (result.row()[offender.spec()], result.row()["robust_acc"], result.row()["robust_low"]) == ("", "", "")
+    (failure,) = (tmp_path / "run" / "failures").iterdir()
+    assert reason in failure.read_text()
+    statuses = result.table.groupby("attack")["status"].unique()
+    assert statuses[offender.spec()].tolist() == ["failed"]
+    assert statuses["fgsm"].tolist() == ["ok"]
+
+
+def test_engine_knows_no_robust_accuracy_where_every_attack_failed() -> None:
+    result = evaluate_toy([attacks.LeavesBall(), attacks.Raises()])
+    assert not result.complete
+    assert result.robust_accuracy is None
+    assert result.row()["robust_acc"] == result.row()["majority_acc"] == ""
+    assert result.clean_accuracy.value == 1.0
+
+
+def test_engine_is_not_touched_by_what_an_attack_does_to_its_images() -> None:
+    plain = evaluate_toy([attacks.Honest(), "pgd"])
+    meddled = evaluate_toy([attacks.InPlace(), attacks.InPlaceLabels(), "pgd"])
+    assert meddled.clean_accuracy == plain.clean_accuracy
+    assert meddled.per_attack["pgd"] == plain.per_attack["pgd"]
+    assert (meddled.images("pgd") == plain.images("pgd")).all()
+
+
+def test_engine_seeds_each_attack_whatever_the_one_before_it_seeded() -> None:
+    after, alone = evaluate_toy([attacks.Seeder(), "pgd"]), evaluate_toy(["pgd"])
+    assert (after.images("pgd") == alone.images("pgd")).all()
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 7])
+def test_engine_keeps_the_query_budget(budget: int) -> None:
+    result = evaluate_toy(["pgd", attacks.Honest(), attacks.EndsOutside()], query_budget=budget)
+    assert result.per_attack["ends_outside"] is None
+    spent = result.table.groupby("attack")[["forwards", "backwards"]].max().sum(axis=1)
+    assert spent.max() <= budget
+    assert result.per_attack["pgd"] is not None
+
+
+class LinearOffender(LinearToy):
+    """The base of the engine's defense offenders."""
+
+
+class NanForward(LinearOffender):
+    """NaN for every image."""
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x) * torch.nan
+
+
+class RowsMissing(LinearOffender):
+    """One answer for the whole batch."""
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x)[:1]
+
+
+class ClassMissing(LinearOffender):
+    """Three logits where four are declared."""
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x)[:, :3]
+
+
+class NotATensor(LinearOffender):
+    """A tuple."""
+
+    def forward(self, x: Images) -> Logits:
+        return (super().forward(x),)  # type: ignore[return-value]  # planted
+
+
+class SecretDice(LinearOffender):
+    """Random, but declared deterministic."""
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x) + torch.randn(len(x), 4)
+
+
+class Unnamed(LinearOffender):
+    """No name."""
+
+    name = ""
+
+
+@pytest.mark.parametrize(
+    ("offender", "message"),
+    [
+        (NanForward, "logits must be finite"),
+        (RowsMissing, r"shape \(4, 4\); got \(1, 4\)"),
+        (ClassMissing, r"shape \(4, 4\); got \(4, 3\)"),
+        (NotATensor, "must be a tensor.*got tuple"),
+        (SecretDice, "declared deterministic"),
+        (Unnamed, "name is empty"),
+    ],
+)
+def test_engine_refuses_a_defense_before_any_work(offender: type[LinearOffender], message: str, tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match=message):
+        evaluate_toy(["pgd"], offender(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_engine_stops_when_the_defense_breaks_during_the_run(tmp_path: Path) -> None:
+    class NanElsewhere(LinearOffender):
+        """NaN on every image but those that it knows."""
+
+        known = LinearToy().examples(12)[0]
+
+        def forward(self, x: Images) -> Logits:
+            unknown = (x[:, None] != self.known).flatten(2).any(2).all(1)
+            return super().forward(x).masked_fill(unknown[:, None], torch.nan)
+
+    with pytest.raises(PluginError, match="logits must be finite"):
+        evaluate_toy([attacks.Honest()], NanElsewhere(), out=tmp_path / "run")
+    assert not list((tmp_path / "run" / "units").iterdir())
+
+
+@pytest.mark.parametrize("norm", sorted(set(NORMS) - {"linf", "l2"}))
+def test_engine_refuses_an_attack_that_does_not_serve_the_norm(norm: str) -> None:
+    toy = LinearToy()
+    threat = ThreatModel(norm, 1)
+    with pytest.raises(UsageError, match=f"supports linf, l2; the threat model is {norm}"):
+        robench.evaluate(toy, attacks.Honest(), threat, toy.examples(4))

@@ -1,0 +1,270 @@
+"""Plugins of other distributions, files and modules: found, run, and refused in one line."""
+
+from __future__ import annotations
+
+import json
+import keyword
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robench.errors import UsageError
+from robench.registry import load_attack, load_defense, parse_spec, resolve, spec_of, split_specs
+
+PLUGIN = Path(__file__).parent / "external_plugin"
+COMMAND = (sys.executable, "-c", "from robench.cli import main; main()")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example plugin installed in it, from a copy, since a build leaves files behind."""
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(PLUGIN, folder / "source", ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install")
+    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--target", folder / "site", folder / "source")
+    done = subprocess.run([*pip, *offline], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return folder / "site"
+
+
+class Shell:
+    """Runs robench in a folder, with the plugin on the path."""
+
+    def __init__(self, site: Path, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+    def run(self, *arguments: str, command: tuple[str, ...] = COMMAND) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+
+    def json(self, *arguments: str) -> dict[str, Any]:
+        done = self.run(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        content: dict[str, Any] = json.loads(done.stdout)
+        return content
+
+    def refuse(self, *arguments: str) -> str:
+        """The one line of an error that the user can fix."""
+        done = self.run(*arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        (line,) = done.stderr.splitlines()
+        return line
+
+
+@pytest.fixture
+def shell(site: Path, tmp_path: Path) -> Shell:
+    return Shell(site, tmp_path)
+
+
+# entry points
+
+
+def test_list_shows_plugins_beside_the_built_in_ones(shell: Shell) -> None:
+    names = shell.json("list")["names"]
+    assert {"convnet", "example_blur", "shortrun"} <= set(names["defenses"])
+    assert {"example_noise", "fgsm", "pgd"} <= set(names["attacks"])
+    assert "example_noise" in shell.json("list", "attacks", "--norm", "l2")["names"]["attacks"]
+    assert "example_noise" not in shell.json("list", "attacks", "--norm", "l0")["names"]["attacks"]
+
+
+def test_run_by_entry_point(shell: Shell) -> None:
+    content = shell.json("run", "--defense", "example_blur", "--attack", "example_noise,pgd", "--n", "16")
+    assert (content["defense"], content["n"], content["eot"], content["judge_repeats"]) == ("example_blur", 16, 1, 1)
+    assert list(content["per_attack"]) == ["example_noise", "pgd"]
+    values = {name: estimate["value"] for name, estimate in content["per_attack"].items()}
+    assert content["robust_accuracy"]["value"] <= min(values.values())
+    assert max(values.values()) <= content["clean_accuracy"]["value"]
+    for estimate in (content["clean_accuracy"], content["robust_accuracy"], *content["per_attack"].values()):
+        assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
+    assert content["row"]["defense"] == "example_blur"
+    assert (shell.folder / content["run"] / "run.json").is_file()
+    again = shell.run("verify", str(content["run"]))
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_plugin_author_runs_the_contract(shell: Shell) -> None:
+    """The shipped contract works in a project of its own: no conftest of robench, no checkout on the path."""
+    shutil.copy(PLUGIN / "contract.py", shell.folder)
+    pytest_command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
+    done = shell.run("contract.py", command=pytest_command)
+    assert done.returncode == 0, done.stdout
+    weak = (shell.folder / "contract.py").read_text().replace("draws_tried=200", "draws_tried=1")
+    (shell.folder / "contract.py").write_text(weak)
+    done = shell.run("contract.py", "-k", "known_distance", command=pytest_command)
+    assert done.returncode == 1
+    assert "AssertionError: linf eps=" in done.stdout
+    assert "assert 12 == " in done.stdout or "== 12" in done.stdout, "asserts of the contract must be rewritten"
+
+
+# classes in files and modules
+
+
+FILE = '''
+from dataclasses import dataclass
+
+import torch
+from robench import Attack, Defense
+
+
+class Mean(Defense):
+    """Classifies the brightness: level k of ten where the mean is nearest to k / 20."""
+
+    name = "mean"
+    num_classes = 10
+    input_shape = (1, 28, 28)
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x):
+        levels = torch.arange(10) / 20
+        return -self.gain * (x.mean((1, 2, 3))[:, None] - levels) ** 2
+
+
+@dataclass(frozen=True)
+class Shift(Attack):
+    """Makes the image darker or brighter."""
+
+    name = "shift"
+    norms = ("linf",)
+    access = "none"
+
+    sign: int = 1
+
+    def __call__(self, victim, x, y, threat):
+        return threat.project(x, x + self.sign * threat.eps)
+'''
+
+
+def test_run_classes_in_a_file(shell: Shell) -> None:
+    (shell.folder / "mine.py").write_text(FILE)
+    defense, attacks = "mine.py:Mean(gain=2.0)", "mine.py:Shift,mine.py:Shift(sign=-1)"
+    content = shell.json("run", "--defense", defense, "--attack", attacks, "--n", "16", "--out", "found")
+    assert content["defense"] == "mean"
+    assert list(content["per_attack"]) == ["shift", "shift(sign=-1)"]
+    assert content["complete"]
+    verified = shell.json("verify", "found")
+    assert verified["holds"]
+    assert verified["run"] == "found"
+    for unit in (shell.folder / "found" / "units").iterdir():
+        unit.unlink()
+    resumed = shell.json("run", "--resume", "found")
+    assert resumed["per_attack"] == content["per_attack"]
+
+
+def test_class_in_a_module(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(site)
+    attack = load_attack("robench_example_plugin.noise:ExampleNoise(draws_tried=3)")
+    assert (attack.name, attack.passes()) == ("example_noise", 3)
+    assert attack == load_attack(attack.spec())  # by its entry point, which syspath_prepend made visible
+    assert load_defense("example_blur(width=5)").name == "example_blur"
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--defense", "example_blurr", "--attack", "pgd"), 'did you mean "example_blur"?'),
+        (("--defense", "example_blur", "--attack", "exampel_noise"), 'did you mean "example_noise"?'),
+        (("--defense", "example_blur", "--attack", "example_noise(draw_tried=3)"), 'did you mean "draws_tried"?'),
+        (("--defense", "example_blur", "--attack", "example_noise(draws_tried=0)"), "must be at least 1; got 0"),
+        (("--defense", "example_blur(witdh=3)", "--attack", "pgd"), "its options are: width"),
+        (("--defense", "example_blur", "--attack", "example_noise", "--norm", "l0", "--eps", "3"), "supports linf, l2"),
+        (("--defense", "mine.py:Meen", "--attack", "pgd"), 'did you mean "Mean"?'),
+        (("--defense", "mine.py:Shift", "--attack", "pgd"), "must be a class that extends robench.Defense"),
+        (("--defense", "none.py:Mean", "--attack", "pgd"), "the file none.py does not exist"),
+        (("--defense", "broken.py:Mean", "--attack", "pgd"), "ModuleNotFoundError: No module named 'not_installed'"),
+        (("--defense", "no_such_module:Mean", "--attack", "pgd"), "No module named 'no_such_module'"),
+        (("--defense", "example_blur", "--attack", "broken_noise"), "SyntaxError"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusal_is_one_line(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
+    (shell.folder / "mine.py").write_text(FILE)
+    (shell.folder / "broken.py").write_text("import not_installed\n")
+    plugin = shell.folder / "more" / "broken_noise-1.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-noise\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text("[robench.attacks]\nbroken_noise = broken_noise:Noise\n")
+    (shell.folder / "more" / "broken_noise.py").write_text("class Noise(:\n")
+    shell.environment["PYTHONPATH"] += f"{os.pathsep}{shell.folder / 'more'}"
+    assert message in shell.refuse("run", "--n", "4", *arguments)
+
+
+def test_a_broken_plugin_does_not_stop_the_others(shell: Shell) -> None:
+    (shell.folder / "broken.py").write_text("import not_installed\n")
+    shell.refuse("run", "--n", "4", "--defense", "broken.py:Mean", "--attack", "pgd")
+    assert "example_blur" in shell.json("list", "defenses")["names"]["defenses"]
+
+
+# specs
+
+
+WORDS = st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True).filter(lambda word: not keyword.iskeyword(word))
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = NUMBERS | st.booleans() | st.none() | st.text(max_size=8) | st.lists(NUMBERS, max_size=3) | st.tuples(NUMBERS)
+OPTIONS = st.dictionaries(WORDS, VALUES, max_size=3)
+
+
+@given(name=WORDS, options=OPTIONS)
+def test_spec_round_trip(name: str, options: dict[str, Any]) -> None:
+    assert parse_spec(spec_of(name, options)) == (name, options)
+
+
+@given(specs=st.lists(st.tuples(WORDS, OPTIONS), max_size=4))
+def test_list_of_specs_round_trip(specs: list[tuple[str, dict[str, Any]]]) -> None:
+    texts = [spec_of(name, options) for name, options in specs]
+    assert split_specs(", ".join(texts)) == texts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("pgd", ("pgd", {})),
+        (" pgd ( steps = 5 ) ", ("pgd", {"steps": 5})),
+        ("pgd()", ("pgd", {})),
+        ("pgd(loss=dlr)", ("pgd", {"loss": "dlr"})),
+        ("pgd(step_size=-1e-2)", ("pgd", {"step_size": -0.01})),
+        ("path/to/file.py:Class(a=(1, 2))", ("path/to/file.py:Class", {"a": (1, 2)})),
+    ],
+)
+def test_spec_is_read(text: str, expected: tuple[str, dict[str, Any]]) -> None:
+    assert parse_spec(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "()",
+        "pgd(",
+        "pgd)",
+        "pgd(5)",
+        "pgd(steps=)",
+        "pgd(**x)",
+        "pgd(steps=5) x",
+        "pgd(a=open('f'))",
+        "pgd(a=1, a=2)",
+    ],
+)
+def test_malformed_spec_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        resolve("attack", parse_spec(text)[0])
+
+
+@pytest.mark.parametrize("text", ["fgsm,,pgd", " fgsm , pgd,", ",fgsm,pgd"])
+def test_empty_entries_of_a_list_are_left_out(text: str) -> None:
+    assert split_specs(text) == ["fgsm", "pgd"]

@@ -1,0 +1,200 @@
+"""Intervals and paired tests: against scipy, against simulation, against enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from robench.result import Answers
+from robench.stats import differ, mean_interval, wilson
+
+Fractions = npt.NDArray[np.float64]
+
+
+@given(n=st.integers(1, 5000), data=st.data(), level=st.sampled_from([0.8, 0.95, 0.999]))
+def test_wilson_is_scipy_s(n: int, data: st.DataObject, level: float) -> None:
+    right = data.draw(st.integers(0, n))
+    expected = binomtest(right, n).proportion_ci(level, method="wilson")
+    assert wilson(right, n, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_of_nothing_is_everything() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(n=st.integers(1, 300), data=st.data())
+def test_mean_interval_of_single_answers_is_wilson(n: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, n))
+    fractions = np.r_[np.ones(right), np.zeros(n - right)]
+    assert mean_interval(fractions, 1) == pytest.approx(wilson(right, n), abs=1e-12)
+
+
+@st.composite
+def counts(draw: st.DrawFn, least: int = 1) -> tuple[Fractions, int]:
+    repeats = draw(st.integers(1, 30))
+    right = draw(st.lists(st.integers(0, repeats), min_size=least, max_size=80))
+    return np.array(right) / repeats, repeats
+
+
+@given(drawn=counts())
+def test_mean_interval_holds_the_mean_and_stays_in_the_unit_interval(drawn: tuple[Fractions, int]) -> None:
+    fractions, repeats = drawn
+    low, high = mean_interval(fractions, repeats)
+    assert 0 <= low <= fractions.mean() + 1e-12
+    assert fractions.mean() - 1e-12 <= high <= 1
+    assert low < high
+
+
+@given(drawn=counts(least=2), times=st.integers(2, 5))
+def test_mean_interval_narrows_with_more_of_the_same_examples(drawn: tuple[Fractions, int], times: int) -> None:
+    fractions, repeats = drawn
+    low, high = mean_interval(fractions, repeats)
+    narrow_low, narrow_high = mean_interval(np.tile(fractions, times), repeats)
+    assert narrow_high - narrow_low < high - low
+
+
+@given(drawn=counts(), times=st.integers(2, 5))
+def test_mean_interval_never_widens_with_more_repeats(drawn: tuple[Fractions, int], times: int) -> None:
+    fractions, repeats = drawn
+    if repeats == 1:  # here the quantile changes from the normal one to Student's
+        repeats = 2
+    low, high = mean_interval(fractions, repeats)
+    again_low, again_high = mean_interval(fractions, repeats * times)
+    assert low <= again_low + 1e-12
+    assert again_high <= high + 1e-12
+
+
+@given(drawn=counts())
+def test_mean_interval_is_symmetric_in_right_and_wrong(drawn: tuple[Fractions, int]) -> None:
+    fractions, repeats = drawn
+    low, high = mean_interval(fractions, repeats)
+    assert mean_interval(1 - fractions, repeats) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize("repeats", [2, 5, 20, 100])
+@pytest.mark.parametrize("n", [16, 64, 256])
+def test_one_wrong_answer_promises_no_more_than_none(n: int, repeats: int) -> None:
+    """An example of a kind that is always wrong may be missing from the sample in both cases alike."""
+    all_right, one_wrong = np.ones(n), np.ones(n)
+    one_wrong[0] -= 1 / repeats
+    assert mean_interval(one_wrong, repeats)[0] <= mean_interval(all_right, repeats)[0] + 0.002
+
+
+POPULATIONS = {
+    "deterministic": ((0.0, 1.0), (0.5, 0.5)),
+    "two kinds": ((0.1, 0.9), (0.5, 0.5)),
+    "all kinds": ((0.0, 0.3, 0.7, 1.0), (0.3, 0.2, 0.2, 0.3)),
+    "mostly broken": ((0.0, 0.5, 1.0), (0.8, 0.1, 0.1)),
+    "all alike": ((0.5,), (1.0,)),
+    "nearly always right": ((0.995,), (1.0,)),
+    "few always wrong": ((0.0, 0.998), (0.02, 0.98)),
+    "very few always wrong": ((0.0, 0.99), (0.01, 0.99)),
+    "few always right": ((1.0, 0.02), (0.02, 0.98)),
+    "tenth always wrong": ((0.0, 0.9), (0.1, 0.9)),
+}
+
+
+@pytest.mark.parametrize("repeats", [5, 100])
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_mean_interval_covers_the_population_s_mean(name: str, repeats: int) -> None:
+    """64 examples of a mixed population, each judged 5 or 100 times: at least 92 % of 2000 intervals hold the mean."""
+    chances, shares = POPULATIONS[name]
+    generator = np.random.default_rng(7)
+    hits = 0
+    for _ in range(2000):
+        chance = generator.choice(chances, 64, p=shares)
+        low, high = mean_interval(generator.binomial(repeats, chance) / repeats, repeats)
+        hits += low <= np.dot(chances, shares) <= high
+    assert hits / 2000 >= 0.92
+
+
+# what an attacker with several tries, or a vote, makes of the answers
+
+
+def make_answers(right: list[int], repeats: int) -> Answers:
+    """Votes of three classes; the label is class 1 and wrong answers are class 0."""
+    votes = np.array([[repeats - count, count, 0] for count in right], dtype=np.int64)
+    return Answers(votes, np.ones(len(right), dtype=np.int64))
+
+
+@given(repeats=st.integers(1, 8), data=st.data())
+def test_best_of_is_the_fraction_of_all_choices_in_which_every_answer_is_right(
+    repeats: int, data: st.DataObject
+) -> None:
+    right = data.draw(st.lists(st.integers(0, repeats), min_size=1, max_size=4))
+    tries = data.draw(st.integers(1, repeats))
+    fractions = []
+    for count in right:
+        draws = [True] * count + [False] * (repeats - count)
+        choices = [all(choice) for choice in itertools.combinations(draws, tries)]
+        fractions.append(sum(choices) / len(choices))
+    assert make_answers(right, repeats).best_of(tries).value == pytest.approx(np.mean(fractions), abs=1e-12)
+
+
+@given(repeats=st.integers(2, 10), data=st.data())
+def test_more_tries_never_help_the_defense(repeats: int, data: st.DataObject) -> None:
+    answers = make_answers(data.draw(st.lists(st.integers(0, repeats), min_size=1, max_size=9)), repeats)
+    values = [answers.best_of(tries).value for tries in range(1, repeats + 1)]
+    assert values[0] == pytest.approx(answers.accuracy().value)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(values))
+
+
+def test_majority_counts_a_tie_as_wrong() -> None:
+    votes = np.array([[3, 2, 0], [2, 2, 1], [1, 3, 1], [2, 1, 2], [0, 5, 0]], dtype=np.int64)
+    majority = Answers(votes, np.ones(5, dtype=np.int64)).majority()
+    assert majority.value == 2 / 5
+    assert (majority.low, majority.high) == wilson(2, 5)
+
+
+def test_majority_ignores_how_the_wrong_answers_spread() -> None:
+    votes = np.array([[3, 4, 3], [4, 4, 2], [6, 4, 0]], dtype=np.int64)
+    assert Answers(votes, np.ones(3, dtype=np.int64)).majority().value == pytest.approx(1 / 3)
+
+
+# paired tests
+
+
+def test_differ_seldom_cries_wolf() -> None:
+    """Two judges of one randomized defense at the 0.1 % level: at most 0.6 % false alarms in 2000 pairs."""
+    generator = np.random.default_rng(3)
+    alarms = 0
+    for _ in range(2000):
+        chance = generator.choice([0.0, 0.05, 0.5, 0.95, 1.0], 64, p=[0.3, 0.2, 0.2, 0.2, 0.1])
+        first, second = generator.binomial(20, chance) / 20, generator.binomial(20, chance) / 20
+        alarms += differ(first, second)
+    assert alarms <= 12
+
+
+def test_differ_finds_a_gap_of_ten_points() -> None:
+    generator = np.random.default_rng(4)
+    found = 0
+    for _ in range(300):
+        chance = generator.uniform(0.1, 0.8, 64)
+        found += differ(generator.binomial(20, chance) / 20, generator.binomial(20, chance + 0.1) / 20)
+    assert found >= 290
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [([0.5, 0.5], [0.5, 0.5], False), ([0.5, 0.7], [0.6, 0.8], True), ([0.1], [0.9], False)],
+)
+def test_differ_without_spread(first: list[float], second: list[float], expected: bool) -> None:
+    pair = np.array(first), np.array(second)
+    if expected:  # equal gaps up to rounding, which would be spread
+        pair = np.array(first), np.array(first) + 0.125
+    assert differ(*pair) is expected
+
+
+def test_differ_is_symmetric() -> None:
+    generator = np.random.default_rng(5)
+    first, second = generator.random(30), generator.random(30) + 0.6
+    assert differ(first, second)
+    assert differ(second, first)
+    assert not differ(first, first + generator.normal(0, 1, 30) / math.sqrt(30) * 0.01)

@@ -1,0 +1,267 @@
+"""The victim: what it counts, what it refuses, how it averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from engine_toys import Broken, Linear, NoGradient, Noisy, NoisyInput, TwoPaths, grid_images
+from torch import Tensor
+from torch.nn import functional
+
+from robench.attack import Access
+from robench.defense import Defense
+from robench.errors import BudgetExhausted, PluginError, UsageError
+from robench.losses import margin
+from robench.rng import seeded
+from robench.threat import ThreatModel
+from robench.victim import Victim
+
+LOOSE = ThreatModel("linf", 1.0)
+
+
+def passes(victim: Victim) -> list[tuple[int, int]]:
+    return list(zip(victim.ledger.forwards.tolist(), victim.ledger.backwards.tolist(), strict=True))
+
+
+# counts
+
+
+@pytest.mark.parametrize(("defense", "draws"), [(Linear(), 1), (Noisy(), 4)], ids=["deterministic", "randomized"])
+def test_each_query_counts_its_draws(defense: Defense, draws: int) -> None:
+    x, y = grid_images(3)
+    heard: list[int] = []
+    victim = Victim(defense, "gradient", 3, eot=4, on_query=heard.append)
+    victim.logits(x)
+    assert passes(victim) == [(draws, 0)] * 3
+    victim.labels(x)
+    victim.loss_grad(x, y)
+    assert passes(victim) == [(3 * draws, draws)] * 3
+    assert heard == [3 * draws, 3 * draws, 6 * draws]
+
+
+def test_a_subset_counts_for_its_own_examples() -> None:
+    x, y = grid_images(4)
+    victim = Victim(Linear(), "gradient", 4)
+    victim.subset(torch.tensor([3, 1])).logits(x[[3, 1]])
+    victim.subset(torch.tensor([False, True, True, False])).loss_grad(x[1:3], y[1:3])
+    victim.subset(torch.tensor([2, 3])).subset(torch.tensor([1])).logits(x[3:])
+    assert passes(victim) == [(0, 0), (2, 1), (1, 1), (2, 0)]
+
+
+def test_candidates_of_each_example_all_count() -> None:
+    x, _ = grid_images(3)
+    victim = Victim(Noisy(), "scores", 3, eot=2)
+    assert victim.logits(x.repeat(5, 1, 1, 1)).shape == (15, 3)
+    assert victim.subset(torch.tensor([1])).logits(x[:2]).shape == (2, 3)
+    assert victim.ledger.forwards.tolist() == [10, 14, 10]
+
+
+@pytest.mark.parametrize("rows", [0, 2, 4, 5])
+def test_a_row_too_few_or_too_many_is_refused_and_not_counted(rows: int) -> None:
+    x, _ = grid_images(5)
+    victim = Victim(Linear(), "scores", 3)
+    with pytest.raises(PluginError, match=f"one row for each of the victim's 3 examples, or a multiple.*got {rows}"):
+        victim.logits(x[:rows])
+    assert passes(victim) == [(0, 0)] * 3
+
+
+def test_no_query_goes_uncounted() -> None:
+    x, _ = grid_images(4)
+    victim = Victim(Linear(), "scores", 4)
+    with pytest.raises(PluginError, match="at most once"):
+        victim.subset(torch.tensor([0, 0]))
+    with pytest.raises(PluginError, match="the victim's 0 examples"):
+        victim.subset(torch.zeros(4, dtype=torch.bool)).logits(x)
+
+
+# access
+
+
+QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
+    "labels": lambda victim, x, _: victim.labels(x),
+    "logits": lambda victim, x, _: victim.logits(x),
+    "loss_grad": lambda victim, x, y: victim.loss_grad(x, y),
+    "gradient": lambda victim, x, y: victim.gradient(x, y),
+}
+ALLOWED: dict[Access, set[str]] = {
+    "none": set(),
+    "decisions": {"labels"},
+    "scores": {"labels", "logits"},
+    "gradient": {"labels", "logits", "loss_grad", "gradient"},
+}
+
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("access", ALLOWED)
+def test_a_query_above_the_declared_access_is_refused(access: Access, query: str) -> None:
+    x, y = grid_images(2)
+    victim = Victim(Linear(), access, 2)
+    if query in ALLOWED[access]:
+        QUERIES[query](victim, x, y)
+        assert victim.ledger.forwards.tolist() == [1, 1]
+    else:
+        with pytest.raises(PluginError, match=f'declares access "{access}" called victim'):
+            QUERIES[query](victim, x, y)
+        assert passes(victim) == [(0, 0)] * 2
+
+
+# values
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+def test_gradient_is_autograd_s_of_the_plain_model(loss: str) -> None:
+    x, y = grid_images(5)
+    defense = Linear()
+    leaf = x.clone().requires_grad_()
+    logits = defense(leaf)
+    if loss == "ce":
+        values = functional.cross_entropy(logits, y, reduction="none")
+    else:
+        values = margin(logits, y)
+        ordered = logits.sort(dim=1, descending=True).values
+        values = values / (ordered[:, 0] - ordered[:, 2]) if loss == "dlr" else values
+    (grad,) = torch.autograd.grad(values.sum(), leaf)
+    found = Victim(defense, "gradient", 5).gradient(x, y, loss)
+    torch.testing.assert_close(found.grad, grad)
+    torch.testing.assert_close(found.loss, values.detach())
+    torch.testing.assert_close(found.logits, logits.detach())
+    assert not found.logits.requires_grad
+
+
+def test_a_loss_may_be_a_function() -> None:
+    x, y = grid_images(3)
+    named = Victim(Linear(), "gradient", 3).gradient(x, y, "margin")
+    given = Victim(Linear(), "gradient", 3).gradient(x, y, margin)
+    assert torch.equal(named.grad, given.grad)
+
+
+def test_eot_is_the_mean_over_separate_draws_of_the_same_noise() -> None:
+    x, y = grid_images(4)
+    draws = 6
+    with seeded(5, "noise"):
+        found = Victim(NoisyInput(), "gradient", 4, eot=draws).gradient(x, y)
+    with seeded(5, "noise"):
+        noise = 0.3 * torch.randn(draws * 4, *x.shape[1:])  # as the folded batch draws it, draw-major
+    plain = Linear()
+    losses, grads, logits = [], [], []
+    for part in noise.split(4):
+        leaf = x.clone().requires_grad_()
+        answer = plain((leaf + part).sin())
+        values = functional.cross_entropy(answer, y, reduction="none")
+        grads.append(torch.autograd.grad(values.sum(), leaf)[0])
+        losses.append(values.detach())
+        logits.append(answer.detach())
+    torch.testing.assert_close(found.loss, torch.stack(losses).mean(0))
+    torch.testing.assert_close(found.grad, torch.stack(grads).mean(0))
+    torch.testing.assert_close(found.logits, torch.stack(logits).mean(0))
+    assert not torch.allclose(grads[0], grads[1])  # the draws do differ
+
+
+def test_logits_are_the_mean_and_labels_the_vote_of_the_draws() -> None:
+    x, _ = grid_images(4)
+    defense = Noisy()
+
+    def draws() -> Tensor:
+        with seeded(2, "noise"):
+            return defense(x.repeat(9, 1, 1, 1)).unflatten(0, (9, 4))
+
+    with seeded(2, "noise"):
+        torch.testing.assert_close(Victim(defense, "scores", 4, eot=9).logits(x), draws().mean(0))
+    with seeded(2, "noise"):
+        labels = Victim(defense, "decisions", 4, eot=9).labels(x)
+    assert labels.tolist() == draws().argmax(2).mode(0).values.tolist()
+
+
+def test_gradient_mode_is_the_one_asked_for() -> None:
+    x, y = grid_images(3)
+    flat = Victim(TwoPaths(), "gradient", 3, mode="flat").loss_grad(x, y)[1]
+    full = Victim(TwoPaths(), "gradient", 3, mode="full").loss_grad(x, y)[1]
+    default = Victim(TwoPaths(), "gradient", 3).loss_grad(x, y)[1]
+    assert not bool(flat.any())
+    assert bool(full.any())
+    assert torch.equal(default, flat)  # the defense names it first
+    with pytest.raises(UsageError, match='offers the gradient modes flat, full; got "bpda"'):
+        Victim(TwoPaths(), "gradient", 3, mode="bpda")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+def test_small_batches_give_what_one_batch_gives(rows: int) -> None:
+    x, y = grid_images(7)
+    whole, cut = Linear(), Linear()
+    cut.batch_rows = rows
+    largest: list[int] = []
+    cut.register_forward_pre_hook(lambda _, args: largest.append(len(args[0])))
+    expected = Victim(whole, "gradient", 7).gradient(x.repeat(2, 1, 1, 1), y.repeat(2))
+    found = Victim(cut, "gradient", 7).gradient(x.repeat(2, 1, 1, 1), y.repeat(2))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert max(largest) <= rows
+
+
+def test_queries_leave_no_trace_on_the_weights() -> None:
+    x, y = grid_images(3)
+    defense = Linear()
+    defense.weight.requires_grad_(True)
+    with torch.no_grad():  # also where an attack forbids gradients of its own
+        grad = Victim(defense, "gradient", 3).loss_grad(x, y)[1]
+    assert bool(grad.any())
+    assert defense.weight.grad is None
+
+
+def test_a_defense_without_gradient_is_told_what_to_do() -> None:
+    x, y = grid_images(2)
+    with pytest.raises(PluginError, match=r'"no_gradient": adaptive_forward gives no gradient.*BPDA'):
+        Victim(NoGradient(), "gradient", 2).loss_grad(x, y)
+
+
+@pytest.mark.parametrize("query", ["labels", "logits", "gradient"])
+def test_logits_of_the_wrong_shape_are_refused(query: str) -> None:
+    x, y = grid_images(2)
+    with pytest.raises(PluginError, match=r'"broken": logits must be \(2, 3\); got \(2, 2\)'):
+        QUERIES[query](Victim(Broken("shape"), "gradient", 2), x, y)
+
+
+# budget
+
+
+def test_budget_is_the_most_passes_of_one_example() -> None:
+    x, y = grid_images(2)
+    victim = Victim(Noisy(), "gradient", 2, eot=2, budget=9)
+    victim.loss_grad(x, y)  # 2 forwards, 2 backwards
+    victim.loss_grad(x, y)
+    with pytest.raises(BudgetExhausted, match="query budget of 9 passes per image"):
+        victim.logits(x)
+    assert passes(victim) == [(4, 4)] * 2
+
+
+def test_an_example_that_has_budget_left_goes_on() -> None:
+    x, _ = grid_images(2)
+    victim = Victim(Linear(), "scores", 2, budget=3)
+    victim.subset(torch.tensor([0])).logits(x[[0, 0, 0]])
+    victim.subset(torch.tensor([1])).logits(x[1:])
+    with pytest.raises(BudgetExhausted):
+        victim.logits(x)
+    assert victim.ledger.forwards.tolist() == [3, 1]
+
+
+def test_best_images_are_those_with_the_largest_margin_within_the_bound() -> None:
+    x, y = grid_images(3)
+    defense, threat = Linear(), ThreatModel("linf", 0.2)
+    victim = Victim(defense, "scores", 3)
+    victim.watch(x, y, threat)
+    with seeded(0, "queries"):
+        queries = [(x + scale * (torch.rand_like(x) - 0.5)).clamp(0, 1) for scale in (0.0, 0.3, 0.4, 4.0, 4.0)]
+    victim.logits(queries[0])
+    victim.logits(torch.cat(queries[1:4]))  # candidate-major
+    for example in (2, 0, 1):
+        victim.subset(torch.tensor([example])).logits(queries[4][[example]])
+    everything = torch.stack(queries)  # queries b c h w
+    margins = torch.stack([margin(defense(images), y) for images in queries])
+    within = torch.stack([threat.contains(x, images) for images in queries])
+    assert within.sum(0).tolist() == [3, 3, 3]  # the last two queries stray
+    assert bool((margins.argmax(0) >= 3).any())  # and would be chosen
+    best = margins.where(within, -torch.inf).argmax(0)
+    assert victim.ledger.best is not None
+    assert torch.equal(victim.ledger.best, everything[best, torch.arange(3)])

@@ -1,0 +1,240 @@
+"""Weights files: what is read, what is refused, and that no pickle is ever run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+
+from robench import DataError, RobenchError, UsageError, load_defense
+from robench.defense import weights_digest
+from robench.defenses.shortrun import ShortRun
+from robench.rng import seeded
+from robench.weights import load_weights, read_card, save_weights
+
+PLANTED: list[str] = []
+
+
+def make_model(**options: Any) -> ShortRun:
+    with seeded("weights of a test"):
+        return ShortRun(**options)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "good.safetensors"
+    save_weights(make_model(), path, {"defense": "shortrun", "options": {"n_chains": 3}})
+    return path
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switches the type checks of the tests off, so that a wrong value meets the code's own check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def assert_refused(path: Path, kind: type[RobenchError], reason: str) -> None:
+    """One line that names the file; the module keeps the weights it had."""
+    model = make_model()
+    before = weights_digest(model)
+    with pytest.raises(kind) as caught:
+        load_weights(model, path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert reason in message
+    assert "\n" not in message
+    assert len(message) < 600
+    assert weights_digest(model) == before
+
+
+# what is read
+
+
+def test_safetensors_round_trip(saved: Path) -> None:
+    original = make_model()
+    with seeded("other weights"):
+        copy = ShortRun()
+    assert weights_digest(copy) != weights_digest(original)
+    load_weights(copy, saved)
+    assert weights_digest(copy) == weights_digest(original)
+    assert read_card(saved) == {"defense": "shortrun", "options": {"n_chains": 3}}
+    assert [path.name for path in saved.parent.iterdir() if path.suffix not in (".safetensors", ".json")] == []
+
+
+def test_torch_file_of_plain_tensors_is_read(tmp_path: Path) -> None:
+    original = make_model()
+    torch.save(original.double().state_dict(), tmp_path / "model.pt")
+    with seeded("other weights"):
+        copy = ShortRun()
+    load_weights(copy, tmp_path / "model.pt")
+    assert weights_digest(copy) == weights_digest(original.float())
+
+
+def test_load_defense_takes_options_from_the_card_and_overrides_them(saved: Path) -> None:
+    defense = load_defense("shortrun", weights=saved)
+    assert isinstance(defense, ShortRun)
+    assert defense.n_chains == 3
+    assert not defense.training
+    assert not any(parameter.requires_grad for parameter in defense.parameters())
+    assert weights_digest(defense) == weights_digest(make_model())
+    other = load_defense("shortrun(n_chains=5)", weights=saved)
+    assert isinstance(other, ShortRun)
+    assert other.n_chains == 5
+
+
+def test_weights_without_a_card_are_read(saved: Path) -> None:
+    saved.with_suffix(".json").unlink()
+    assert read_card(saved) == {}
+    assert weights_digest(load_defense("shortrun", weights=saved)) == weights_digest(make_model())
+
+
+# what is refused
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "nowhere.safetensors", UsageError, "does not exist")
+
+
+def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    assert_refused(tmp_path, UsageError, "does not exist")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 100_000])
+def test_cut_off_safetensors(saved: Path, kept: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:kept])
+    assert_refused(saved, DataError, "damaged")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, 100_000])
+def test_cut_off_torch_file(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(make_model().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert_refused(path, DataError, "damaged")
+
+
+@pytest.mark.parametrize("name", ["text.pt", "text.safetensors"])
+def test_text_in_place_of_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("these are not the weights\n" * 40)
+    assert_refused(tmp_path / name, DataError, "damaged")
+
+
+def test_other_shapes_name_the_first_tensor_that_differs(tmp_path: Path) -> None:
+    path = tmp_path / "colour.safetensors"
+    save_weights(make_model(channels=3), path, {})
+    assert_refused(path, DataError, '"generator.6.bias": expected (1,), got (3,)')
+
+
+def test_missing_and_extra_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    state = make_model().state_dict()
+    state["extra"] = state.pop("log_sigma")
+    torch.save(state, path)
+    assert_refused(path, DataError, '2 of 15 tensors differ, first "extra": expected none, got ()')
+
+
+def plant() -> None:
+    """What the planted pickles would call."""
+    PLANTED.append("ran")
+
+
+class Planted:
+    """An object whose pickle calls `plant` when it is read without restriction."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return plant, ()
+
+
+@pytest.mark.parametrize("name", ["code.pt", "code.pth", "code.safetensors"])
+@pytest.mark.parametrize("write", ["pickle", "torch"])
+def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, name: str, write: str) -> None:
+    path = tmp_path / name
+    content = {"weight": Planted()}
+    if write == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    PLANTED.clear()
+    assert_refused(path, DataError, "it never runs a pickle")
+    assert PLANTED == []
+
+
+def test_planted_pickle_would_run_without_the_restriction() -> None:
+    """The offender of the test above is live."""
+    PLANTED.clear()
+    pickle.loads(pickle.dumps(Planted()))
+    assert PLANTED == ["ran"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"state_dict": {"weight": torch.zeros(2)}}, {"epoch": 3, "weight": torch.zeros(2)}, {1: torch.zeros(2)}],
+    ids=["list", "nested", "mixed", "numbered"],
+)
+def test_torch_file_of_other_things(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save(content, path)
+    assert_refused(path, DataError, "must hold a dict of tensors (a state_dict)")
+
+
+# the card
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read"),
+        ("\xff\xfe", "cannot be read"),
+        ("[1, 2]", "must be a JSON object; got list"),
+        ('{"options": [1]}', "options must be a JSON object; got list"),
+        ('{"options": null}', "options must be a JSON object; got NoneType"),
+    ],
+    ids=["cut off", "not text", "list", "options a list", "options null"],
+)
+def test_card_that_is_no_json_object(saved: Path, text: str, reason: str) -> None:
+    card = saved.with_suffix(".json")
+    card.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        load_defense("shortrun", weights=saved)
+    assert str(card) in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_card_with_an_option_that_does_not_exist(saved: Path) -> None:
+    saved.with_suffix(".json").write_text(json.dumps({"options": {"chains": 3}}))
+    with pytest.raises(UsageError, match=r"^defense \"shortrun\": .*'chains'; its options are: channels, preset.*$"):
+        load_defense("shortrun", weights=saved)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_option_of_the_wrong_kind(saved: Path) -> None:
+    with pytest.raises(UsageError, match=r'^defense "shortrun": an option is of the wrong kind: .*$'):
+        load_defense("shortrun(n_chains=many)", weights=saved)
+
+
+# what is written
+
+
+def test_save_replaces_weights_in_one_step_or_not_at_all(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails leaves the old file as it was and no temporary file."""
+    before = saved.read_bytes()
+
+    def fail(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with seeded("other weights"):
+        other = ShortRun()
+    with pytest.raises(UsageError, match=r"^cannot write .*good\.safetensors: No space left on device\..*$"):
+        save_weights(other, saved, {})
+    assert saved.read_bytes() == before
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["good.json", "good.safetensors"]
