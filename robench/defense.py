@@ -100,6 +100,12 @@ class Defense(nn.Module):
         del input_shape, num_classes
         return {}
 
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """Names the weights that options need where the dataset's usual ones do not fit; default "": the usual ones."""
+        del options
+        return ""
+
     def recipe(self, name: str | None = None) -> Recipe:
         """The training recipe of that name (None: the default one).
 

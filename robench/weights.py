@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import pickle
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,19 +46,21 @@ def _locate(
         return Path(weights)
     if not cls.needs_weights:
         return None
-    stem = dataset or "fashion_mnist"
-    if "preset" in options:
-        variant = weights_folder(cls) / f"{stem}-{options['preset']}.safetensors"
-        if variant.exists():
-            return variant
+    stem = weights_stem(cls, dataset or "fashion_mnist", options)
     path = weights_folder(cls) / f"{stem}.safetensors"
     if not path.exists():
         shipped = ", ".join(shipped_weights(cls)) or "none"
         raise UsageError(
-            f'no weights of defense "{cls.name}" for dataset "{stem}" (shipped: {shipped}). '
-            f"Train them with 'robench train --defense {cls.name} --dataset {stem}' or pass --weights FILE"
+            f'no weights "{stem}" of defense "{cls.name}" (shipped: {shipped}). '
+            f"Train them with 'robench train --defense {cls.name} --dataset {dataset}' or pass --weights FILE"
         )
     return path
+
+
+def weights_stem(cls: type[Defense], dataset: str, options: dict[str, Any]) -> str:
+    """The name of a weights file without its ending: the dataset, and the variant that the options ask for."""
+    variant = cls.weights_variant(options)
+    return f"{dataset}-{variant}" if variant else dataset
 
 
 def _build(cls: type[D], options: dict[str, Any]) -> D:
@@ -67,14 +69,17 @@ def _build(cls: type[D], options: dict[str, Any]) -> D:
     except TypeError as error:
         takes = ", ".join(inspect.signature(cls).parameters) or "none"
         raise UsageError(f'defense "{cls.name}": {error}; its options are: {takes}') from None
-    return cls(**options)
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f'defense "{cls.name}": an option is of the wrong kind: {error}') from error
 
 
 def read_card(path: Path) -> dict[str, Any]:
     """Reads the model card beside a weights file; an empty one if there is none.
 
     Raises:
-        DataError: the card is not a JSON object.
+        DataError: the card, or the options in it, are not a JSON object.
     """
     card = path.with_suffix(".json")
     if not card.exists():
@@ -85,6 +90,9 @@ def read_card(path: Path) -> dict[str, Any]:
         raise DataError(f"model card {card} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"model card {card} must be a JSON object; got {type(content).__name__}")
+    options = content.get("options", {})
+    if not isinstance(options, dict):
+        raise DataError(f"model card {card}: options must be a JSON object; got {type(options).__name__}")
     return content
 
 
@@ -115,22 +123,24 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on files that are refused anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UsageError(f"weights file {path} may not be read: {error.strerror}") from None
-    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise DataError(
             f"weights file {path} is damaged or not a plain tensor file ({reason}). robench reads safetensors, "
             "or torch files that load under weights_only=True; it never runs a pickle"
         ) from None
-    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
+    if not (
+        isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    ):
         raise DataError(f"weights file {path} must hold a dict of tensors (a state_dict); got {type(state).__name__}")
     return state
 

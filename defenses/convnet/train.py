@@ -21,9 +21,9 @@ class ConvNetRecipe(Recipe):
         self.defense = defense
 
     def stages(self) -> list[Stage]:
-        """One stage of about four epochs."""
+        """One stage of about two epochs."""
         parameters = list(self.defense.parameters())
-        return [Stage("clean", 3700, self.loss, parameters, 1e-3, flat=0.5, optimizer=ranger, clip=5.0)]
+        return [Stage("clean", 2000, self.loss, parameters, 1e-3, flat=0.5, optimizer=ranger, clip=5.0)]
 
     def loss(self, x: Images, y: Labels) -> Tensor:
         """Cross-entropy."""

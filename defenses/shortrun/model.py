@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
@@ -74,7 +75,7 @@ class ShortRun(Defense):
     randomized = True
     needs_weights = True
     gradient_modes = ("full", "last_step")
-    batch_rows = 64
+    batch_rows = 32
     first_look = {"n": 32, "eot": 5, "judge_repeats": 6}  # noqa: RUF012 - a constant; the base declares the type
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the thesis
@@ -105,7 +106,9 @@ class ShortRun(Defense):
             UsageError: an option is out of range.
         """
         super().__init__()
-        _check_options(preset, aggregate, min(n_chains, attack_chains, steps, channels), sigma=sigma, step_size=step_size)
+        _check_options(
+            preset, aggregate, min(n_chains, attack_chains, steps, channels), sigma=sigma, step_size=step_size
+        )
         self.preset, self.aggregate = preset, aggregate
         self.n_chains, self.attack_chains = n_chains, attack_chains
         self.steps, self.step_size = steps, step_size
@@ -124,6 +127,12 @@ class ShortRun(Defense):
         if input_shape[1:] != (28, 28) or num_classes != 10:
             raise UsageError(f"shortrun takes 28x28 images of 10 classes; the dataset has {input_shape}, {num_classes}")
         return {"channels": input_shape[0]}
+
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """The preset, unless it is the usual one: the shapes agree, but the weights make no sense in the other."""
+        preset = options.get("preset", "repaired")
+        return "" if preset == "repaired" else str(preset)
 
     def recipe(self, name: str | None = None) -> Recipe:
         """The thesis's three stages; there is one recipe, `thesis`."""

@@ -14,7 +14,7 @@ from robench.registry import parse_spec, resolve
 from robench.rng import seeded
 from robench.stats import wilson
 from robench.train.loop import TrainSettings, train
-from robench.weights import save_weights
+from robench.weights import save_weights, weights_stem
 
 TEST_IMAGES = 2000
 
@@ -43,26 +43,27 @@ class TrainJob:
 
 
 def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str, Any]]:
-    """Trains a defense and writes `<folder>/<dataset>.safetensors` and its card; returns both.
+    """Trains a defense and writes `<folder>/<dataset>[-<variant>].safetensors` and its card; returns both.
 
     Raises:
         UsageError: unknown names, no recipe, data not at hand, a checkpoint of another run.
         DataError: the training diverged, or a file is damaged.
     """
-    name, options = parse_spec(job.defense)
+    name, written = parse_spec(job.defense)
     cls = cast("type[Defense]", resolve("defense", name))
     data = load_dataset(job.dataset, "train", data_dir=job.data_dir)
     test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir)
     shape = cast("tuple[int, int, int]", tuple(data.x.shape[1:]))
-    options = {**cls.options_for(shape, len(data.class_names)), **options}
+    options = {**cls.options_for(shape, len(data.class_names)), **written}
     with seeded(job.settings.seed, "weights"):
         defense = cls(**options)
     recipe = defense.recipe(job.recipe)
-    card = train(defense, recipe, data, job.folder, job.settings, resume=resume)
+    variant = f" {written}" if written else ""
+    card = train(defense, recipe, data, job.folder, job.settings, resume=resume, variant=variant)
     card["options"] = options
     card["weights_digest"] = weights_digest(defense)
     card["test"] = test_accuracy(defense, test, job.settings)
-    path = job.folder / f"{job.dataset}.safetensors"
+    path = job.folder / f"{weights_stem(cls, job.dataset, options)}.safetensors"
     save_weights(defense, path, card)
     return path, card
 
