@@ -174,6 +174,21 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     )
 
 
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="defense or attack.")],
+    name: Annotated[str, typer.Argument(help="Small letters, digits, underscores.")],
+    folder: Annotated[Path, typer.Option(help="Where to write it.")] = Path(),
+) -> None:
+    """Write a working plugin in one file, with its contract test beside it."""
+    from robench.scaffold import write_plugin
+
+    plugin, test = write_plugin(kind, name, folder)
+    cls = "".join(part.capitalize() for part in name.split("_"))
+    other = "--attack pgd" if kind == "defense" else "--defense convnet"
+    sys.stdout.write(f"{plugin}\n{test}\nnext: robench run --{kind} {plugin}:{cls} {other}\n      pytest {test}\n")
+
+
 @leaderboard_app.command("add")
 def leaderboard_add(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],

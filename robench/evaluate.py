@@ -142,6 +142,10 @@ def evaluate(
     work = UnitWork(spec, defense.to(spec.device), built, dataset.x, dataset.y, dataset.index)
     try:
         tables, seconds = _run(work, store, show=chosen.progress)
+        if weights_digest(defense) != spec.weights_digest:
+            raise PluginError(
+                f'defense "{defense.name}": its weights or buffers changed during the run; nothing counts'
+            )
     finally:
         defense.to("cpu")
     if store is not None:
@@ -151,7 +155,8 @@ def evaluate(
     import pyarrow as pa
 
     created = RunStore.today()
-    return Evaluation(spec, pa.concat_tables(tables), folder=None, created=created, seconds=seconds)
+    table = pa.concat_tables(tables)
+    return Evaluation(spec, table, folder=None, created=created, seconds=seconds, failures=work.failures)
 
 
 def _run(work: UnitWork, store: RunStore | None, *, show: bool) -> tuple[list[Any], float]:
@@ -174,9 +179,9 @@ def _run(work: UnitWork, store: RunStore | None, *, show: bool) -> tuple[list[An
         else:
             for key, trace in work.failures.items():
                 store.note_failure(unit, key, trace)
+            work.failures.clear()
             store.write(unit, table)
             store.note_time(unit, time.monotonic() - start)
-        work.failures.clear()
         finished.append(unit)
         for kind, passes in expected_passes(work, finished).items():
             progress.finish(kind, passes)
@@ -345,8 +350,10 @@ def check_answers(defense: Defense, x: Images, spec: RunSpec) -> None:
     """Asks the defense for two answers, so that one that breaks the contract is refused before any work.
 
     Raises:
-        PluginError: logits of the wrong shape, not finite, or random although declared deterministic.
+        PluginError: training mode, logits of the wrong shape, not finite, or random although declared deterministic.
     """
+    if defense.training:
+        raise PluginError(f'defense "{defense.name}" is in training mode; call its freeze() (or eval()) first')
     few = x[: min(4, len(x))].to(spec.device)
     defense.to(spec.device)
     with torch.no_grad(), seeded(spec.seed, "check", device=spec.device):

@@ -131,14 +131,19 @@ def is_complete(row: Row) -> bool:
 def rank_rows(rows: Sequence[Row]) -> list[Row]:
     """Orders rows by the lower end of the robust interval and ranks them; equal ends share a rank.
 
-    Rows that miss a number come last and have no rank. The order depends on the rows alone, not on how they came.
+    Each protocol has its own ranks, since a weaker one leaves more accuracy standing; the protocols come in reverse
+    order of their names (thorough, standard, quick, free lists). Rows that miss a number come last and have no rank.
+    The order depends on the rows alone, not on how they came.
     """
     complete = sorted(
         (row for row in rows if is_complete(row)), key=lambda row: (-float(row["robust_low"]), _order(row))
     )
+    complete.sort(key=lambda row: row["protocol"], reverse=True)  # stable: the order within a protocol stays
     partial = sorted((row for row in rows if not is_complete(row)), key=_order)
-    ends = [row["robust_low"] for row in complete]
-    ranked = [{**row, "rank": str(ends.index(row["robust_low"]) + 1)} for row in complete]
+    ends: dict[str, list[str]] = {}
+    for row in complete:
+        ends.setdefault(row["protocol"], []).append(row["robust_low"])
+    ranked = [{**row, "rank": str(ends[row["protocol"]].index(row["robust_low"]) + 1)} for row in complete]
     return [*ranked, *({**row, "rank": ""} for row in partial)]
 
 
@@ -153,12 +158,13 @@ def _order(row: Row) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
 def rows_csv(rows: Sequence[Row]) -> str:
     """Rows as CSV text. A cell that a spreadsheet would take for a formula gets a leading apostrophe."""
     columns = [*HEAD, *attack_columns(rows), *TAIL]
+    return "".join([_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([_defuse(name) for name in columns])
-    for row in rows:
-        writer.writerow([_defuse(row.get(name, "")) for name in columns])
-    return buffer.getvalue()
+    csv.writer(buffer, lineterminator="\r\n").writerow([_defuse(cell) for cell in cells])
+    return f"{buffer.getvalue()[:-2]}\n"  # Python 3.11 quotes a cell with \r only where \r ends the lines
 
 
 def _defuse(cell: str) -> str:

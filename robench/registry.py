@@ -68,7 +68,8 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"_({rest}", mode="eval").body
     except (SyntaxError, ValueError):
         call = None
-    if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+    words = [word.arg for word in call.keywords] if isinstance(call, ast.Call) else []
+    if not isinstance(call, ast.Call) or call.args or None in words or len(set(words)) < len(words):
         raise UsageError(f'expected NAME(option=value, ...) such as pgd(steps=100, restarts=5); got "{text}"')
     return name, {cast("str", word.arg): _literal(word.value, text) for word in call.keywords}
 
@@ -112,6 +113,8 @@ def resolve(kind: Kind, name: str) -> type:
         found = _builtin(kind, name)
     elif name in (points := plugin_entry_points(kind)):
         found = _import(f'{kind} "{name}"', points[name].load)
+        if getattr(found, "name", name) != name:
+            raise PluginError(f'{kind} "{name}": its class has the name "{found.name}"; a run could not be replayed')
     else:
         raise UsageError(_unknown(kind, name))
     if not (inspect.isclass(found) and issubclass(found, _base(kind))):
@@ -218,15 +221,21 @@ def load_attack(name: str, **options: Any) -> Attack:
     """
     plugin, written = parse_spec(name)
     cls = cast("type[Attack]", resolve("attack", plugin))
-    if not dataclasses.is_dataclass(cls):
-        raise PluginError(f'attack "{plugin}" must be a frozen dataclass of its hyperparameters')
+    made = vars(cls).get("__dataclass_params__")  # its own: the base is a dataclass too
+    if made is None or not made.frozen:
+        raise PluginError(
+            f'attack "{plugin}" must be a frozen dataclass of its hyperparameters (@dataclass(frozen=True))'
+        )
     fields = {field.name for field in dataclasses.fields(cls)}
     wrong = [key for key in {**written, **options} if key not in fields]
     if wrong:
         near = difflib.get_close_matches(wrong[0], sorted(fields), n=1)
         meant = f'did you mean "{near[0]}"? ' if near else ""
         raise UsageError(f'attack "{plugin}" has no option "{wrong[0]}"; {meant}Options: {", ".join(sorted(fields))}')
-    attack = cls(**{**written, **options})
+    try:
+        attack = cls(**{**written, **options})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f'attack "{plugin}": an option is missing or of the wrong kind: {error}') from error
     attack.check_traits()
     return attack
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,13 +104,22 @@ class Evaluation:
         folder: the run folder, None if nothing was stored.
         created: the day of the run.
         seconds: wall time of all units, where known.
+        failures: tracebacks of attacks that failed, by attack (of a stored run, by file name).
     """
 
     def __init__(
-        self, spec: RunSpec, units: pa.Table, *, folder: Path | None, created: str, seconds: float | None = None
+        self,
+        spec: RunSpec,
+        units: pa.Table,
+        *,
+        folder: Path | None,
+        created: str,
+        seconds: float | None = None,
+        failures: Mapping[str, str] | None = None,
     ) -> None:
         """Keeps the units' tables, joined; use `evaluate` or `load`."""
         self.spec, self.folder, self.created, self.seconds = spec, folder, created, seconds
+        self.failures = dict(failures or {})
         self._units = units
         frame: pd.DataFrame = units.drop_columns(["x_adv"]).to_pandas()
         votes = np.stack(frame["votes"].tolist())
@@ -132,7 +142,8 @@ class Evaluation:
         units = [store.read(unit) for unit in plan_units(store.spec)]
         seconds = sum(store.timings().values()) or None
         table = pa.concat_tables([unit.replace_schema_metadata(None) for unit in units])
-        return cls(store.spec, table, folder=Path(folder), created=store.created, seconds=seconds)
+        failures = store.failures()
+        return cls(store.spec, table, folder=store.folder, created=store.created, seconds=seconds, failures=failures)
 
     def save(self, folder: str | Path | None = None) -> Path:
         """Writes result.json and row.csv into the run folder, or a whole run folder elsewhere; returns it.

@@ -90,22 +90,36 @@ class $cls(Attack):
         return x_adv
 ''')
 
-_TEST = Template('''\
-"""The contract of $name: every rule that robench relies on."""
+_DEFENSE_TEST = Template('''\
+"""The contract of $name: every rule that robench relies on, one inherited test each."""
 
 from pathlib import Path
 
-from robench import load_$kind
-from robench.testing import $contract
+from robench import Defense, load_defense
+from robench.testing import DefenseContract
 
 
-class Test$cls($contract):
-    """Inherits one test for each rule."""
+class Test$cls(DefenseContract):
+    """Builds the defense as the command line does."""
 
-    @staticmethod
-    def make_$kind():
+    def build(self) -> Defense:
         """A fresh instance."""
-        return load_$kind(f"{Path(__file__).parent / '$name.py'}:$cls")
+        return load_defense(f"{Path(__file__).parent / '$name.py'}:$cls")
+''')
+
+_ATTACK_TEST = Template('''\
+"""The contract of $name: every rule that robench relies on, one inherited test each."""
+
+from pathlib import Path
+
+from robench import load_attack
+from robench.testing import AttackContract
+
+
+class Test$cls(AttackContract):
+    """Loads the attack as the command line does."""
+
+    attack = load_attack(f"{Path(__file__).parent / '$name.py'}:$cls")
 ''')
 
 
@@ -121,14 +135,13 @@ def write_plugin(kind: str, name: str, folder: Path) -> list[Path]:
         raise UsageError(f'a plugin name has small letters, digits and underscores, such as my_defense; got "{name}"')
     values = {
         "name": name,
-        "kind": kind,
         "title": name.replace("_", " ").capitalize(),
         "cls": "".join(part.capitalize() for part in name.split("_")),
-        "contract": "DefenseContract" if kind == "defense" else "AttackContract",
     }
+    plugin, test = (_DEFENSE, _DEFENSE_TEST) if kind == "defense" else (_ATTACK, _ATTACK_TEST)
     files = {
-        folder / f"{name}.py": (_DEFENSE if kind == "defense" else _ATTACK).substitute(values),
-        folder / f"test_{name}.py": _TEST.substitute(values),
+        folder / f"{name}.py": plugin.substitute(values),
+        folder / f"test_{name}.py": test.substitute(values),
     }
     for path in files:
         if path.exists():

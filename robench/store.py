@@ -170,6 +170,12 @@ class RunStore:
             folder.mkdir(exist_ok=True)
         write_atomic(folder / f"{unit.index:05d}-{re.sub(r'[^A-Za-z0-9_.=@-]+', '_', key)}.txt", trace.encode())
 
+    def failures(self) -> dict[str, str]:
+        """The tracebacks of failed attacks, by file name."""
+        return {
+            path.stem: path.read_text(encoding="utf-8") for path in sorted(self.folder.glob(f"{FAILURE_FOLDER}/*.txt"))
+        }
+
     def note_time(self, unit: Unit, seconds: float) -> None:
         """Adds a unit's wall time to timings.json."""
         write_atomic(self.folder / TIMINGS_FILE, _json({**self.timings(), str(unit.index): round(seconds, 3)}))

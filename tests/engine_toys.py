@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from robench.defense import Defense
 from robench.threat import NORMS, ThreatModel
 from robench.types import Images, Labels, Logits
 from robench.victim import Victim
+
+if TYPE_CHECKING:
+    from _typeshed import HasFileno
 
 CLASSES, SHAPE = 3, (2, 3, 3)
 
@@ -59,6 +63,16 @@ class NoisyInput(Linear):
 
     def forward(self, x: Images) -> Logits:
         return super().forward((x + 0.3 * torch.randn_like(x)).sin())
+
+
+class TwoClasses(Linear):
+    """The first two classes of the linear toy alone."""
+
+    name = "two_classes"
+    num_classes = 2
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x)[:, :2]
 
 
 class TwoPaths(Linear):
@@ -167,25 +181,19 @@ def slow_down_disk(pause: float) -> None:
     """Makes each fsync of this process take longer: it stands between a temporary file and its final name."""
     sync = os.fsync
 
-    def slow_sync(handle: int) -> None:
+    def slow_sync(fd: int | HasFileno) -> None:
         time.sleep(pause)
-        sync(handle)
+        sync(fd)
 
     os.fsync = slow_sync
 
 
-class Toy(Attack):
-    """Base of the toy attacks: every norm."""
-
-    norms = NORMS
-    access = "gradient"
-
-
 @dataclass(frozen=True)
-class Still(Toy):
+class Still(Attack):
     """Returns the originals and asks nothing."""
 
     name = "still"
+    norms = NORMS
     access = "none"
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
@@ -193,10 +201,11 @@ class Still(Toy):
 
 
 @dataclass(frozen=True)
-class Nudge(Toy):
+class Nudge(Attack):
     """Moves every pixel by the bound (linf), up or down; asks nothing."""
 
     name = "nudge"
+    norms = NORMS
     access = "none"
 
     up: bool = True
@@ -206,10 +215,11 @@ class Nudge(Toy):
 
 
 @dataclass(frozen=True)
-class Bad(Toy):
-    """Breaks a rule: `raises`, `far`, `nan`, `box`, `shape`, `dtype`, or `some` (raises in the unit of example 0 alone)."""
+class Bad(Attack):
+    """Breaks a rule: raises, far, nan, box, shape, dtype; `some` raises where the first pixel is `first`."""
 
     name = "bad"
+    norms = NORMS
 
     how: str = "raises"
     first: float = -1.0
@@ -228,10 +238,11 @@ class Bad(Toy):
 
 
 @dataclass(frozen=True)
-class Wander(Toy):
+class Wander(Attack):
     """Queries images ever farther away, in and out of the bound, until a budget stops it."""
 
     name = "wander"
+    norms = NORMS
     access = "scores"
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
@@ -245,3 +256,10 @@ def grid_images(n: int, salt: int = 0) -> tuple[Tensor, Tensor]:
     count = torch.arange(n * 18, dtype=torch.float64) + 1000 * salt
     x = (0.1 + 0.8 * (count * 0.618034 % 1)).float().view(n, *SHAPE)
     return x, Linear()(x).argmax(1)
+
+
+def some_wrong(n: int, salt: int = 0) -> tuple[Tensor, Tensor]:
+    """Images of `Linear` of which every fifth has another label."""
+    x, y = grid_images(n, salt)
+    y[::5] = (y[::5] + 1) % 3
+    return x, y

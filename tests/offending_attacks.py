@@ -271,6 +271,19 @@ class SecretGradient(Honest):
 
 
 @dataclass(frozen=True)
+class SecretScores(Honest):
+    """Declares decisions and asks for logits."""
+
+    name = "secret_scores"
+    access = "decisions"
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        victim.labels(x)
+        victim.logits(x)
+        return x
+
+
+@dataclass(frozen=True)
 class BackDoor(Honest):
     """Declares scores and differentiates the model behind the victim's back."""
 

@@ -5,9 +5,12 @@ import pytest
 from robench.registry import load_attack, names
 from robench.testing import AttackContract
 
+VARIANTS = ("fgsm(loss='margin')", "pgd(steps=4, restarts=2)", "pgd(steps=4, keep='last')", "pgd(steps=6, loss='dlr')")
+"""Options that run other code than the defaults."""
+
 
 class TestAttack(AttackContract):
-    @pytest.fixture(autouse=True, params=names("attack"))
+    @pytest.fixture(autouse=True, params=[*names("attack"), *VARIANTS])
     def choose(self, request: pytest.FixtureRequest) -> None:
         self.attack = load_attack(request.param)
 

@@ -61,6 +61,7 @@ ATTACKS: list[tuple[str, Attack, str]] = [
     ("batch_of_one", attacks.changed(lambda x: x.squeeze(0)), "shape must be"),
     ("zero_bound_returns_the_originals", attacks.AtLeastALittle(), "must return x"),
     ("access_is_as_declared", attacks.SecretGradient(), 'needs "gradient"'),
+    ("access_is_as_declared", attacks.SecretScores(), 'needs "scores"'),
     ("access_is_as_declared", attacks.BackDoor(), "past the victim"),
     ("access_is_as_declared", attacks.Overdeclared(), "uses 'scores'"),
     ("query_budget_is_kept", attacks.IgnoresTheEnd(), "past the victim"),

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import keyword
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import robench.testing
+from robench.cli import main
 from robench.errors import UsageError
 from robench.registry import load_attack, load_defense, parse_spec, resolve, spec_of, split_specs
 
@@ -34,50 +40,89 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@dataclass
+class Answer:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
 class Shell:
-    """Runs robench in a folder, with the plugin on the path."""
+    """Runs robench with the plugin on the path: here, which is quick, or as a process of its own."""
 
-    def __init__(self, site: Path, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    def __init__(self, folder: Path, path: list[Path], capture: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.path, self.capture = folder, path, capture
 
-    def run(self, *arguments: str, command: tuple[str, ...] = COMMAND) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+    def here(self, *arguments: str) -> Answer:
+        with mock.patch("sys.argv", ["robench", *arguments]):
+            try:
+                main()
+                status = 0
+            except SystemExit as stop:
+                status = int(stop.code or 0)
+        return Answer(status, *self.capture.readouterr())
+
+    def spawn(self, *arguments: str, command: tuple[str, ...] = COMMAND) -> Answer:
+        path = os.pathsep.join(map(str, self.path))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, check=False
         )
+        return Answer(done.returncode, done.stdout, done.stderr)
 
     def json(self, *arguments: str) -> dict[str, Any]:
-        done = self.run(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        content: dict[str, Any] = json.loads(done.stdout)
+        answer = self.here(*arguments, "--json")
+        assert answer.status == 0, answer.err
+        content: dict[str, Any] = json.loads(answer.out)
         return content
 
     def refuse(self, *arguments: str) -> str:
         """The one line of an error that the user can fix."""
-        done = self.run(*arguments)
-        assert (done.returncode, done.stdout) == (2, ""), done
-        (line,) = done.stderr.splitlines()
+        answer = self.here(*arguments)
+        assert (answer.status, answer.out) == (2, ""), answer
+        (line,) = answer.err.splitlines()
         return line
 
 
 @pytest.fixture
-def shell(site: Path, tmp_path: Path) -> Shell:
-    return Shell(site, tmp_path)
+def shell(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Shell]:
+    """In an empty folder; what the plugins import is forgotten afterwards."""
+    more = tmp_path / "more"
+    more.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.syspath_prepend(more)
+    before = set(sys.modules)
+    yield Shell(tmp_path, [site, more], capsys)
+    for name in set(sys.modules) - before:
+        if name.startswith(("robench_example_plugin", "robench_file_")):
+            del sys.modules[name]
 
 
 # entry points
 
 
 def test_list_shows_plugins_beside_the_built_in_ones(shell: Shell) -> None:
-    names = shell.json("list")["names"]
+    answer = shell.spawn("list", "--json")
+    assert answer.status == 0, answer.err
+    names = json.loads(answer.out)["names"]
     assert {"convnet", "example_blur", "shortrun"} <= set(names["defenses"])
     assert {"example_noise", "fgsm", "pgd"} <= set(names["attacks"])
+
+
+def test_list_of_a_norm_asks_the_plugins(shell: Shell) -> None:
     assert "example_noise" in shell.json("list", "attacks", "--norm", "l2")["names"]["attacks"]
     assert "example_noise" not in shell.json("list", "attacks", "--norm", "l0")["names"]["attacks"]
 
 
 def test_run_by_entry_point(shell: Shell) -> None:
-    content = shell.json("run", "--defense", "example_blur", "--attack", "example_noise,pgd", "--n", "16")
+    answer = shell.spawn("run", "--defense", "example_blur", "--attack", "example_noise,pgd", "--n", "16", "--json")
+    assert answer.status == 0, answer.err
+    content = json.loads(answer.out)
     assert (content["defense"], content["n"], content["eot"], content["judge_repeats"]) == ("example_blur", 16, 1, 1)
     assert list(content["per_attack"]) == ["example_noise", "pgd"]
     values = {name: estimate["value"] for name, estimate in content["per_attack"].items()}
@@ -87,8 +132,7 @@ def test_run_by_entry_point(shell: Shell) -> None:
         assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
     assert content["row"]["defense"] == "example_blur"
     assert (shell.folder / content["run"] / "run.json").is_file()
-    again = shell.run("verify", str(content["run"]))
-    assert again.returncode == 0, again.stderr
+    assert shell.json("verify", content["run"])["holds"]
 
 
 @pytest.mark.slow
@@ -96,14 +140,22 @@ def test_plugin_author_runs_the_contract(shell: Shell) -> None:
     """The shipped contract works in a project of its own: no conftest of robench, no checkout on the path."""
     shutil.copy(PLUGIN / "contract.py", shell.folder)
     pytest_command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
-    done = shell.run("contract.py", command=pytest_command)
-    assert done.returncode == 0, done.stdout
+    done = shell.spawn("contract.py", command=pytest_command)
+    assert done.status == 0, done.out
     weak = (shell.folder / "contract.py").read_text().replace("draws_tried=200", "draws_tried=1")
     (shell.folder / "contract.py").write_text(weak)
-    done = shell.run("contract.py", "-k", "known_distance", command=pytest_command)
-    assert done.returncode == 1
-    assert "AssertionError: linf eps=" in done.stdout
-    assert "assert 12 == " in done.stdout or "== 12" in done.stdout, "asserts of the contract must be rewritten"
+    done = shell.spawn("contract.py", "-k", "known_distance", command=pytest_command)
+    assert done.status == 1
+    assert "AssertionError: linf eps=" in done.out
+    assert "== 12" in done.out, "pytest must have rewritten the asserts of the contract"
+
+
+def test_testing_without_pytest_says_what_is_missing() -> None:
+    with (
+        mock.patch.dict(sys.modules, {"pytest": None}),
+        pytest.raises(ModuleNotFoundError, match="needs pytest: pip install pytest"),
+    ):
+        runpy.run_path(robench.testing.__file__)
 
 
 # classes in files and modules
@@ -163,11 +215,11 @@ def test_run_classes_in_a_file(shell: Shell) -> None:
     assert resumed["per_attack"] == content["per_attack"]
 
 
-def test_class_in_a_module(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(site)
+@pytest.mark.usefixtures("shell")
+def test_class_in_a_module() -> None:
     attack = load_attack("robench_example_plugin.noise:ExampleNoise(draws_tried=3)")
     assert (attack.name, attack.passes()) == ("example_noise", 3)
-    assert attack == load_attack(attack.spec())  # by its entry point, which syspath_prepend made visible
+    assert attack == load_attack(attack.spec())  # by its entry point
     assert load_defense("example_blur(width=5)").name == "example_blur"
 
 
@@ -196,11 +248,10 @@ def test_refusal_is_one_line(shell: Shell, arguments: tuple[str, ...], message: 
     (shell.folder / "mine.py").write_text(FILE)
     (shell.folder / "broken.py").write_text("import not_installed\n")
     plugin = shell.folder / "more" / "broken_noise-1.dist-info"
-    plugin.mkdir(parents=True)
+    plugin.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-noise\nVersion: 1\n")
     (plugin / "entry_points.txt").write_text("[robench.attacks]\nbroken_noise = broken_noise:Noise\n")
     (shell.folder / "more" / "broken_noise.py").write_text("class Noise(:\n")
-    shell.environment["PYTHONPATH"] += f"{os.pathsep}{shell.folder / 'more'}"
     assert message in shell.refuse("run", "--n", "4", *arguments)
 
 

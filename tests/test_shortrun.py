@@ -138,7 +138,7 @@ class Linear(nn.Module):
 
 
 def test_one_step_is_equation_3_9() -> None:
-    """z - s (z + J^T (J z + b - (2 x - 1)) / sigma^2) + sqrt(2 s) noise, computed with numpy."""
+    """The step is z - s (z + J^T (J z + b - (2 x - 1)) / sigma^2) + sqrt(2 s) noise, here with numpy."""
     model = make_model(sigma=0.7, step_size=0.02)
     rng = np.random.Generator(np.random.PCG64(0))
     jacobian, bias = rng.normal(size=(784, 200)), rng.normal(size=784)

@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_the_finished_units_and_resume_goes_on(
         run(folder)
     monkeypatch.undo()
     assert sorted(RunStore.open(folder).finished()) == [0, 1]
-    with pytest.raises(DataError, match=f"unit 2 is missing. Finish it with 'robench run --resume {folder}'"):
+    with pytest.raises(DataError, match=rf"unit 2 is missing\. Finish it with 'robench run --resume {folder}'"):
         Evaluation.load(folder)
     run(folder, resume=True)
     mine, theirs = contents(folder), contents(finished)
@@ -119,7 +119,7 @@ def test_a_full_disk_keeps_the_finished_units_and_resume_goes_on(
 
 def test_a_folder_that_cannot_be_made_is_the_user_s_to_fix(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write .*Not a directory|cannot write .*File exists"):
+    with pytest.raises(UsageError, match=r"cannot write .*Not a directory|cannot write .*File exists"):
         run(tmp_path / "file" / "run")
 
 
@@ -129,8 +129,10 @@ def test_a_folder_that_cannot_be_made_is_the_user_s_to_fix(tmp_path: Path) -> No
 def test_one_flipped_byte_in_a_unit_is_found(folder: Path) -> None:
     """At 50 places anywhere in the files; on load and on resume alike."""
     store, chance = RunStore.open(folder), random.Random(0)
+    units = plan_units(store.spec)
     for attempt in range(50):
-        path = chance.choice(sorted(store.finished().values()))
+        unit = chance.choice(units)
+        path = store.finished()[unit.index]
         content = bytearray(path.read_bytes())
         place = chance.randrange(len(content))
         content[place] ^= 1 << chance.randrange(8)
@@ -138,12 +140,23 @@ def test_one_flipped_byte_in_a_unit_is_found(folder: Path) -> None:
         path.write_bytes(content)
         message = rf"{path} is damaged.*Delete it and run 'robench run --resume {folder}'"
         with pytest.raises(DataError, match=message):
-            Evaluation.load(folder)
+            store.read(unit)
         if attempt < 3:
+            with pytest.raises(DataError, match=message):
+                Evaluation.load(folder)
             with pytest.raises(DataError, match=message):
                 run(folder, resume=True)
         path.write_bytes(intact)
     assert Evaluation.load(folder).complete
+
+
+def test_damage_is_found_before_any_work(folder: Path) -> None:
+    units = RunStore.open(folder).finished()
+    units[0].write_bytes(b"")
+    units[2].unlink()
+    with pytest.raises(DataError, match="is damaged"):
+        run(folder, resume=True)
+    assert sorted(RunStore.open(folder).finished()) == [0, 1]
 
 
 @pytest.mark.parametrize("size", [0, 1, 100])
@@ -163,7 +176,7 @@ def test_a_unit_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
     alien = RunStore.open(tmp_path / "other").finished()[2]
     RunStore.open(folder).finished()[2].unlink()
     shutil.copy(alien, folder / "units")
-    with pytest.raises(DataError, match=f"{alien.name} belongs to another run. Delete it"):
+    with pytest.raises(DataError, match=rf"{alien.name} belongs to another run\. Delete it"):
         Evaluation.load(folder)
 
 
@@ -178,7 +191,7 @@ def test_a_unit_in_the_place_of_another_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', "\udcff"])
 def test_a_damaged_run_file_is_named(text: str, folder: Path) -> None:
     (folder / "run.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(DataError, match="run.json cannot be read"):
+    with pytest.raises(DataError, match=r"run\.json cannot be read"):
         Evaluation.load(folder)
 
 

@@ -208,7 +208,9 @@ def test_parse_eps_reads_what_people_write(text: str, value: float) -> None:
     assert parse_eps(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "x", "8/", "/255", "1/0", "1/2/3", "-0.1", "nan", "inf", "8/inf/2", "1,2", "1/-2"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "8/", "/255", "1/0", "1/2/3", "-0.1", "nan", "inf", "8/inf/2", "1,2", "1/-2"]
+)
 def test_parse_eps_refuses_the_rest(text: str) -> None:
     with pytest.raises(UsageError, match="eps must be"):
         parse_eps(text)

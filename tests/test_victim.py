@@ -51,11 +51,11 @@ def test_a_subset_counts_for_its_own_examples() -> None:
 
 
 def test_candidates_of_each_example_all_count() -> None:
-    x, _ = grid_images(3)
-    victim = Victim(Noisy(), "scores", 3, eot=2)
+    x, y = grid_images(3)
+    victim = Victim(Noisy(), "gradient", 3, eot=2)
     assert victim.logits(x.repeat(5, 1, 1, 1)).shape == (15, 3)
-    assert victim.subset(torch.tensor([1])).logits(x[:2]).shape == (2, 3)
-    assert victim.ledger.forwards.tolist() == [10, 14, 10]
+    assert victim.subset(torch.tensor([1])).loss_grad(x[:2], y[:2])[1].shape == (2, 2, 3, 3)
+    assert passes(victim) == [(10, 0), (14, 4), (10, 0)]
 
 
 @pytest.mark.parametrize("rows", [0, 2, 4, 5])

@@ -16,13 +16,14 @@ NO_ESTIMATE = "failed"
 
 def print_run(result: Evaluation, request: RunRequest) -> None:
     """Prints a finished run on standard output."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(summary_table(result))
     if len(result.spec.eps) > 1:
         console.print(curve_table(result))
     if request.is_first_look(result):
         console.print(
-            "This is a first look: few images, steps and draws. The full protocol:\n  " + request.full_command(result)
+            "This is a first look: few images, steps and draws. The full protocol, which wants a GPU:\n  "
+            + request.full_command(result)
         )
     console.print(f"run folder: {result.folder}")
     console.print(f"next: robench leaderboard add {result.folder}   (or: robench verify {result.folder})")
@@ -34,8 +35,9 @@ def summary_table(result: Evaluation) -> Table:
     table = Table(title=f"{spec.defense_name} on {spec.dataset}", show_header=False, title_justify="left")
     table.add_column()
     table.add_column()
-    kind = f"randomized, judged on {spec.judge_repeats} draws, EOT {spec.eot}" if spec.randomized else "deterministic"
-    table.add_row("defense", f"{spec.defense_name} ({kind})")
+    table.add_row("defense", f"{spec.defense_name} ({'randomized' if spec.randomized else 'deterministic'})")
+    if spec.randomized:
+        table.add_row("draws", f"{spec.judge_repeats} for each verdict, {spec.eot} for each gradient (EOT)")
     table.add_row("dataset", f"{spec.dataset}, {spec.n} images (seed {spec.seed})")
     table.add_row("threat model", str(result.threat))
     table.add_row("clean accuracy", f"{result.clean_accuracy}")
@@ -43,17 +45,16 @@ def summary_table(result: Evaluation) -> Table:
         table.add_row(f"under {key}", _cell(estimate))
     table.add_row("robust accuracy", _cell(result.robust_accuracy) + ("" if result.complete else " (incomplete)"))
     if spec.randomized:
-        table.add_row("  of a majority vote", f"{_cell(result.majority)}, clean {_cell(result.clean_majority)}")
+        table.add_row("  by majority vote", f"{_cell(result.majority)}, clean {_cell(result.clean_majority)}")
         tries = max(result.best_of, default=0)
         if tries:
             again = f"{_cell(result.best_of[tries])}, clean {_cell(result.clean_best_of[tries])}"
-            table.add_row(f"  if the attacker has {tries} tries", again)
+            table.add_row(f"  after {tries} tries", again)
     queries = result.queries()
     table.add_row("queries per image", f"{queries['forwards']:.0f} forward, {queries['backwards']:.0f} backward passes")
     if result.seconds is not None:
         table.add_row("time", f"{result.seconds:.0f} s on {spec.device}")
-    table.add_section()
-    table.add_row("intervals", "95 %")
+    table.caption, table.caption_justify = "[low, high]: 95 % interval", "left"
     return table
 
 

@@ -61,12 +61,18 @@ class _State:
 class _Run:
     """One training run: the position, its checkpoint file and what has been measured so far."""
 
-    def __init__(self, defense: Defense, recipe: Recipe, data: Dataset, folder: Path, settings: TrainSettings) -> None:
+    def __init__(
+        self, defense: Defense, recipe: Recipe, data: Dataset, folder: Path, settings: TrainSettings, variant: str
+    ) -> None:
+        if len(data.x) <= settings.holdout:
+            raise UsageError(
+                f"training keeps {settings.holdout} images aside; the split has {len(data.x)}. Train on a larger one"
+            )
         self.defense, self.recipe, self.settings = defense, recipe, settings
         self.path = folder / "checkpoint.pt"
         self.state = _State()
         self.measured: dict[str, dict[str, float]] = {}
-        self.identity = f"{defense.name} {recipe.name} {data.name} {data.digest[:16]} {asdict(settings)}"
+        self.identity = f"{defense.name} {recipe.name} {data.name} {data.digest[:16]} {asdict(settings)}{variant}"
         with seeded("split", settings.seed):
             order = torch.randperm(len(data.x))
         held, kept = order[: settings.holdout], order[settings.holdout :]
@@ -123,8 +129,8 @@ class _Run:
             if is_main:
                 signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
-    def load(self) -> dict[str, Any]:
-        """Reads the checkpoint and returns the optimizer's state.
+    def load(self) -> dict[str, Any] | None:
+        """Reads the checkpoint and returns the optimizer's state, None between two stages.
 
         Raises:
             UsageError: there is none, or it is of another run.
@@ -136,6 +142,10 @@ class _Run:
             content = torch.load(self.path, weights_only=True, map_location=self.settings.device)
         except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
             raise DataError(f"checkpoint {self.path} is damaged: {error}. Delete it to start over") from None
+        if not (
+            isinstance(content, dict) and content.keys() >= {"identity", "state", "measured", "weights", "optimizer"}
+        ):
+            raise DataError(f"checkpoint {self.path} is damaged: it is no checkpoint. Delete it to start over")
         if content["identity"] != self.identity:
             raise UsageError(
                 f'checkpoint {self.path} is of another run: expected "{self.identity}", got "{content["identity"]}". '
@@ -163,7 +173,14 @@ class _Run:
 
 
 def train(
-    defense: Defense, recipe: Recipe, data: Dataset, folder: Path, settings: TrainSettings, *, resume: bool = False
+    defense: Defense,
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    variant: str = "",
 ) -> dict[str, Any]:
     """Trains a defense in place and returns its card (without test accuracy, which the caller measures).
 
@@ -174,14 +191,18 @@ def train(
         folder: where the checkpoint goes; made if missing.
         settings: seed, device and so on.
         resume: continue from the checkpoint in `folder`.
+        variant: the defense's options as text; a checkpoint of another variant is refused.
 
     Raises:
-        UsageError: a checkpoint of another run, or none to resume.
+        UsageError: a checkpoint of another run, none to resume, too few images, or a folder that cannot be made.
         RobenchError: the loss is no longer finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(defense, recipe, data, folder, settings, variant)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Choose another --out") from None
     defense.to(settings.device)
-    run = _Run(defense, recipe, data, folder, settings)
     recipe.prepare(run.x)
     with seeded(settings.seed, "init", device=settings.device):
         optimizer_state = run.load() if resume else None

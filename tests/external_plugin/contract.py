@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
+from robench_example_plugin.noise import ExampleNoise
+
 from robench import Defense, load_defense
 from robench.testing import AttackContract, DefenseContract
-from robench_example_plugin.noise import ExampleNoise
 
 
 class TestExampleBlur(DefenseContract):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from robench import Defense
-from robench.types import Images, Logits
 from torch import nn
 from torch.nn import functional
+
+from robench import Defense
+from robench.types import Images, Logits
 
 
 class ExampleBlur(Defense):

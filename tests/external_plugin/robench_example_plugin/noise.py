@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from robench import Attack, ThreatModel, UsageError, Victim
 from robench.losses import margin
 from robench.types import Images, Labels

@@ -1,0 +1,136 @@
+"""What an evaluation takes as data, attacks, bounds and settings, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import engine_toys
+import pytest
+from engine_toys import Broken, Linear, Noisy, Nudge, Prototypes, Still, grid_images
+
+from robench.data import load_dataset
+from robench.errors import PluginError, UsageError
+from robench.evaluate import evaluate
+from robench.registry import load_attack
+from robench.threat import ThreatModel
+
+LINF = ThreatModel("linf", 0.1)
+
+
+def test_data_as_a_name_a_dataset_and_a_pair() -> None:
+    dataset = load_dataset("fashion_mnist", n=16, seed=3)
+    threat = ThreatModel("linf", 0.02)
+    named = evaluate(Prototypes(), "fgsm", threat, "fashion_mnist", n=16, seed=3)
+    given = evaluate(Prototypes(), "fgsm", threat, dataset, seed=3)
+    assert named.spec == given.spec
+    assert named.table.equals(given.table)
+    pair = evaluate(Prototypes(), "fgsm", threat, (dataset.x, dataset.y), seed=3)
+    assert pair.spec.data_digest == named.spec.data_digest
+    assert (pair.spec.dataset, named.spec.dataset) == ("", "fashion_mnist")
+    assert pair.robust_accuracy == named.robust_accuracy
+    assert named.table["index"].tolist() == 3 * dataset.index.tolist()
+
+
+def test_a_pair_may_be_cut() -> None:
+    x, y = grid_images(9)
+    assert evaluate(Linear(), "fgsm", LINF, (x, y)).spec.n == 9
+    assert evaluate(Linear(), "fgsm", LINF, (x, y), n=4).spec == evaluate(Linear(), "fgsm", LINF, (x[:4], y[:4])).spec
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 0}, "n must be at least 1; got 0"),
+        ({"unit_size": 0}, "unit_size must be at least 1"),
+        ({"eot": -1}, "eot must be at least 1"),
+        ({"judge_repeats": 0}, "judge_repeats must be at least 1"),
+        ({"query_budget": 0}, "query_budget must be at least 1"),
+        ({"device": "tpu"}, 'device must be auto, cpu or cuda; got "tpu"'),
+        ({"runner": "cloud"}, 'runner must be .*got "cloud"'),
+        ({"epsilon": 1}, 'no setting "epsilon"; there are: data_dir'),
+        ({"resume": True}, "give it as out"),
+        ({"n": 6}, "at most the 5 images given; got 6"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(Linear(), "fgsm", LINF, grid_images(5), **given)
+
+
+@pytest.mark.parametrize(
+    ("attacks", "message"),
+    [
+        ([], "no attack given"),
+        ("", "no attack given|expected a name"),
+        ("pdg", 'no attack "pdg"; did you mean "pgd"'),
+        ("pgd(step=1)", 'no option "step"; did you mean "steps"'),
+        ("pgd(steps=0)", "steps and restarts must be at least 1"),
+    ],
+)
+def test_attacks_that_do_not_exist_are_refused(attacks: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(Linear(), attacks, LINF, grid_images(2))
+
+
+def test_two_attacks_of_one_name_are_refused() -> None:
+    toys = Path(engine_toys.__file__)
+    with pytest.raises(UsageError, match='two things of this run would be named "nudge"'):
+        evaluate(Linear(), [Nudge(), f"{toys}:Nudge"], LINF, grid_images(2))
+    assert list(evaluate(Linear(), "fgsm,fgsm()", LINF, grid_images(2)).per_attack) == ["fgsm"]  # the same twice is one
+
+
+def test_an_attack_from_a_file_is_replayed_by_its_path() -> None:
+    name = f"{engine_toys.__file__}:Nudge"
+    (entry,) = evaluate(Linear(), f"{name}(up=False)", LINF, grid_images(2)).spec.attacks
+    assert (entry.key, entry.spec) == ("nudge(up=False)", f"{name}(up=False)")
+    assert load_attack(entry.spec).spec() == entry.key
+
+
+def test_norm_that_an_attack_does_not_support_is_refused_before_any_work() -> None:
+    with pytest.raises(UsageError, match=r'attack "pgd" supports linf, l2; the threat model is l0\. Choose another'):
+        evaluate(Broken(), [Still(), "pgd"], ThreatModel("l0", 3), grid_images(2))
+
+
+def test_threats_are_of_one_norm() -> None:
+    with pytest.raises(UsageError, match="one norm and at least one eps"):
+        evaluate(Linear(), "fgsm", [LINF, ThreatModel("l2", 1)], grid_images(2))
+    with pytest.raises(UsageError, match="one norm and at least one eps"):
+        evaluate(Linear(), "fgsm", [], grid_images(2))
+    bounds = [ThreatModel("linf", eps) for eps in (0.2, 0.1, 0.2)]
+    assert evaluate(Linear(), "fgsm", bounds, grid_images(2)).spec.eps == (0.1, 0.2)
+
+
+def refused_data() -> dict[str, tuple[Any, str]]:
+    x, y = grid_images(3)
+    return {
+        "none": ((x[:0], y[:0]), "at least one image"),
+        "bytes": ((255 * x, y), r"must lie in \[0, 1\].*Divide by 255"),
+        "nan": ((x.where(x > 0.3, math.nan), y), r"must lie in \[0, 1\]"),
+        "shape": ((x[:, :1], y), r"takes images of shape \(2, 3, 3\); the data has \(1, 3, 3\)"),
+        "labels": ((x, y + 2), 'labels must be 0 to 2 for defense "linear"'),
+        "negative": ((x, y - 3), "labels must be 0 to 2"),
+        "count": ((x, y[:2]), "as many labels"),
+        "name": ("fashion_mist", "Did you mean fashion_mnist"),
+    }
+
+
+@pytest.mark.parametrize("case", refused_data())
+def test_data_that_does_not_fit_is_refused(case: str) -> None:
+    data, message = refused_data()[case]
+    with pytest.raises(UsageError, match=message):
+        evaluate(Linear(), "fgsm", LINF, data)
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "shape"])
+def test_a_defense_that_breaks_the_contract_is_refused(how: str) -> None:
+    with pytest.raises(PluginError, match='defense "broken": logits must be'):
+        evaluate(Broken(how), "fgsm", LINF, grid_images(2))
+
+
+def test_a_defense_that_draws_in_secret_is_refused() -> None:
+    defense = Noisy()
+    defense.randomized = False
+    with pytest.raises(PluginError, match=r"declared deterministic, but two calls .* Set randomized = True"):
+        evaluate(defense, "fgsm", LINF, grid_images(2))

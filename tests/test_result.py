@@ -1,0 +1,123 @@
+"""What an evaluation gives: figures, files that read back the same, and a claim that can be checked again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import engine_toys
+import numpy as np
+import pytest
+from engine_toys import Bad, Blindfold, Linear, Noisy, Prototypes, grid_images, some_wrong
+
+from robench.defense import Defense
+from robench.errors import DataError, UsageError
+from robench.evaluate import evaluate
+from robench.result import Evaluation
+from robench.threat import ThreatModel
+from robench.unit import WORST
+from robench.verify import verify_run
+
+LINF = ThreatModel("linf", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("defense", "threats"),
+    [
+        (Linear(), [ThreatModel("linf", 0.1), ThreatModel("linf", 0.2)]),
+        (Noisy(), [LINF]),
+        (Linear(), [ThreatModel("l2", 1)]),  # an int is a float: the digest in the unit files takes it as text
+    ],
+    ids=["curve", "randomized", "whole eps"],
+)
+def test_save_and_load_give_the_same_evaluation(defense: Defense, threats: list[ThreatModel], tmp_path: Path) -> None:
+    result = evaluate(defense, "fgsm,pgd(steps=2)", threats, some_wrong(7), unit_size=3, eot=2, judge_repeats=4)
+    assert result.folder is None
+    folder = result.save(tmp_path / "run")
+    again = Evaluation.load(folder)
+    assert again.spec == result.spec
+    assert again.table.equals(result.table)
+    assert again.to_json() == result.to_json()
+    for threat in threats:
+        assert np.array_equal(again.images(WORST, threat.eps), result.images(WORST, threat.eps))
+    stored = evaluate(
+        defense,
+        "fgsm,pgd(steps=2)",
+        threats,
+        some_wrong(7),
+        unit_size=3,
+        eot=2,
+        judge_repeats=4,
+        out=tmp_path / "other",
+    )
+    assert stored.table.equals(result.table)
+    names = [sorted(path.name for path in (one / "units").iterdir()) for one in (folder, tmp_path / "other")]
+    assert names[0] == names[1]  # and so their digests
+    with pytest.raises(UsageError, match="holds a run already"):
+        result.save(tmp_path / "other")
+
+
+def test_a_copy_keeps_the_day_of_the_run(tmp_path: Path) -> None:
+    result = evaluate(Linear(), "fgsm", LINF, grid_images(3), out=tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "created": "2001-02-03"}))
+    result = Evaluation.load(tmp_path / "run")
+    assert Evaluation.load(result.save(tmp_path / "copy")).row()["date"] == result.row()["date"] == "2001-02-03"
+    assert (tmp_path / "copy" / "run.json").read_text().count("2001-02-03") == 1
+
+
+def test_save_needs_a_folder() -> None:
+    with pytest.raises(DataError, match="no run folder; give one"):
+        evaluate(Linear(), "fgsm", LINF, grid_images(2)).save()
+
+
+def test_json_has_every_key_of_the_contract() -> None:
+    content = evaluate(Noisy(), "fgsm,pgd(steps=2)", LINF, grid_images(5), seed=4, eot=2, judge_repeats=5).to_json()
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    for part in (content["clean_accuracy"], content["robust_accuracy"], *content["per_attack"].values()):
+        assert list(part) == ["value", "low", "high"]
+        assert 0 <= part["low"] <= part["value"] <= part["high"] <= 1
+    assert list(content["per_attack"]) == ["fgsm", "pgd(steps=2)"]
+    assert {key: content[key] for key in ("n", "seed", "eot", "judge_repeats", "complete", "defense", "dataset")} == {
+        "n": 5, "seed": 4, "eot": 2, "judge_repeats": 5, "complete": True, "defense": "noisy", "dataset": ""
+    }  # fmt: skip
+    assert content["threat"] == {"norm": "linf", "eps": 0.1}
+    assert set(content["best_of"]["robust"]) == {"2", "5"}
+    assert content["row"]["robust_acc"] == f"{content['robust_accuracy']['value']:.4f}"
+    assert [point["eps"] for point in content["curve"]] == [0.0, 0.1]
+
+
+def test_queries_are_those_of_all_attacks_at_one_bound() -> None:
+    bounds = [ThreatModel("linf", 0.0), ThreatModel("linf", 0.01)]
+    result = evaluate(Linear(), "fgsm,pgd(steps=3, stop_early=False)", bounds, some_wrong(10))
+    assert result.queries() == {"forwards": (1 + 4) * 8 / 10, "backwards": (1 + 3) * 8 / 10}  # 2 of 10 are skipped
+
+
+def test_verify_confirms_a_run_and_finds_a_changed_one(tmp_path: Path) -> None:
+    toys = engine_toys.__file__
+    for defense, name in ((Prototypes(), "Prototypes"), (Blindfold(), "Blindfold")):
+        evaluate(
+            defense,
+            "fgsm,pgd(steps=2)",
+            ThreatModel("linf", 0.05),
+            "fashion_mnist",
+            n=20,
+            out=tmp_path / name,
+            defense_spec=f"{toys}:{name}",
+            eot=2,
+        )
+        report = verify_run(tmp_path / name)
+        assert report.holds, report.failures
+        assert len(report.lines) == 5
+    path = tmp_path / "Prototypes" / "run.json"
+    path.write_text(path.read_text().replace("Prototypes", "Blindfold"))
+    with pytest.raises(DataError, match="belongs to another run"):
+        verify_run(tmp_path / "Prototypes")
+
+
+def test_verify_of_a_run_whose_attacks_failed_does_not_hold(tmp_path: Path) -> None:
+    toys = engine_toys.__file__
+    options = {"n": 10, "out": tmp_path / "run", "defense_spec": f"{toys}:Prototypes"}
+    evaluate(Prototypes(), [Bad()], ThreatModel("linf", 0.05), "fashion_mnist", **options)
+    report = verify_run(tmp_path / "run")
+    assert report.failures == ["robust accuracy at eps 0.05 (an attack failed, so there is no claim)"]

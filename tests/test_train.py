@@ -1,0 +1,511 @@
+"""Training: every stage lowers its own objective, a cut-off run resumes bit for bit, bad checkpoints are one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robench import DataError, Defense, UsageError, load_defense
+from robench.cli import main
+from robench.data import Dataset, load_dataset
+from robench.defense import weights_digest
+from robench.defenses.convnet.model import ConvNet
+from robench.defenses.shortrun import ShortRun, auto_sigma
+from robench.registry import resolve
+from robench.rng import seeded
+from robench.train import Recipe, Stage, TrainSettings, loop, train
+from robench.train.named import TrainJob, train_named
+from robench.weights import read_card
+
+TOY = f"{Path(__file__).with_name('cli_toys.py')}:Trainable"
+TRAIN_IMAGES = 600
+HOLDOUT = 64
+EVERY_ITERATION = "import robench.train.loop as loop; loop.CHECKPOINT_SECONDS = -1.0"
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.delenv("ROBENCH_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def images() -> Dataset:
+    """256 images of the embedded split, standing in for a training split."""
+    return load_dataset("fashion_mnist", n=256, seed=5)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training split in the hub's layout: class c has a bright row at height 2 c + 4. The test split is embedded."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.Generator(np.random.PCG64(0))
+    cells, labels = [], []
+    for number in range(TRAIN_IMAGES):
+        pixels = rng.integers(0, 80, (28, 28), dtype=np.uint8)
+        pixels[2 * (number % 10) + 4] = 255
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+        labels.append(number % 10)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    (folder / "fashion_mnist").mkdir()
+    table = pa.table({"image": pa.array(cells, kind), "label": labels})
+    pq.write_table(table, folder / "fashion_mnist" / "train-00000-of-00001.parquet")
+    return folder
+
+
+class Shortened(Recipe):
+    """A defense's own recipe with fewer iterations and smaller batches, which can be cut off and watched.
+
+    `measure` returns every stage's objective on the same few images with the same noise, if there are any.
+    """
+
+    def __init__(
+        self, inner: Recipe, iterations: dict[str, int], *, batch_size: int, watch: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.inner, self.iterations, self.batch_size, self.watch = inner, iterations, batch_size, watch
+        self.name = inner.name
+        self.calls = 0
+        self.on_call: Callable[[int], None] = lambda _number: None
+
+    def prepare(self, x: Tensor) -> None:
+        self.inner.prepare(x)
+
+    def stages(self) -> list[Stage]:
+        return [
+            dataclasses.replace(
+                stage,
+                iterations=self.iterations.get(stage.name, 1),
+                batch_size=self.batch_size,
+                loss=functools.partial(self.watched_loss, stage.loss),
+            )
+            for stage in self.inner.stages()
+        ]
+
+    def watched_loss(self, inner: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        loss = inner(x, y)
+        self.calls += 1
+        self.on_call(self.calls)
+        return loss
+
+    def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        del x, y
+        found: dict[str, float] = {}
+        if self.watch is None:
+            return found
+        for stage in self.inner.stages():
+            with torch.no_grad(), seeded("objective"):
+                found[stage.name] = stage.loss(*self.watch).item()
+        return found
+
+    def facts(self) -> dict[str, object]:
+        return self.inner.facts()
+
+
+def make(kind: str) -> Defense:
+    makers: dict[str, Callable[[], Defense]] = {
+        "shortrun": ShortRun,
+        "paper_literal": lambda: ShortRun(preset="paper_literal"),
+        "convnet": ConvNet,
+        "toy": resolve("defense", TOY),
+    }
+    with seeded("training test"):
+        return makers[kind]()
+
+
+# every stage lowers its objective
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shortrun", "paper_literal", "convnet"])
+def test_every_stage_lowers_its_own_objective(kind: str, images: Dataset, tmp_path: Path) -> None:
+    """Before and after each stage, on the same images with the same noise, not from the running average of batches."""
+    defense = make(kind)
+    iterations = {"generative": 12, "discriminative": 16, "bptt": 6, "bptt_anneal": 6, "clean": 12}
+    recipe = Shortened(defense.recipe(), iterations, batch_size=16, watch=(images.x[:48], images.y[:48]))
+    recipe.prepare(images.x)
+    seen = [recipe.measure(images.x, images.y)]
+    card = train(defense, recipe, images, tmp_path / "run", TrainSettings(holdout=HOLDOUT))
+    names = [stage.name for stage in recipe.stages()]
+    seen += [card["held_out"][name] for name in names]
+    falls = {name: seen[number][name] - seen[number + 1][name] for number, name in enumerate(names)}
+    assert all(fall > 0 for fall in falls.values()), falls
+
+
+@pytest.mark.parametrize("kind", ["shortrun", "paper_literal"])
+def test_stages_update_what_the_thesis_says(
+    kind: str, images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generator alone, classifier alone, then both; sigma is learned in the third stage of the repaired preset only."""
+    defense = make(kind)
+    assert isinstance(defense, ShortRun)
+    recipe = Shortened(defense.recipe(), {}, batch_size=2)
+    parts = {"generator": defense.generator, "classifier": defense.classifier}
+    changed: dict[str, set[str]] = {}
+    before: dict[str, str] = {}
+
+    def look() -> dict[str, str]:
+        return {name: weights_digest(part) for name, part in parts.items()} | {"sigma": str(defense.log_sigma.item())}
+
+    def note(name: str) -> None:
+        nonlocal before
+        now = look()
+        changed[name] = {part for part in now if now[part] != before[part]}
+        before = now
+
+    names = iter([stage.name for stage in recipe.stages()])
+
+    def measure(_x: Tensor, _y: Tensor) -> dict[str, float]:
+        note(next(names))
+        return {}
+
+    recipe.prepare(images.x)
+    before = look()
+    monkeypatch.setattr(recipe, "measure", measure)
+    monkeypatch.setattr(recipe, "prepare", lambda _x: None)  # done above
+    train(defense, recipe, images, tmp_path, TrainSettings(holdout=HOLDOUT))
+    everything = {"generator", "classifier"} | ({"sigma"} if kind == "shortrun" else set())
+    assert changed["generative"] == {"generator"}
+    assert changed["discriminative"] == {"classifier"}
+    assert {name for name in changed if name.startswith("bptt")}
+    assert all(parts == everything for name, parts in changed.items() if name.startswith("bptt"))
+
+
+def test_prepare_sets_sigma_from_the_data_unless_the_paper_is_taken_at_its_word(images: Dataset) -> None:
+    repaired, literal = make("shortrun"), make("paper_literal")
+    assert isinstance(repaired, ShortRun)
+    assert isinstance(literal, ShortRun)
+    for defense in (repaired, literal):
+        defense.recipe().prepare(images.x)
+    assert repaired.log_sigma.exp().item() == pytest.approx(auto_sigma(images.x), rel=1e-6)
+    assert literal.log_sigma.exp().item() == pytest.approx(6.4, rel=1e-6)
+
+
+# cut off and resumed
+
+
+class CutOffError(Exception):
+    """Stands for the power going out in the middle of an iteration."""
+
+
+def run_recipe(kind: str, images: Dataset, folder: Path, *, cut: int = 0, resume: bool = False) -> str | None:
+    """Trains for a few iterations; returns the weights' digest, None where it was cut off in iteration `cut`."""
+    defense = make(kind)
+    iterations = {"first": 9, "second": 9, "clean": 9, "bptt": 2}
+    recipe = Shortened(defense.recipe(), iterations, batch_size=3)
+
+    def stop(number: int) -> None:
+        if number == cut:
+            raise CutOffError
+
+    recipe.on_call = stop
+    try:
+        train(defense, recipe, images, folder, TrainSettings(holdout=HOLDOUT), resume=resume)
+    except CutOffError:
+        return None
+    return weights_digest(defense)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cuts"), [("toy", [2, 8, 10, 15]), ("convnet", [5]), ("shortrun", [2, 4]), ("paper_literal", [4])]
+)
+def test_cut_off_training_ends_in_the_same_bits(
+    kind: str, cuts: list[int], images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_recipe(kind, images, tmp_path / "whole")
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every iteration
+    for cut in cuts:
+        folder = tmp_path / str(cut)
+        assert run_recipe(kind, images, folder, cut=cut) is None
+        assert run_recipe(kind, images, folder, resume=True) == whole
+    assert run_recipe(kind, images, tmp_path / "again") == whole
+
+
+def test_interrupt_waits_for_the_end_of_the_iteration(images: Dataset, tmp_path: Path) -> None:
+    """A half-made update in a checkpoint would be lost for good, and the resumed weights would differ."""
+    whole = run_recipe("toy", images, tmp_path / "whole")
+    defense = make("toy")
+    recipe = Shortened(defense.recipe(), dict.fromkeys(["first", "second"], 9), batch_size=3)
+
+    def interrupt(number: int) -> None:
+        if number == 12:
+            signal.raise_signal(signal.SIGINT)
+
+    recipe.on_call = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        train(defense, recipe, images, tmp_path / "cut", TrainSettings(holdout=HOLDOUT))
+    saved = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    assert (saved["state"]["stage"], saved["state"]["iteration"]) == (1, 3)
+    assert run_recipe("toy", images, tmp_path / "cut", resume=True) == whole
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As users have it, and as the processes beside this one have it: without type checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Callable[[list[str]], int]:
+    """Runs a command in this process and returns its exit status."""
+    del unchecked
+
+    def run(words: list[str]) -> int:
+        monkeypatch.setattr(sys, "argv", ["robench", *words])
+        status: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+        assert isinstance(status, int)
+        return status
+
+    return run
+
+
+def train_words(data_dir: Path, out: str, *more: str) -> list[str]:
+    return ["train", "--defense", TOY, "--data-dir", str(data_dir), "--device", "cpu", "--out", out, *more]
+
+
+def stop_process(words: list[str], checkpoint: Path, how: signal.Signals) -> tuple[int, str]:
+    """Starts `robench train` with a checkpoint after every iteration and stops it when the first one is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{EVERY_ITERATION}; from robench.cli import main; main()", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    started = time.monotonic()
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() - started < 120:
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def read_state(checkpoint: Path) -> tuple[int, int]:
+    state = torch.load(checkpoint, weights_only=True)["state"]
+    return state["stage"], state["iteration"]
+
+
+def test_killed_process_resumes_bit_for_bit(
+    data_dir: Path, place: Path, command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(train_words(data_dir, "whole")) == 0
+    status, _ = stop_process(train_words(data_dir, "cut"), place / "cut" / "checkpoint.pt", signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    assert (0, 0) < read_state(place / "cut" / "checkpoint.pt") < (1, 100)
+    assert not (place / "cut" / "fashion_mnist.safetensors").exists()
+    capsys.readouterr()
+    assert command(train_words(data_dir, "cut", "--resume", "--json")) == 0
+    card = json.loads(capsys.readouterr().out)["card"]
+    assert card["weights_digest"] == read_card(place / "whole" / "fashion_mnist.safetensors")["weights_digest"]
+    weights = [(place / name / "fashion_mnist.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_interrupted_process_exits_130_with_the_command_that_resumes(
+    data_dir: Path, place: Path, command: Callable[[list[str]], int]
+) -> None:
+    """The command as printed must resume this very run: with its seed, scale and data folder."""
+    words = train_words(data_dir, "a cut run", "--seed", "3", "--scale", "0.9", "--recipe", "noise")
+    assert command([*words[: words.index("--out")], "--out", "whole", *words[words.index("--out") + 2 :]]) == 0
+    status, err = stop_process(words, place / "a cut run" / "checkpoint.pt", signal.SIGINT)
+    assert status == 130
+    assert "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith("robench: interrupted; continue with: robench train ")
+    again = shlex.split(line.partition("robench train ")[2])
+    assert "--resume" in again
+    assert (0, 0) < read_state(place / "a cut run" / "checkpoint.pt") < (1, 90)
+    assert command(["train", *again]) == 0
+    weights = [(place / name / "fashion_mnist.safetensors").read_bytes() for name in ("whole", "a cut run")]
+    assert weights[0] == weights[1]
+
+
+# what is refused
+
+
+@pytest.fixture
+def job(data_dir: Path, place: Path) -> TrainJob:
+    return TrainJob(TOY, "fashion_mnist", place / "run", data_dir=data_dir, test_images=50)
+
+
+@pytest.fixture
+def trained(job: TrainJob) -> TrainJob:
+    short = dataclasses.replace(job, settings=TrainSettings(scale=0.02))
+    train_named(short)
+    return short
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"scale": 0.03}, {"holdout": 100}], ids=str)
+def test_checkpoint_of_another_run(trained: TrainJob, settings: dict[str, Any]) -> None:
+    other = dataclasses.replace(trained, settings=dataclasses.replace(trained.settings, **settings))
+    with pytest.raises(UsageError, match=r"^checkpoint .*checkpoint\.pt is of another run: .* Choose another --out.*$"):
+        train_named(other, resume=True)
+
+
+def test_checkpoint_of_another_preset(images: Dataset, tmp_path: Path) -> None:
+    """The two presets have tensors of the same names and shapes, so that nothing else would tell them apart."""
+    settings = TrainSettings(holdout=HOLDOUT)
+    variants = {"shortrun": "", "paper_literal": " {'preset': 'paper_literal'}"}
+    for kind, variant in variants.items():
+        defense = make(kind)
+        recipe = Shortened(defense.recipe(), {}, batch_size=2)
+        if kind == "shortrun":
+            train(defense, recipe, images, tmp_path, settings, variant=variant)
+            continue
+        with pytest.raises(UsageError, match=r"is of another run: .*paper_literal"):
+            train(defense, recipe, images, tmp_path, settings, resume=True, variant=variant)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"no checkpoint\n" * 30,
+        lambda content: content[:300] + bytes(64) + content[364:],
+    ],
+    ids=["cut off", "empty", "text", "overwritten"],
+)
+def test_damaged_checkpoint(trained: TrainJob, damage: Callable[[bytes], bytes]) -> None:
+    path = trained.folder / "checkpoint.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"(?s)^checkpoint .*checkpoint\.pt is damaged: .*Delete it to start over$"):
+        train_named(trained, resume=True)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, torch.zeros(3)], ids=["list", "dict", "tensor"])
+def test_file_that_is_no_checkpoint(trained: TrainJob, content: object) -> None:
+    torch.save(content, trained.folder / "checkpoint.pt")
+    with pytest.raises(DataError, match=r"^checkpoint .* is damaged: it is no checkpoint\. Delete it to start over$"):
+        train_named(trained, resume=True)
+
+
+def test_nothing_to_resume(job: TrainJob) -> None:
+    with pytest.raises(UsageError, match=r"^nothing to resume: .*checkpoint\.pt does not exist$"):
+        train_named(job, resume=True)
+
+
+def test_fewer_images_than_are_kept_aside(job: TrainJob) -> None:
+    wide = dataclasses.replace(job, settings=TrainSettings(holdout=TRAIN_IMAGES))
+    with pytest.raises(UsageError, match=r"^training keeps 600 images aside; the split has 600\. .*$"):
+        train_named(wide)
+    assert not job.folder.exists()
+
+
+def test_folder_that_cannot_be_made(job: TrainJob, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"^cannot make the folder .*file/run: Not a directory\. .*$"):
+        train_named(dataclasses.replace(job, folder=tmp_path / "file" / "run"))
+
+
+def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defense = make("toy")
+    recipe = Shortened(defense.recipe(), {"first": 9}, batch_size=3)
+    monkeypatch.setattr(recipe, "watched_loss", lambda inner, x, y: inner(x, y) * torch.nan)
+    with pytest.raises(DataError, match=r'^training diverged in stage "first": the loss is nan\. Lower .*$'):
+        train(defense, recipe, images, tmp_path, TrainSettings(holdout=HOLDOUT))
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--defense", "shortrum"], 'did you mean "shortrun"?'),
+        (["--defense", "convnet", "--recipe", "thesis"], 'convnet has one recipe, "clean"; got "thesis"'),
+        (["--dataset", "cifar10"], "cifar10"),
+        (["--dataset", "fashion_mnits"], "fashion_mnist"),
+        (["--scale", "0"], "scale must be positive"),
+        (["--scale", "nan"], "scale must be positive"),
+        (["--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["--resume"], "nothing to resume"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(
+    data_dir: Path,
+    place: Path,
+    command: Callable[[list[str]], int],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    part: str,
+) -> None:
+    assert command(train_words(data_dir, "run", *words)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert part in line
+    assert [*place.rglob("*.safetensors")] == []
+
+
+# the card
+
+
+def test_card_says_what_was_done(data_dir: Path, place: Path, job: TrainJob) -> None:
+    path, card = train_named(dataclasses.replace(job, settings=TrainSettings(seed=4, scale=0.5)))
+    assert path == place / "run" / "fashion_mnist.safetensors"
+    assert read_card(path) == json.loads(json.dumps(card))
+    expected = {"defense": "trainable", "dataset": "fashion_mnist", "recipe": "noise", "seed": 4, "options": {}}
+    assert expected.items() <= card.items()
+    assert card["train_images"] == TRAIN_IMAGES - 500
+    assert card["train_digest"] == load_dataset("fashion_mnist", "train", data_dir=data_dir).digest
+    assert card["torch"] == torch.__version__.split("+")[0]
+    assert card["device"].startswith("cpu, ")
+    assert card["wall_time_s"] >= 0
+    assert [(stage["name"], stage["iterations"], stage["optimizer"]) for stage in card["stages"]] == [
+        ("first", 50, "ranger"),
+        ("second", 50, "adam"),
+    ]
+    assert card["held_out"]["images"] == 500
+    assert card["held_out"]["second"]["accuracy"] > 0.2
+    test = card["test"]
+    assert (test["images"], test["digest"]) == (50, load_dataset("fashion_mnist", n=50).digest)
+    assert test["clean_low"] <= test["clean_accuracy"] <= test["clean_high"]
+    defense = load_defense(TOY, weights=path)
+    assert weights_digest(defense) == card["weights_digest"]
+
+
+def test_same_seed_same_weights_other_seed_others(job: TrainJob, tmp_path: Path) -> None:
+    digests = []
+    for number, seed in enumerate([0, 0, 1]):
+        settings = TrainSettings(seed=seed, scale=0.02)
+        _, card = train_named(dataclasses.replace(job, folder=tmp_path / str(number), settings=settings))
+        digests.append(card["weights_digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_retraining_over_an_old_run_starts_anew(trained: TrainJob) -> None:
+    """Without --resume the old checkpoint must not leak into the new run."""
+    first = read_card(trained.folder / "fashion_mnist.safetensors")["weights_digest"]
+    shutil.copy(trained.folder / "checkpoint.pt", trained.folder / "old.pt")
+    _, card = train_named(trained)
+    assert card["weights_digest"] == first
