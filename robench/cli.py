@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robench.errors import RobenchError
+from robench.errors import Interrupted, RobenchError
 
 app = typer.Typer(
     name="robench",
@@ -32,11 +32,14 @@ def main() -> None:
     0 done; 1 done but something failed; 2 the user can fix it; 130 interrupted.
     """
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        raise SystemExit(stop.exit_code) from None
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        _say(f"robench: {stop}" if str(stop) else "robench: interrupted")
+        status = app(standalone_mode=False)  # typer returns the status of an Exit, and 130 for a KeyboardInterrupt
+        if status == 130:
+            raise Interrupted("interrupted")
+    except (KeyboardInterrupt, typer.Abort):
+        _say("robench: interrupted")
+        raise SystemExit(130) from None
+    except Interrupted as stop:
+        _say(f"robench: {stop}")
         raise SystemExit(130) from None
     except RobenchError as error:
         _say(f"robench: {error}")
@@ -47,6 +50,7 @@ def main() -> None:
             raise
         _say(f"robench: {message()} See 'robench --help'")
         raise SystemExit(2) from None
+    raise SystemExit(status if isinstance(status, int) else 0)
 
 
 def _say(text: str) -> None:

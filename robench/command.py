@@ -9,9 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from robench.data import load_dataset
+from robench.data_names import KNOWN
 from robench.defense import Defense
-from robench.errors import UsageError
-from robench.evaluate import Settings, evaluate
+from robench.errors import Interrupted, UsageError
+from robench.evaluate import Settings, evaluate, plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import default_eps, get_protocol
 from robench.registry import load_defense
@@ -65,7 +67,7 @@ def run_command(request: RunRequest) -> Evaluation:
 
     Raises:
         RobenchError: see `evaluate`, `load_defense` and `load_dataset`.
-        KeyboardInterrupt: interrupted; the message names the command that resumes.
+        Interrupted: the message names the command that resumes.
     """
     if request.resume is not None:
         return _resume(request.resume, request)
@@ -74,7 +76,11 @@ def run_command(request: RunRequest) -> Evaluation:
     if (request.attack is None) == (request.protocol is None):
         raise UsageError("robench run needs either --attack or --protocol; see 'robench list attacks'")
     dataset, norm = request.dataset or "fashion_mnist", request.norm or "linf"
-    threats = [ThreatModel(norm, parse_eps(part)) for part in (request.eps or default_eps(dataset, norm)).split(",")]
+    ThreatModel(norm, 0.0)  # an unknown norm or dataset is named before anything that follows from it
+    if dataset not in KNOWN:
+        load_dataset(dataset, "test", 1, 0, request.data_dir)
+    eps = default_eps(dataset, norm) if request.eps is None else request.eps
+    threats = [ThreatModel(norm, parse_eps(part)) for part in eps.split(",")]
     options = {} if request.weights is None else {"weights": str(request.weights.resolve())}
     defense = load_defense(request.defense, dataset, **options)
     attacks = request.attack if request.protocol is None else get_protocol(request.protocol)[0]
@@ -86,7 +92,7 @@ def run_command(request: RunRequest) -> Evaluation:
         out=request.out or _default_folder(defense, attacks or ""),
         progress=True,
         data_dir=request.data_dir,
-        unit_size=request.unit_size or Settings.unit_size,
+        unit_size=Settings.unit_size if request.unit_size is None else request.unit_size,
         eot=eot,
         judge_repeats=judge_repeats,
         defense_spec=request.defense,
@@ -112,7 +118,9 @@ def _run(
     try:
         return evaluate(defense, attacks, threats, dataset, **content)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; finish it with: robench run --resume {settings.out}") from None
+        raise Interrupted(
+            f"interrupted; finish it with: robench run --resume {shlex.quote(str(settings.out))}"
+        ) from None
 
 
 def _resume(folder: Path, request: RunRequest) -> Evaluation:
@@ -121,6 +129,7 @@ def _resume(folder: Path, request: RunRequest) -> Evaluation:
     if not spec.defense or not spec.dataset:
         raise UsageError(f"{folder} was run from Python on a defense or data without a name; resume it there")
     defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    _check_attacks(request, spec, defense, folder)
     attacks: str | list[str] = spec.protocol or [
         entry.spec + (f"@{entry.mode}" if entry.mode else "") for entry in spec.attacks
     ]
@@ -135,6 +144,7 @@ def _resume(folder: Path, request: RunRequest) -> Evaluation:
         resume=True,
         progress=True,
         data_dir=request.data_dir,
+        query_budget=spec.query_budget,
         defense_spec=spec.defense,
         defense_options=spec.defense_options,
     )
@@ -144,25 +154,37 @@ def _resume(folder: Path, request: RunRequest) -> Evaluation:
 
 def _check_same(request: RunRequest, spec: RunSpec, folder: Path) -> None:
     """Refuses options beside --resume that say something else than the run folder."""
-    given: dict[str, Any] = {
-        "defense": request.defense,
-        "protocol": request.protocol,
-        "dataset": request.dataset,
-        "norm": request.norm,
-        "n": request.n,
-        "seed": request.seed,
-        "eot": request.eot,
-        "judge_repeats": request.judge_repeats,
-        "unit_size": request.unit_size,
+    eps = None if request.eps is None else tuple(sorted({parse_eps(part) for part in request.eps.split(",")}))
+    weights = None if request.weights is None else str(request.weights.resolve())
+    told: dict[str, tuple[Any, Any]] = {
+        "defense": (request.defense, spec.defense),
+        "protocol": (None if request.protocol is None else get_protocol(request.protocol)[0], spec.protocol),
+        "dataset": (request.dataset, spec.dataset),
+        "norm": (request.norm, spec.norm),
+        "eps": (None if eps == spec.eps else request.eps, spec.eps),
+        "n": (request.n, spec.n),
+        "seed": (request.seed, spec.seed),
+        "eot": (request.eot, spec.eot),
+        "judge_repeats": (request.judge_repeats, spec.judge_repeats),
+        "unit_size": (request.unit_size, spec.unit_size),
+        "device": (None if request.device == "auto" else request.device, spec.device),
+        "weights": (weights, spec.defense_options.get("weights", "the shipped file")),
+        "--out": (None if request.out is None else request.out.resolve(), folder.resolve()),
     }
-    for name, value in given.items():
-        if value is not None and value != getattr(spec, name):
-            raise UsageError(f"{folder} holds a run of another spec: {name} is {getattr(spec, name)!r}, not {value!r}")
-    if request.eps is not None and tuple(sorted(parse_eps(part) for part in request.eps.split(","))) != spec.eps:
-        raise UsageError(f"{folder} holds a run of another spec: eps is {spec.eps}, not {request.eps}")
-    if request.attack is not None and request.attack != ",".join(entry.spec for entry in spec.attacks):
-        attacks = ",".join(entry.spec for entry in spec.attacks)
-        raise UsageError(f"{folder} holds a run of another spec: the attacks are {attacks}, not {request.attack}")
+    for name, (value, stored) in told.items():
+        if value is not None and value != stored:
+            asked = value if name == "eps" else repr(value)  # eps as it was typed
+            raise UsageError(f"{folder} holds a run of another spec: {name} is {stored!r}, not {asked}")
+
+
+def _check_attacks(request: RunRequest, spec: RunSpec, defense: Defense, folder: Path) -> None:
+    """The same for the attacks, however they are written."""
+    if request.attack is None:
+        return
+    asked, stored = plan_attacks(request.attack, defense)[0], list(spec.attacks)
+    if asked != stored:
+        names = ", ".join(entry.key for entry in stored)
+        raise UsageError(f"{folder} holds a run of another spec: the attacks are {names}, not {request.attack}")
 
 
 def _default_folder(defense: Defense, attacks: str) -> Path:
@@ -192,7 +214,7 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
 
     Raises:
         RobenchError: see `train_named`.
-        KeyboardInterrupt: interrupted; the message names the command that resumes.
+        Interrupted: the message names the command that resumes.
     """
     if not request.scale > 0:
         raise UsageError(f"scale must be positive; got {request.scale}")
@@ -207,5 +229,12 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
     try:
         return train_named(job, resume=request.resume)
     except KeyboardInterrupt:
-        command = f"robench train --defense {shlex.quote(request.defense)} --dataset {request.dataset}"
-        raise KeyboardInterrupt(f"interrupted; continue with: {command} --out {folder} --resume") from None
+        raise Interrupted(f"interrupted; continue with: {_train_again(request, folder)}") from None
+
+
+def _train_again(request: TrainRequest, folder: Path) -> str:
+    words = ["robench", "train", "--defense", request.defense, "--dataset", request.dataset, "--out", str(folder)]
+    words += ["--seed", str(request.seed), "--scale", repr(request.scale), "--device", request.device, "--resume"]
+    words += ["--recipe", request.recipe] if request.recipe is not None else []
+    words += ["--data-dir", str(request.data_dir)] if request.data_dir is not None else []
+    return shlex.join(words)

@@ -17,5 +17,9 @@ class DataError(RobenchError):
     """A file (images, weights, a run folder, a CSV) does not fit its schema or is damaged."""
 
 
+class Interrupted(RobenchError):  # noqa: N818 - a signal, not a fault
+    """The user pressed Ctrl-C; the message names the command that resumes."""
+
+
 class BudgetExhausted(RobenchError):  # noqa: N818 - it ends an attack in good order; it is a signal, not a fault
     """The query budget of an attack is used up; the engine takes the attack's best images so far."""

@@ -84,16 +84,21 @@ def _literal(node: ast.expr, text: str) -> object:
 
 
 def split_specs(text: str) -> list[str]:
-    """Splits a list at the commas outside parentheses: `fgsm,pgd(steps=5,restarts=2)` has two entries."""
-    parts, depth, current = [], 0, ""
+    """Splits a list at the commas outside parentheses and quotes: `fgsm,pgd(steps=5,loss='dlr')` has two entries."""
+    parts, depth, quote, escaped = [""], 0, "", False
     for character in text:
-        depth += (character == "(") - (character == ")")
-        if character == "," and depth == 0:
-            parts.append(current)
-            current = ""
+        if quote:
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
+        elif character in "'\"":
+            quote = character
         else:
-            current += character
-    return [part.strip() for part in [*parts, current] if part.strip()]
+            depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def resolve(kind: Kind, name: str) -> type:

@@ -140,13 +140,18 @@ def make(kind: str) -> Defense:
 # every stage lowers its objective
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shortrun", "paper_literal", "convnet"])
 def test_every_stage_lowers_its_own_objective(kind: str, images: Dataset, tmp_path: Path) -> None:
-    """Before and after each stage, on the same images with the same noise, not from the running average of batches."""
+    """Before and after each stage, on the same images with the same noise, not from the running average of batches.
+
+    So few iterations teach the code nothing about an image, but three labels instead of ten are quickly learned.
+    """
+    images = dataclasses.replace(images, y=images.y % 3)
     defense = make(kind)
-    iterations = {"generative": 12, "discriminative": 16, "bptt": 6, "bptt_anneal": 6, "clean": 12}
-    recipe = Shortened(defense.recipe(), iterations, batch_size=16, watch=(images.x[:48], images.y[:48]))
+    if isinstance(defense, ShortRun):
+        defense.steps = 5
+    iterations = dict.fromkeys(["generative", "discriminative", "bptt", "bptt_anneal", "clean"], 14)
+    recipe = Shortened(defense.recipe(), iterations, batch_size=8, watch=(images.x[:24], images.y[:24]))
     recipe.prepare(images.x)
     seen = [recipe.measure(images.x, images.y)]
     card = train(defense, recipe, images, tmp_path / "run", TrainSettings(holdout=HOLDOUT))
