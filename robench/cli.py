@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,8 @@ def main() -> None:
 
     0 done; 1 done but something failed; 2 the user can fix it; 130 interrupted.
     """
+    # Threads that spin while they wait stall each other where another program holds a core (505 s against 72 seen).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
     try:
         status = app(standalone_mode=False)  # typer returns the status of an Exit, and 130 for a KeyboardInterrupt
         if status == 130:

@@ -43,7 +43,7 @@ class Settings:
     """How an evaluation is run; every field may be given to `evaluate` by name.
 
     Attributes:
-        n: images, a class-stratified draw by `seed`; None: 256, or all of a pair of tensors.
+        n: images, a class-stratified draw by `seed` (of a pair of tensors the first n); None: 256, or all of a pair.
         seed: seeds the draw of images and all randomness of the run.
         unit_size: images of one work unit.
         eot: draws averaged in one gradient query; None: 10 for a randomized defense, else 1.

@@ -9,6 +9,8 @@ import jaxtyping
 import pytest
 from _pytest.assertion.rewrite import AssertionRewritingHook
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch is imported
+
 if "robench" in sys.modules:
     raise RuntimeError("robench was imported before tests/conftest.py: its signatures would go unchecked")
 # An int passes for a float, as in mypy. `Self` goes unchecked: beartype knows it in classes, not method by method.

@@ -40,6 +40,16 @@ def draw_images(n: int, channels: int = 1, dtype: torch.dtype = torch.float64) -
         return torch.rand(n, channels, 28, 28, dtype=dtype)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny batches are quicker on one thread, above all on a busy machine; the shipped weights take all there are."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Switches the type checks of the tests off, so that a wrong value meets the code's own check."""

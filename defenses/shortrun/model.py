@@ -76,7 +76,7 @@ class ShortRun(Defense):
     needs_weights = True
     gradient_modes = ("full", "last_step")
     batch_rows = 32
-    first_look = {"n": 32, "eot": 5, "judge_repeats": 6}  # noqa: RUF012 - a constant; the base declares the type
+    first_look = {"n": 32, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the thesis
         self,
