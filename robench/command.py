@@ -118,9 +118,9 @@ def _run(
     try:
         return evaluate(defense, attacks, threats, dataset, **content)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; finish it with: robench run --resume {shlex.quote(str(settings.out))}"
-        ) from None
+        folder = [] if settings.data_dir is None else ["--data-dir", str(settings.data_dir)]
+        again = shlex.join(["robench", "run", "--resume", str(settings.out), *folder])
+        raise Interrupted(f"interrupted; finish it with: {again}") from None
 
 
 def _resume(folder: Path, request: RunRequest) -> Evaluation:
