@@ -37,12 +37,9 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)  # typer returns the status of an Exit, and 130 for a KeyboardInterrupt
         if status == 130:
-            raise Interrupted("interrupted")
-    except (KeyboardInterrupt, typer.Abort):
-        _say("robench: interrupted")
-        raise SystemExit(130) from None
-    except Interrupted as stop:
-        _say(f"robench: {stop}")
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort, Interrupted) as stop:
+        _say(f"robench: {stop}" if str(stop) else "robench: interrupted")
         raise SystemExit(130) from None
     except RobenchError as error:
         _say(f"robench: {error}")
@@ -188,12 +185,13 @@ def new(
     folder: Annotated[Path, typer.Option(help="Where to write it.")] = Path(),
 ) -> None:
     """Write a working plugin in one file, with its contract test beside it."""
-    from robench.scaffold import write_plugin
+    from robench.scaffold import class_name, write_plugin
 
     plugin, test = write_plugin(kind, name, folder)
-    cls = "".join(part.capitalize() for part in name.split("_"))
     other = "--attack pgd" if kind == "defense" else "--defense convnet"
-    sys.stdout.write(f"{plugin}\n{test}\nnext: robench run --{kind} {plugin}:{cls} {other}\n      pytest {test}\n")
+    sys.stdout.write(
+        f"{plugin}\n{test}\nnext: robench run --{kind} {plugin}:{class_name(name)} {other}\n      pytest {test}\n"
+    )
 
 
 @leaderboard_app.command("add")

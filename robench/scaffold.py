@@ -123,6 +123,11 @@ class Test$cls(AttackContract):
 ''')
 
 
+def class_name(name: str) -> str:
+    """The class of the plugin `name`: `my_defense` holds `MyDefense`."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
 def write_plugin(kind: str, name: str, folder: Path) -> list[Path]:
     """Writes `<name>.py` and `test_<name>.py`; returns both.
 
@@ -136,7 +141,7 @@ def write_plugin(kind: str, name: str, folder: Path) -> list[Path]:
     values = {
         "name": name,
         "title": name.replace("_", " ").capitalize(),
-        "cls": "".join(part.capitalize() for part in name.split("_")),
+        "cls": class_name(name),
     }
     plugin, test = (_DEFENSE, _DEFENSE_TEST) if kind == "defense" else (_ATTACK, _ATTACK_TEST)
     files = {

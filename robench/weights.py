@@ -46,7 +46,8 @@ def _locate(
         return Path(weights)
     if not cls.needs_weights:
         return None
-    stem = weights_stem(cls, dataset or "fashion_mnist", options)
+    dataset = dataset or "fashion_mnist"
+    stem = weights_stem(cls, dataset, options)
     path = weights_folder(cls) / f"{stem}.safetensors"
     if not path.exists():
         shipped = ", ".join(shipped_weights(cls)) or "none"
