@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robench.attack import Attack
-from robench.losses import get_loss
+from robench.defense import Defense
+from robench.losses import check_classes, get_loss
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.victim import Victim
@@ -37,6 +38,14 @@ class FGSM(Attack):
             UsageError: there is no such loss.
         """
         get_loss(self.loss)
+
+    def check_fit(self, defense: Defense, dataset: str) -> None:
+        """Checks that the defense has the classes that the loss needs.
+
+        Raises:
+            UsageError: too few of them.
+        """
+        check_classes(self.name, self.loss, defense.num_classes, targeted=False)
 
     def passes(self) -> int:
         """One forward, one backward."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from robench.attack import Attack
+from robench.defense import Defense
 from robench.errors import UsageError
-from robench.losses import get_loss, margin
+from robench.losses import aim, best_wrong_classes, check_classes, get_loss, margin
 from robench.threat import ThreatModel
-from robench.types import Images, Labels, PerExample
+from robench.types import Images, Labels, Mask, PerExample
 from robench.victim import Victim
 
 
@@ -20,26 +22,32 @@ from robench.victim import Victim
 class PGD(Attack):
     """Steps along the steepest ascent of the loss, projected on the ball and the box; keeps the best iterate.
 
-    Madry et al. 2018 (arXiv 1706.06083), section 2.1. Norms: linf, l2. No guarantee: an upper bound of robust accuracy.
-    Cost per image: `restarts * steps` forward and backward passes and `restarts` more forwards, times EOT.
+    Madry et al. 2018 (arXiv 1706.06083), section 2.1; `momentum` as Dong et al. 2018 (arXiv 1710.06081), eq. 6. Norms:
+    linf, l2, l1. In l1 a step goes along the signs of the largest `l1_fraction` of the gradient's entries that the box
+    leaves room for (Tramer and Boneh 2019, arXiv 1904.13000, appendix B: the steepest step alone changes one value).
+    No guarantee: an upper bound of robust accuracy. Cost per image: `restarts * steps` forward and backward passes and
+    `restarts` more forwards, times EOT; with targets once for each of them and one forward more to rank the classes.
 
     Departures: the best iterate is returned, not the last (best: misclassified before not, then the larger loss; both
-    on the mean of the EOT draws), and an image of a deterministic defense that is misclassified is left alone. With
-    `random_start=False, keep="last", stop_early=False` it is the plain algorithm, bit-equal to foolbox's and
-    torchattacks' in linf.
+    on the mean of the EOT draws), and an image of a deterministic defense that is misclassified is left alone. A random
+    start is where the same attack ended within a smaller bound, if there is one. With `random_start=False,
+    keep="last", stop_early=False` it is the plain algorithm, bit-equal to foolbox's and torchattacks' in linf.
 
     Args:
         steps: gradient steps of one restart.
         step_size: length of a step in the unit of eps; None takes 2.5 * eps / steps.
-        restarts: independent starts.
+        restarts: independent starts (for each target, if there are any).
         random_start: start from a uniform draw of the ball; otherwise from the image (and then restart 2 draws).
         loss: `ce`, `margin` or `dlr`.
+        targets: 0: away from the right class; k: towards each of the k best wrong classes in turn.
+        momentum: share of the gradients before in the direction; 0: none.
+        l1_fraction: share of the values that one step in l1 changes.
         keep: `best` or `last` iterate.
         stop_early: leave images of a deterministic defense alone once they are misclassified (with `keep="best"`).
     """
 
     name = "pgd"
-    norms = ("linf", "l2")
+    norms = ("linf", "l2", "l1")
     access = "gradient"
     goal = "budget"
     draws = True
@@ -49,6 +57,9 @@ class PGD(Attack):
     restarts: int = 1
     random_start: bool = True
     loss: str = "ce"
+    targets: int = 0
+    momentum: float = 0.0
+    l1_fraction: float = 0.05
     keep: Literal["best", "last"] = "best"
     stop_early: bool = True
 
@@ -58,57 +69,119 @@ class PGD(Attack):
         Raises:
             UsageError: an option is out of range.
         """
-        if self.steps < 1 or self.restarts < 1:
-            raise UsageError(f"pgd: steps and restarts must be at least 1; got {self.steps} and {self.restarts}")
+        if self.steps < 1 or self.restarts < 1 or self.targets < 0:
+            raise UsageError(
+                "pgd: steps and restarts must be at least 1 and targets at least 0; "
+                f"got {self.steps}, {self.restarts} and {self.targets}"
+            )
         if self.step_size is not None and not self.step_size > 0:
             raise UsageError(f"pgd: step_size must be positive; got {self.step_size}")
+        if not (self.momentum >= 0 and 0 < self.l1_fraction <= 1):
+            raise UsageError(
+                "pgd: momentum must be at least 0 and l1_fraction above 0 and at most 1; "
+                f"got {self.momentum} and {self.l1_fraction}"
+            )
         if self.keep not in ("best", "last"):
             raise UsageError(f'pgd: keep must be best or last; got "{self.keep}"')
         get_loss(self.loss)
 
+    def check_fit(self, defense: Defense, dataset: str) -> None:
+        """Checks that the defense has the classes that the loss needs.
+
+        Raises:
+            UsageError: too few of them.
+        """
+        check_classes(self.name, self.loss, defense.num_classes, targeted=self.targets > 0)
+
     def passes(self) -> int:
         """Forward and backward for each step, one forward more for the last iterate."""
-        return self.restarts * (2 * self.steps + 1)
+        return self.restarts * max(self.targets, 1) * (2 * self.steps + 1)
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""
         best = _Best(x, keep_last=self.keep == "last")
         stop = self.stop_early and self.keep == "best" and not victim.randomized
-        for restart in range(self.restarts):
+        goals: list[Labels | None] = [None]
+        if self.targets:
+            goals = list(best_wrong_classes(victim.logits(x), y, self.targets))
+        for number, (goal, restart) in enumerate(itertools.product(goals, range(self.restarts))):
             rows = (~best.broken).nonzero()[:, 0] if stop else torch.arange(len(x), device=x.device)
             if len(rows) == 0:
                 break
-            random = self.random_start or restart > 0
-            self._climb(victim, x, y, threat, best=best, rows=rows, random=random, stop=stop)
+            x_adv = x[rows]
+            if self.random_start or restart > 0:
+                going_on = number == 0 and victim.start is not None
+                x_adv = victim.start[rows] if going_on and victim.start is not None else threat.random_start(x_adv)
+            self._climb(victim, _Climb(x, y, goal, threat, rows, x_adv, torch.zeros_like(x_adv)), best, stop=stop)
         return best.x
 
-    def _climb(  # noqa: PLR0913 - one restart on the rows still of interest
-        self,
-        victim: Victim,
-        x: Images,
-        y: Labels,
-        threat: ThreatModel,
-        *,
-        best: _Best,
-        rows: Tensor,
-        random: bool,
-        stop: bool,
-    ) -> None:
-        step_size = self.step_size or 2.5 * threat.eps / self.steps
-        x_adv = threat.random_start(x[rows]) if random else x[rows]
+    def _climb(self, victim: Victim, at: _Climb, best: _Best, *, stop: bool) -> None:
+        """One restart, on the images still of interest."""
+        part = victim.subset(at.rows)
         for _ in range(self.steps):
-            loss, grad, logits = victim.subset(rows).gradient(x_adv, y[rows], self.loss)
-            broken = best.update(rows, x_adv, loss, margin(logits, y[rows]) > 0)
+            loss, grad, logits = part.gradient(at.x_adv, at.labels, self.loss, at.target)
+            at.direction = self.momentum * at.direction + _scale_l1(grad) if self.momentum else grad
+            broken = best.update(at.rows, at.x_adv, loss, margin(logits, at.labels) > 0)
             if stop and bool(broken.any()):
-                rows, x_adv, grad = rows[~broken], x_adv[~broken], grad[~broken]
-                if len(rows) == 0:
+                at.drop(broken)
+                if len(at.rows) == 0:
                     return
-            x_adv = threat.project(x[rows], x_adv + step_size * threat.steepest(grad))
+                part = victim.subset(at.rows)
+            at.x_adv = self._step(at)
         if self.keep == "last":
-            best.x[rows] = x_adv
+            best.x[at.rows] = at.x_adv
             return
-        logits = victim.subset(rows).logits(x_adv)
-        best.update(rows, x_adv, get_loss(self.loss)(logits, y[rows]), margin(logits, y[rows]) > 0)
+        logits = part.logits(at.x_adv)
+        loss = aim(self.loss, at.target)(logits, at.labels, at.labels if at.target is None else at.target)
+        best.update(at.rows, at.x_adv, loss, margin(logits, at.labels) > 0)
+
+    def _step(self, at: _Climb) -> Images:
+        threat = at.threat
+        step_size = self.step_size or 2.5 * threat.eps / self.steps
+        if threat.norm == "l1":
+            ahead = _sparse_sign(at.direction, at.x_adv, self.l1_fraction)
+        else:
+            ahead = threat.steepest(at.direction)
+        return threat.project(at.x[at.rows], at.x_adv + step_size * ahead)
+
+
+@dataclass
+class _Climb:
+    """One restart: all originals and labels, and of the images still of interest their iterates and directions."""
+
+    x: Images
+    y: Labels
+    goal: Labels | None
+    threat: ThreatModel
+    rows: Tensor
+    x_adv: Images
+    direction: Images
+
+    @property
+    def labels(self) -> Labels:
+        return self.y[self.rows]
+
+    @property
+    def target(self) -> Labels | None:
+        return None if self.goal is None else self.goal[self.rows]
+
+    def drop(self, broken: Mask) -> None:
+        self.rows, self.x_adv, self.direction = self.rows[~broken], self.x_adv[~broken], self.direction[~broken]
+
+
+def _scale_l1(grad: Images) -> Images:
+    return grad / grad.abs().flatten(1).sum(1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+
+def _sparse_sign(direction: Images, x_adv: Images, fraction: float) -> Images:
+    """Signs of the largest entries that the box leaves room for, scaled to length 1 in l1."""
+    blocked = ((x_adv >= 1) & (direction > 0)) | ((x_adv <= 0) & (direction < 0))
+    free = direction.masked_fill(blocked, 0).flatten(1)
+    count = max(round(fraction * free.shape[1]), 1)
+    values, places = free.abs().topk(count, dim=1)
+    signs = free.gather(1, places).sign() * (values > 0)
+    step = torch.zeros_like(free).scatter_(1, places, signs)
+    return (step / step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(direction)
 
 
 class _Best:

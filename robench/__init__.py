@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robench.attack import Attack as Attack
+    from robench.bpda import bpda as bpda
     from robench.data import load_data as load_data
     from robench.defense import Defense as Defense
     from robench.defense import wrap as wrap
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from robench.errors import PluginError as PluginError
     from robench.errors import RobenchError as RobenchError
     from robench.errors import UsageError as UsageError
-    from robench.evaluate import Settings as Settings
     from robench.evaluate import evaluate as evaluate
     from robench.registry import load_attack as load_attack
     from robench.registry import load_defense as load_defense
     from robench.result import Evaluation as Evaluation
+    from robench.settings import Settings as Settings
     from robench.threat import ThreatModel as ThreatModel
     from robench.victim import Victim as Victim
 
@@ -36,10 +37,11 @@ _HOMES = {
     "Evaluation": "result",
     "PluginError": "errors",
     "RobenchError": "errors",
-    "Settings": "evaluate",
+    "Settings": "settings",
     "ThreatModel": "threat",
     "UsageError": "errors",
     "Victim": "victim",
+    "bpda": "bpda",
     "evaluate": "evaluate",
     "load_attack": "registry",
     "load_data": "data",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
 
 from robench.errors import PluginError, UsageError
 from robench.threat import NORMS, ThreatModel
 from robench.types import Images, Labels
 
 if TYPE_CHECKING:
+    from robench.defense import Defense
     from robench.victim import Victim
 
 Access = Literal["none", "decisions", "scores", "gradient"]
 Goal = Literal["budget", "minimal"]
+Randomness = Literal["fresh", "fixed", "off"]
 ACCESS_LEVELS: Final[tuple[str, ...]] = ("none", "decisions", "scores", "gradient")
 """What an attack may ask of the victim; each level includes those before it."""
 
@@ -29,6 +31,9 @@ class Attack:
         access: the most it asks of the victim: `none`, `decisions`, `scores` or `gradient`.
         goal: `budget` (any error within eps) or `minimal` (the nearest error).
         draws: True if it draws random numbers of its own.
+        randomness: what the attack does with the randomness of a defense, an option of every attack: `fresh` draws in
+            each query; `fixed`: the same draws in each query of a batch (common random numbers); `off`: none at all,
+            for a defense that offers `without_randomness`. The judge always draws afresh.
     """
 
     name: ClassVar[str] = ""
@@ -36,6 +41,8 @@ class Attack:
     access: ClassVar[Access] = "gradient"
     goal: ClassVar[Goal] = "budget"
     draws: ClassVar[bool] = False
+
+    randomness: Randomness = field(default="fresh", kw_only=True)
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Returns adversarial images, one for each of x, within the threat model.
@@ -47,6 +54,17 @@ class Attack:
             threat: norm and bound.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement __call__")
+
+    def check_fit(self, defense: Defense, dataset: str) -> None:
+        """Checks before any work what depends on the defense: its classes, its shape, what else the attack needs.
+
+        Args:
+            defense: what will be attacked.
+            dataset: the dataset's name; empty for images handed over as tensors.
+
+        Raises:
+            UsageError: the attack cannot serve this defense.
+        """
 
     def passes(self) -> int:
         """Expected forward plus backward passes per image, before EOT; only the time left is guessed from it."""
@@ -66,7 +84,12 @@ class Attack:
 
         Raises:
             PluginError: names the trait that is missing or unknown.
+            UsageError: there is no such randomness.
         """
+        if self.randomness not in get_args(Randomness):
+            raise UsageError(
+                f'{self.name}: randomness must be one of {", ".join(get_args(Randomness))}; got "{self.randomness}"'
+            )
         problems = []
         if not self.name:
             problems.append("name is empty")

@@ -91,6 +91,13 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     eot: Annotated[int | None, typer.Option(help="Draws averaged in each gradient of a randomized defense.")] = None,
     judge_repeats: Annotated[int | None, typer.Option(help="Fresh answers behind each verdict.")] = None,
     unit_size: Annotated[int | None, typer.Option(help="Images of one work unit.")] = None,
+    query_budget: Annotated[int | None, typer.Option(help="Most passes per image of one attack.")] = None,
+    access: Annotated[str | None, typer.Option(help="Most that attacks may ask: gradient, scores, decisions.")] = None,
+    goal: Annotated[str | None, typer.Option(help="Only attacks of this goal: budget or minimal.")] = None,
+    cascade: Annotated[
+        bool | None, typer.Option(help="Each attack sees only what those before it left; default as the protocol says.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the attacks' gradients: float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<date>-<defense>-...")] = None,
@@ -114,6 +121,11 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
         eot=eot,
         judge_repeats=judge_repeats,
         unit_size=unit_size,
+        query_budget=query_budget,
+        access=access,
+        goal=goal,
+        cascade=cascade,
+        precision=precision,
         device=device,
         weights=weights,
         out=out,
@@ -128,6 +140,22 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     if not result.complete:
         _say(f"robench: an attack failed; the worst case is incomplete. See {result.folder}/failures")
         raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path("curve.png"),
+    as_json: Json = False,
+) -> None:
+    """Draw accuracy against eps for every defense in the runs given."""
+    from robench.report.curve import plot_runs
+
+    drawn = plot_runs(runs, out)
+    if as_json:
+        _print_json({"plot": str(out), "curves": drawn})
+    else:
+        sys.stdout.write(f"{out}\n")
 
 
 @app.command()

@@ -13,11 +13,13 @@ from robench.data import load_dataset
 from robench.data_names import KNOWN
 from robench.defense import Defense
 from robench.errors import Interrupted, UsageError
-from robench.evaluate import Settings, evaluate, plan_attacks
+from robench.evaluate import evaluate
+from robench.lineup import plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import default_eps, get_protocol
 from robench.registry import load_defense
 from robench.result import Evaluation
+from robench.settings import Settings
 from robench.store import RunStore
 from robench.threat import ThreatModel, parse_eps
 from robench.train import TrainSettings
@@ -41,6 +43,11 @@ class RunRequest:
     eot: int | None = None
     judge_repeats: int | None = None
     unit_size: int | None = None
+    query_budget: int | None = None
+    access: str | None = None
+    goal: str | None = None
+    cascade: bool | None = None
+    precision: str | None = None
     device: str | None = None
     weights: Path | None = None
     out: Path | None = None
@@ -49,7 +56,7 @@ class RunRequest:
 
     def is_first_look(self, result: Evaluation) -> bool:
         """True if the run was smaller than the full protocol."""
-        return result.spec.n < FULL_N or not result.spec.protocol.startswith("standard")
+        return result.spec.n < FULL_N or not result.spec.protocol.startswith(("standard", "thorough"))
 
     def full_command(self, result: Evaluation) -> str:
         """The command that runs the full protocol on the same defense and threat model."""
@@ -83,7 +90,7 @@ def run_command(request: RunRequest) -> Evaluation:
     threats = [ThreatModel(norm, parse_eps(part)) for part in eps.split(",")]
     options = {} if request.weights is None else {"weights": str(request.weights.resolve())}
     defense = load_defense(request.defense, dataset, **options)
-    attacks = request.attack if request.protocol is None else get_protocol(request.protocol)[0]
+    attacks = request.attack if request.protocol is None else get_protocol(request.protocol).name
     n, eot, judge_repeats = _budget(request, defense)
     settings = Settings(
         n=n,
@@ -95,6 +102,11 @@ def run_command(request: RunRequest) -> Evaluation:
         unit_size=Settings.unit_size if request.unit_size is None else request.unit_size,
         eot=eot,
         judge_repeats=judge_repeats,
+        query_budget=request.query_budget,
+        access=request.access,
+        goal=request.goal,
+        cascade=request.cascade,
+        precision=request.precision or "float32",
         defense_spec=request.defense,
         defense_options=options,
     )
@@ -145,6 +157,10 @@ def _resume(folder: Path, request: RunRequest) -> Evaluation:
         progress=True,
         data_dir=request.data_dir,
         query_budget=spec.query_budget,
+        access=request.access,
+        goal=request.goal,
+        cascade=spec.cascade,
+        precision=spec.precision,
         defense_spec=spec.defense,
         defense_options=spec.defense_options,
     )
@@ -158,7 +174,7 @@ def _check_same(request: RunRequest, spec: RunSpec, folder: Path) -> None:
     weights = None if request.weights is None else str(request.weights.resolve())
     told: dict[str, tuple[Any, Any]] = {
         "defense": (request.defense, spec.defense),
-        "protocol": (None if request.protocol is None else get_protocol(request.protocol)[0], spec.protocol),
+        "protocol": (None if request.protocol is None else get_protocol(request.protocol).name, spec.protocol),
         "dataset": (request.dataset, spec.dataset),
         "norm": (request.norm, spec.norm),
         "eps": (None if eps == spec.eps else request.eps, spec.eps),
@@ -167,6 +183,9 @@ def _check_same(request: RunRequest, spec: RunSpec, folder: Path) -> None:
         "eot": (request.eot, spec.eot),
         "judge_repeats": (request.judge_repeats, spec.judge_repeats),
         "unit_size": (request.unit_size, spec.unit_size),
+        "query_budget": (request.query_budget, spec.query_budget),
+        "cascade": (request.cascade, spec.cascade),
+        "precision": (request.precision, spec.precision),
         "device": (None if request.device == "auto" else request.device, spec.device),
         "weights": (weights, spec.defense_options.get("weights", "the shipped file")),
         "--out": (None if request.out is None else request.out.resolve(), folder.resolve()),
@@ -181,7 +200,7 @@ def _check_attacks(request: RunRequest, spec: RunSpec, defense: Defense, folder:
     """The same for the attacks, however they are written."""
     if request.attack is None:
         return
-    asked, stored = plan_attacks(request.attack, defense)[0], list(spec.attacks)
+    asked, stored = plan_attacks(request.attack, defense, spec.norm, spec.dataset)[0], list(spec.attacks)
     if asked != stored:
         names = ", ".join(entry.key for entry in stored)
         raise UsageError(f"{folder} holds a run of another spec: the attacks are {names}, not {request.attack}")

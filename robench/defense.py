@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -74,6 +75,18 @@ class Defense(nn.Module):
             offered = ", ".join(self.gradient_modes)
             raise UsageError(f'defense "{self.name}" offers the gradient modes {offered}; got "{mode}"')
         return mode
+
+    def without_randomness(self) -> AbstractContextManager[None]:
+        """A context in which the defense answers without its randomness, for attacks with `randomness="off"`.
+
+        Default: not offered. A defense that offers it says what takes the place of its draws (their mean, zero).
+
+        Raises:
+            UsageError: the defense does not offer this.
+        """
+        raise UsageError(
+            f'defense "{self.name}" does not offer to switch its randomness off; use randomness="fixed" or "fresh"'
+        )
 
     @classmethod
     def load(cls, dataset: str | None = None, weights: str | Path | None = None, **options: Any) -> Self:

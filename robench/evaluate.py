@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,88 +18,19 @@ from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense, weights_digest
 from robench.errors import PluginError, UsageError
 from robench.judge import answer
-from robench.plan import AttackEntry, RunSpec, Unit, plan_units
+from robench.lineup import Attacks, check_attacks, named_protocol, plan_attacks
+from robench.plan import RunSpec, Unit, plan_units
 from robench.progress import Progress
-from robench.protocol import find_protocol
-from robench.registry import load_attack, split_specs
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.runners import run_here
+from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings, make_settings
 from robench.store import RunStore
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
-from robench.unit import CLEAN, WORST, UnitWork, run_unit
+from robench.unit import UnitWork, run_unit
 
 Data = str | tuple[torch.Tensor, torch.Tensor] | Dataset
-Attacks = Attack | str | Sequence[Attack | str]
-
-DEFAULT_N = 256
-RANDOMIZED_EOT, RANDOMIZED_REPEATS, STANDARD_REPEATS = 10, 20, 100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an evaluation is run; every field may be given to `evaluate` by name.
-
-    Attributes:
-        n: images, a class-stratified draw by `seed` (of a pair of tensors the first n); None: 256, or all of a pair.
-        seed: seeds the draw of images and all randomness of the run.
-        unit_size: images of one work unit.
-        eot: draws averaged in one gradient query; None: 10 for a randomized defense, else 1.
-        judge_repeats: fresh answers behind each verdict; None: 20 for a randomized defense (100 in a `standard`
-            protocol), else 1.
-        device: `cpu`, `cuda`, or `auto`: cuda where there is one.
-        out: run folder; None keeps the result in memory.
-        resume: continue the run in `out`.
-        runner: where units run; see robench.runners.
-        progress: show progress on standard error.
-        query_budget: the most forward plus backward passes per image of one attack; None: no limit.
-        data_dir: folder with datasets; None: `ROBENCH_DATA`.
-        defense_spec: how `load_defense` finds the defense again; set by the command line.
-        defense_options: options given besides those in `defense_spec`.
-    """
-
-    n: int | None = None
-    seed: int = 0
-    unit_size: int = 128
-    eot: int | None = None
-    judge_repeats: int | None = None
-    device: str = "auto"
-    out: str | Path | None = None
-    resume: bool = False
-    runner: str = "local"
-    progress: bool = False
-    query_budget: int | None = None
-    data_dir: str | Path | None = None
-    defense_spec: str = ""
-    defense_options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            UsageError: a setting is out of range.
-        """
-        for name in ("n", "unit_size", "eot", "judge_repeats", "query_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1; got {value}")
-        if self.runner != "local":
-            raise UsageError(f'runner must be local; got "{self.runner}"')
-
-    def resolve_device(self) -> str:
-        """The kind of device meant by `device`.
-
-        Raises:
-            UsageError: unknown, or not there.
-        """
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f'device must be auto, cpu or cuda; got "{self.device}"')
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-        return self.device
 
 
 def evaluate(
@@ -132,11 +62,8 @@ def evaluate(
     threats = sorted([threat] if isinstance(threat, ThreatModel) else threat, key=lambda model: model.eps)
     dataset = _load(data, chosen)
     check_images(dataset.x, dataset.y, defense)
-    entries, built, protocol = plan_attacks(attacks, defense)
-    for model in threats:
-        for attack in built.values():
-            attack.check_threat(model)
-    spec = make_spec(defense, threats, dataset, entries, protocol, settings=chosen)
+    spec, built = make_spec(defense, threats, dataset, attacks, settings=chosen)
+    check_attacks(built, defense, threats, dataset.name, chosen)
     check_answers(defense, dataset.x, spec)
     store = _open_store(spec, chosen)
     work = UnitWork(spec, defense.to(spec.device), built, dataset.x, dataset.y, dataset.index)
@@ -203,38 +130,22 @@ def expected_passes(work: UnitWork, units: Sequence[Unit]) -> dict[str, int]:
     return {"judge": images * judged * spec.judge_repeats, "attack": images * attacked}
 
 
-def make_settings(settings: dict[str, Any]) -> Settings:
-    """Builds Settings from keyword arguments.
-
-    Raises:
-        UsageError: an unknown name or a value out of range.
-    """
-    known = {item.name for item in fields(Settings)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise UsageError(f'evaluate has no setting "{unknown[0]}"; there are: {", ".join(sorted(known))}')
-    return Settings(**settings)
-
-
 def make_spec(
-    defense: Defense,
-    threats: Sequence[ThreatModel],
-    dataset: Dataset,
-    entries: Sequence[AttackEntry],
-    protocol: str,
-    *,
-    settings: Settings,
-) -> RunSpec:
-    """Collects all that determines a run's numbers.
+    defense: Defense, threats: Sequence[ThreatModel], dataset: Dataset, attacks: Attacks, *, settings: Settings
+) -> tuple[RunSpec, dict[str, Attack]]:
+    """Collects all that determines a run's numbers; returns it with the built attacks by key.
 
     Raises:
-        UsageError: no bound, or bounds of several norms.
+        UsageError: no bound, bounds of several norms, or what `plan_attacks` raises.
     """
     norms = {model.norm for model in threats}
     if len(norms) != 1:
         raise UsageError(f"a run has one norm and at least one eps; got {len(threats)} of {sorted(norms)}")
-    repeats = STANDARD_REPEATS if protocol.startswith("standard") else RANDOMIZED_REPEATS
-    return RunSpec(
+    (norm,) = norms
+    protocol = named_protocol(attacks)
+    entries, built = plan_attacks(attacks, defense, norm, dataset.name)
+    repeats = protocol.judge_repeats if protocol else RANDOMIZED_REPEATS
+    spec = RunSpec(
         defense=settings.defense_spec,
         defense_options=settings.defense_options,
         defense_name=defense.name,
@@ -245,65 +156,21 @@ def make_spec(
         image_shape=tuple(dataset.x.shape[1:]),
         n=len(dataset.x),
         seed=settings.seed,
-        norm=threats[0].norm,
+        norm=norm,
         eps=tuple(sorted({model.eps for model in threats})),
         attacks=tuple(entries),
-        protocol=protocol,
+        protocol=protocol.name if protocol else "",
+        cascade=bool(protocol and protocol.cascade) if settings.cascade is None else settings.cascade,
         unit_size=settings.unit_size,
         eot=(settings.eot or RANDOMIZED_EOT) if defense.randomized else 1,
         judge_repeats=(settings.judge_repeats or repeats) if defense.randomized else 1,
         query_budget=settings.query_budget,
+        precision=settings.precision,
         device=settings.resolve_device(),
         robench_version=robench.__version__,
         torch_version=torch.__version__.split("+")[0],
     )
-
-
-def plan_attacks(attacks: Attacks, defense: Defense) -> tuple[list[AttackEntry], dict[str, Attack], str]:
-    """Turns names into attacks: the entries in order, the built attacks by key, and the protocol's versioned name.
-
-    `NAME@MODE` runs an attack along one gradient mode of the defense. A protocol runs every attack that reads
-    gradients along all of them.
-
-    Raises:
-        UsageError: an unknown name, option or mode, no attack at all, or two different ones of one name.
-    """
-    given: list[Attack | str] = [attacks] if isinstance(attacks, Attack | str) else list(attacks)
-    protocol = find_protocol(given[0]) if len(given) == 1 and isinstance(given[0], str) else None
-    if protocol is not None:
-        given = list(protocol[1])
-    named = [part for one in given for part in (split_specs(one) if isinstance(one, str) else [one])]
-    entries: dict[str, AttackEntry] = {}
-    built: dict[str, Attack] = {}
-    for one in named:
-        attack, written = _build(one)
-        wants_all = protocol is not None and attack.access == "gradient"
-        for mode in defense.gradient_modes if wants_all else [written]:
-            entry = _entry(attack, one if isinstance(one, str) else None, defense.check_mode(mode), defense)
-            if entry.key in (CLEAN, WORST) or built.get(entry.key, attack) != attack:
-                raise UsageError(f'two things of this run would be named "{entry.key}"; give the attack another name')
-            entries[entry.key], built[entry.key] = entry, attack
-    if not entries:
-        raise UsageError("no attack given; name at least one, for example pgd")
-    return list(entries.values()), built, protocol[0] if protocol else ""
-
-
-def _build(one: Attack | str) -> tuple[Attack, str | None]:
-    if isinstance(one, Attack):
-        one.check_traits()
-        return one, None
-    name, at, mode = one.rpartition("@")
-    return (load_attack(name), mode) if at else (load_attack(one), None)
-
-
-def _entry(attack: Attack, text: str | None, mode: str, defense: Defense) -> AttackEntry:
-    spec = attack.spec()
-    if text is not None and ":" in text:  # a class from a file or module replays by its path
-        path = text.rpartition("@")[0] or text
-        spec = path.partition("(")[0] + spec.removeprefix(attack.name)
-    is_first = attack.access != "gradient" or mode == defense.gradient_modes[0]
-    key = attack.spec() if is_first else f"{attack.spec()}@{mode}"
-    return AttackEntry(key, spec, None if is_first else mode)
+    return spec, built
 
 
 def _load(data: Data, settings: Settings) -> Dataset:

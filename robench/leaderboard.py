@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from robench.errors import DataError, UsageError
 from robench.store import write_atomic
 from robench.threat import format_eps
-from robench.unit import WORST
+from robench.unit_table import WORST
 
 if TYPE_CHECKING:
     from robench.result import Estimate, Evaluation
@@ -43,6 +43,7 @@ TAIL: Final = (
     "forwards_per_example",
     "backwards_per_example",
     "device",
+    "precision",
     "robench_version",
     "torch_version",
     "data_digest",
@@ -101,6 +102,7 @@ def make_row(result: Evaluation, eps: float) -> Row:
         "forwards_per_example": f"{queries['forwards']:.1f}",
         "backwards_per_example": f"{queries['backwards']:.1f}",
         "device": spec.device,
+        "precision": spec.precision,
         "robench_version": spec.robench_version,
         "torch_version": spec.torch_version,
         "data_digest": spec.data_digest[:16],

@@ -23,7 +23,11 @@ def list_all(kind: str, norm: str | None = None) -> dict[str, list[str]]:
         "defenses": lambda: names("defense"),
         "attacks": lambda: [name for name in names("attack") if norm is None or norm in _norms(name)],
         "datasets": lambda: [f"{info.name} ({info.source})" for info in list_datasets()],
-        "protocols": lambda: [f"{name}: {', '.join(attacks)}" for name, attacks in PROTOCOLS.items()],
+        "protocols": lambda: [
+            f"{name} in {norm}: {', '.join(attacks)}"
+            for name, protocol in PROTOCOLS.items()
+            for norm, attacks in protocol.attacks.items()
+        ],
     }
     return {heading: makers[heading]() for heading in wanted}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from robench.errors import DataError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the run folder's files; a newer one is refused."""
 
 
@@ -22,11 +22,13 @@ class AttackEntry:
         key: the name in tables: the attack's spec, with `@mode` where the mode is not the defense's first.
         spec: replays the attack through `load_attack`.
         mode: gradient mode; None takes the defense's first.
+        goal: the attack's goal, `budget` or `minimal`.
     """
 
     key: str
     spec: str
     mode: str | None = None
+    goal: str = "budget"
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class RunSpec:
         eps: the bounds, ascending.
         attacks: what is run at each bound.
         protocol: the protocol's versioned name; empty for a free list of attacks.
+        cascade: whether an attack sees only the images that are still right after those before it.
         unit_size: images of one work unit.
         eot: draws averaged in one gradient query.
         judge_repeats: fresh draws behind each verdict.
         query_budget: the most forward plus backward passes per image of one attack; None: no limit.
+        precision: of the attacks' gradient queries, `float32` or `bfloat16`; the judge is always float32.
         device: kind of device, `cpu` or `cuda`.
         robench_version: version of this package.
         torch_version: version of torch.
@@ -71,10 +75,12 @@ class RunSpec:
     eps: tuple[float, ...]
     attacks: tuple[AttackEntry, ...]
     protocol: str
+    cascade: bool
     unit_size: int
     eot: int
     judge_repeats: int
     query_budget: int | None
+    precision: str
     device: str
     robench_version: str
     torch_version: str

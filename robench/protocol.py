@@ -2,21 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from robench.errors import UsageError
 
-PROTOCOLS: Final[dict[str, tuple[str, ...]]] = {
-    "quick-1": ("fgsm", "pgd"),
-    "standard-0": (
-        "fgsm",
-        "pgd(steps=100, restarts=5)",
-        "pgd(steps=100, restarts=5, loss='margin')",
-        "pgd(steps=100, restarts=5, loss='dlr')",
-    ),
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named, versioned list of attacks.
+
+    Attributes:
+        name: with its version, as in the CSV: `standard-1`. Any change to the lists makes a new version.
+        attacks: what is run in each norm, cheap ones first. Those that read gradients run along all gradient modes.
+        cascade: whether an attack sees only the images that are still right after those before it.
+        judge_repeats: fresh answers behind each verdict on a randomized defense.
+        sources: built-in defenses from which adversarial images are transferred, as far as they have weights for the
+            dataset and are not the defense itself.
+    """
+
+    name: str
+    attacks: Mapping[str, tuple[str, ...]]
+    cascade: bool = True
+    judge_repeats: int = 20
+    sources: tuple[str, ...] = ()
+
+    def attacks_for(self, norm: str) -> tuple[str, ...]:
+        """The attacks in a norm.
+
+        Raises:
+            UsageError: the protocol has none there.
+        """
+        if norm not in self.attacks:
+            raise UsageError(f"protocol {self.name} has attacks in {', '.join(self.attacks)}; the norm is {norm}")
+        return self.attacks[norm]
+
+
+_SMOOTH: Final = ("apgd", "apgd(loss='dlr', targets=9)", "fmn", "square(queries=2000)")
+_SMOOTH_LONG: Final = (
+    "apgd(restarts=3)",
+    "apgd(loss='dlr', targets=9)",
+    "fmn(steps=500)",
+    "square",
+    "pgd(steps=200, restarts=5, loss='margin')",
+    "hopskipjump",
+)
+_STANDARD: Final = {
+    "linf": _SMOOTH,
+    "l2": _SMOOTH,
+    "l1": ("pgd(steps=100, restarts=3)", "fmn(steps=200)"),
+    "l0": ("fmn(steps=200)", "pointwise"),
 }
-"""Every attack that reads gradients runs along all gradient modes of the defense. `standard-0` is provisional: the
-strongest list of this version, to be replaced by `standard-1`, which will have APGD, FMN and Square."""
+_THOROUGH: Final = {
+    "linf": _SMOOTH_LONG,
+    "l2": (*_SMOOTH_LONG, "cw", "boundary"),
+    "l1": ("pgd(steps=200, restarts=10)", "fmn(steps=1000)"),
+    "l0": ("fmn(steps=1000)", "pointwise(restarts=10)"),
+}
+PROTOCOLS: Final[dict[str, Protocol]] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("quick-1", dict.fromkeys(("linf", "l2"), ("fgsm", "pgd")), cascade=False),
+        Protocol("standard-1", _STANDARD, judge_repeats=100),
+        Protocol("thorough-1", _THOROUGH, judge_repeats=100, sources=("convnet", "convnet_at", "shortrun")),
+    )
+}
 
 DEFAULT_EPS: Final[dict[tuple[str, str], str]] = {
     ("mnist", "linf"): "0.3",
@@ -30,18 +81,15 @@ DEFAULT_EPS: Final[dict[tuple[str, str], str]] = {
 }
 
 
-def find_protocol(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """The versioned name and the attacks of a protocol; `standard` means its newest version. None if there is none."""
+def find_protocol(name: str) -> Protocol | None:
+    """The protocol of that name; `standard` means its newest version. None if there is none."""
     if name in PROTOCOLS:
-        return name, PROTOCOLS[name]
+        return PROTOCOLS[name]
     versions = [key for key in PROTOCOLS if key.rpartition("-")[0] == name]
-    if not versions:
-        return None
-    newest = max(versions, key=lambda key: int(key.rpartition("-")[2]))
-    return newest, PROTOCOLS[newest]
+    return PROTOCOLS[max(versions, key=lambda key: int(key.rpartition("-")[2]))] if versions else None
 
 
-def get_protocol(name: str) -> tuple[str, tuple[str, ...]]:
+def get_protocol(name: str) -> Protocol:
     """As `find_protocol`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Names to plugins: built-in files, entry points of other packages, classes in modules and files.
+"""Names to plugins: built-in files, entry points of other packages, classes in modules and files, bridges.
 
 Listing names imports nothing, so that `robench list` is quick; a plugin is imported when it is asked for.
 """
@@ -106,7 +106,8 @@ def resolve(kind: Kind, name: str) -> type:
 
     Args:
         kind: `defense` or `attack`.
-        name: a built-in name, an entry point, `module.path:Class` or `path/to/file.py:Class`.
+        name: a built-in name, an entry point, `module.path:Class`, `path/to/file.py:Class`, or an attack of another
+            package such as `foolbox:LinfPGD` or `torchattacks:PGD`.
 
     Raises:
         UsageError: there is none of that name; says what there is and what was probably meant.
@@ -163,7 +164,7 @@ def _builtin(kind: Kind, name: str) -> type:
 def _from_path(kind: Kind, name: str) -> object:
     place, _, class_name = name.rpartition(":")
     if place in ("foolbox", "torchattacks", "robustbench"):
-        raise UsageError(f'the bridge "{place}:" is not part of this version of robench; see CHANGELOG.md')
+        return _from_bridge(kind, place, class_name)
     if place.endswith(".py"):
         path = Path(place)
         if not path.is_file():
@@ -177,6 +178,16 @@ def _from_path(kind: Kind, name: str) -> object:
         meant = f'; did you mean "{near[0]}"?' if near else ""
         raise UsageError(f'{kind} "{name}": {place} has no class "{class_name}"{meant}')
     return getattr(module, class_name)
+
+
+def _from_bridge(kind: Kind, package: str, name: str) -> object:
+    if package == "robustbench":
+        raise UsageError('the bridge "robustbench:" is not part of this version of robench; see CHANGELOG.md')
+    if kind != "attack":
+        raise UsageError(f'the bridge "{package}:" is to attacks; for a defense name a class: module.path:Class')
+    from robench.bridges import find_attack
+
+    return find_attack(package, name)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -16,7 +16,7 @@ from robench.plan import RunSpec, plan_units
 from robench.stats import mean_interval, wilson
 from robench.store import RunStore
 from robench.threat import ThreatModel
-from robench.unit import CLEAN, WORST
+from robench.unit_table import CLEAN, WORST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,9 +276,48 @@ class Evaluation:
         return points
 
     def worst_attack(self, eps: float | None = None) -> str:
-        """The attack under which accuracy is lowest at a bound (default the largest); the first by name of equals."""
+        """The attack that did most at a bound (default the largest).
+
+        In a cascade the one that found most of the worst cases in which an attack made the answer worse; else the one
+        under which accuracy is lowest, the first by name of equals.
+        """
+        if self.spec.cascade:
+            return self._most_chosen(self._bound(eps))
         known = [(found.value, key) for key, found in self.attacks_at(self._bound(eps)).items() if found is not None]
         return min(known)[1] if known else ""
+
+    def _most_chosen(self, eps: float) -> str:
+        worst, clean = self._rows(WORST, eps), self._rows(CLEAN, None)
+        gained = worst["chosen"][worst["accuracy"].to_numpy() < clean["accuracy"].to_numpy()]
+        counts = gained.value_counts()
+        return min((-count, str(key)) for key, count in counts.items())[1] if len(counts) else ""
+
+    def distances(self, attack: str, eps: float | None = None) -> npt.NDArray[np.float64]:
+        """Distance of each image's error under an attack within a bound (default the largest).
+
+        0 where it is wrong without an attack, inf where none was found. Of a minimal-norm attack the nearest error that
+        it found; of a randomized defense only an image on which no answer was right counts as an error.
+
+        Raises:
+            DataError: the attack is not part of the run, or failed.
+        """
+        rows = self._rows(attack, eps)
+        if not len(rows) or (rows["status"] == "failed").any():
+            raise DataError(f'no distances of "{attack}" in this run')
+        found: npt.NDArray[np.float64] = np.where(rows["accuracy"] == 0, rows["distance"], np.inf)
+        return found
+
+    def median_distances(self) -> dict[str, float | None]:
+        """Of each minimal-norm attack the median distance of the errors; None where half the images have none.
+
+        Empty for a cascade, whose attacks see only what is left and show the errors of others on the rest.
+        """
+        found = {}
+        for entry in self.spec.attacks:
+            if entry.goal == "minimal" and not self.spec.cascade and self.answers(entry.key) is not None:
+                median = float(np.median(self.distances(entry.key)))
+                found[entry.key] = round(median, 6) if np.isfinite(median) else None
+        return found
 
     def queries(self, eps: float | None = None) -> dict[str, float]:
         """Forward and backward passes per example of all attacks together, at a bound (default the largest)."""
@@ -319,6 +358,9 @@ class Evaluation:
             "eot": self.spec.eot,
             "judge_repeats": self.spec.judge_repeats,
             "protocol": self.spec.protocol,
+            "cascade": self.spec.cascade,
+            "precision": self.spec.precision,
+            "median_distance": self.median_distances(),
             "row": self.row(),
         }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -29,3 +31,21 @@ def seeded(*parts: str | int, device: torch.device | str = "cpu") -> Iterator[No
 def reseed(*parts: str | int) -> None:
     """Seeds torch's global generators from `parts`; call it inside `seeded`, which restores them."""
     torch.manual_seed(seed_for(*parts))
+
+
+@contextmanager
+def foreign_generators() -> Iterator[None]:
+    """Sets numpy's and Python's global generators by the state of torch's inside the block; restores theirs after it.
+
+    For attacks of other packages, which draw from all three: what they draw depends on what torch's was seeded with
+    and how far it has moved, and torch's own does not move.
+    """
+    state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+    before_numpy, before_python = np.random.get_state(), random.getstate()
+    np.random.set_state(np.random.RandomState(seed_for("numpy", state) >> 31).get_state())
+    random.setstate(random.Random(seed_for("python", state)).getstate())
+    try:
+        yield
+    finally:
+        np.random.set_state(before_numpy)
+        random.setstate(before_python)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,30 +14,15 @@ from robench.attack import Attack
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
-from robench.plan import RunSpec, Unit
+from robench.plan import AttackEntry, RunSpec, Unit
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
+from robench.unit_table import CLEAN, WORST, UnitTable
 from robench.victim import Victim
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-CLEAN: Final = "clean"
-WORST: Final = "worst"
-COLUMNS: Final = (
-    "eps",
-    "attack",
-    "index",
-    "label",
-    "status",
-    "chosen",
-    "votes",
-    "distance",
-    "forwards",
-    "backwards",
-    "x_adv",
-)
 
 
 @dataclass
@@ -71,173 +55,233 @@ class UnitWork:
         return None if on_query is None else lambda passes: on_query(passes, kind)
 
 
-class _Rows:
-    """Collects the columns of the unit's table."""
+@dataclass
+class Found:
+    """What an attack found at a bound, one entry for each image of the unit.
 
-    def __init__(self, index: Tensor, y: Labels) -> None:
-        self.index, self.y = index.numpy(), y.cpu().numpy()
-        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    Attributes:
+        x_adv: its images, `b c h w`; the originals where it was not run.
+        attacked: where it was wanted; elsewhere x_adv shows the known error, or an original that is wrong as it is.
+        forwards: queries of each image so far, those at smaller bounds included.
+        backwards: the same of backward passes.
+        right: right answers of the judge on x_adv; before it has judged those on the clean images.
+    """
 
-    def add(self, eps: float, attack: str, status: list[str], votes: Tensor, **more: Any) -> None:
-        n = len(self.y)
-        x_adv = more.get("x_adv")
-        values: dict[str, Any] = {
-            "eps": [eps] * n,
-            "attack": [attack] * n,
-            "index": self.index,
-            "label": self.y,
-            "status": status,
-            "chosen": more.get("chosen", [""] * n),
-            "votes": votes.tolist(),
-            "distance": more.get("distance", np.zeros(n)),
-            "forwards": more.get("forwards", np.zeros(n, dtype=np.int64)),
-            "backwards": more.get("backwards", np.zeros(n, dtype=np.int64)),
-            "x_adv": [None] * n if x_adv is None else [row.numpy().astype("<f4").tobytes() for row in x_adv.cpu()],
-        }
-        for name, value in values.items():
-            self.columns[name].extend(value)
+    x_adv: Images
+    attacked: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    right: Tensor
 
-    def table(self) -> pa.Table:
-        import pyarrow as pa
 
-        types = {
-            "eps": pa.float64(),
-            "attack": pa.string(),
-            "index": pa.int64(),
-            "label": pa.int64(),
-            "status": pa.string(),
-            "chosen": pa.string(),
-            "votes": pa.list_(pa.int32()),
-            "distance": pa.float64(),
-            "forwards": pa.int64(),
-            "backwards": pa.int64(),
-            "x_adv": pa.binary(),
-        }
-        return pa.table({name: pa.array(self.columns[name], types[name]) for name in COLUMNS})
+@dataclass
+class Worst:
+    """The worst case of each image so far: the image with the fewest right answers, and whose it is.
+
+    Attributes:
+        x_adv: the images, `b c h w`.
+        votes: the judge's answers on them, `b k`.
+        right: right answers among them; before any attack those on the clean image.
+        key: the attack that found each; empty before any attack.
+    """
+
+    x_adv: Images
+    votes: Tensor
+    right: Tensor
+    key: list[str]
+
+    def update(self, key: str, found: Found, votes: Tensor) -> None:
+        """Takes an attack's images where they have fewer right answers, or where they are the first."""
+        better = (found.right < self.right) | torch.tensor([not name for name in self.key])
+        self.x_adv = torch.where(better.to(found.x_adv.device).view(-1, 1, 1, 1), found.x_adv, self.x_adv)
+        self.votes = torch.where(better[:, None], votes, self.votes)
+        self.right = torch.where(better, found.right, self.right)
+        self.key = [key if take else old for take, old in zip(better.tolist(), self.key, strict=True)]
+
+
+@dataclass
+class _Scene:
+    """A unit at work: its images, which of them are right without an attack, and what was found at smaller bounds."""
+
+    work: UnitWork
+    unit: Unit
+    x: Images
+    y: Labels
+    clean: Tensor
+    table: UnitTable
+    found: dict[str, Found] = field(default_factory=dict)
+    worst: Worst | None = None
+
+    def __post_init__(self) -> None:
+        self.right = self.count_right(self.clean) > 0
+
+    def count_right(self, votes: Tensor) -> Tensor:
+        return votes.gather(1, self.y.cpu()[:, None])[:, 0]
+
+    def purpose(self, key: str, eps: float) -> tuple[str | int, ...]:
+        return self.work.spec.seed, self.unit.index, key, repr(eps)
+
+    def judge(self, x: Images, *purpose: str | int) -> Tensor:
+        repeats, on_query = self.work.spec.judge_repeats, self.work.counter("judge")
+        with seeded(*purpose, device=x.device):
+            return judge(self.work.defense, x, repeats, on_query=on_query)
+
+    def is_settled(self, right: Tensor) -> Tensor:
+        """Where an error is established, so that no attack can add to it: no answer at all was right."""
+        return self.right & (right == 0)
 
 
 def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     """Computes a unit's table; the same spec and unit give the same bytes on the same kind of device.
 
     Columns: `eps`, `attack` (an entry's key, `clean`, or `worst`), `index`, `label`, `status` (`ok`; `skipped`: wrong
-    already without an attack; `failed`: the attack raised or broke a bound), `chosen` (of `worst`: the attack whose
-    image it is), `votes` (answers per class over the judge's repeats), `distance`, `forwards`, `backwards`, `x_adv`
-    (float32 bytes, c h w).
+    already without an attack; `spared`: wrong already at a smaller bound or, in a cascade, under an earlier attack,
+    whose image stands here; `failed`: the attack raised or broke a bound), `chosen` (of `worst`: the attack that found
+    the image), `votes` (answers per class over the judge's repeats), `distance`, `forwards`, `backwards` (queries
+    behind this row, those at smaller bounds included), `x_adv` (float32 bytes, c h w).
 
     Raises:
         PluginError: the defense broke the contract.
     """
     device = work.spec.device
     x, y = work.x[unit.start : unit.stop].to(device), work.y[unit.start : unit.stop].to(device)
-    rows = _Rows(work.index[unit.start : unit.stop], y)
+    table = UnitTable(work.index[unit.start : unit.stop], y)
     with seeded(work.spec.seed, unit.index, CLEAN, device=device):
         clean = judge(work.defense, x, work.spec.judge_repeats, on_query=work.counter("judge"))
-    rows.add(0.0, CLEAN, ["ok"] * len(x), clean)
-    right = clean.gather(1, y.cpu()[:, None])[:, 0] > 0
+    table.add(0.0, CLEAN, ["ok"] * len(x), clean)
+    scene = _Scene(work, unit, x, y, clean, table)
     for eps in work.spec.eps:
-        _run_bound(work, unit, ThreatModel(work.spec.norm, eps), x=x, y=y, right=right, rows=rows)
-    return rows.table()
+        _run_bound(scene, ThreatModel(work.spec.norm, eps))
+    return table.build()
 
 
-def _run_bound(
-    work: UnitWork, unit: Unit, threat: ThreatModel, *, x: Images, y: Labels, right: Tensor, rows: _Rows
-) -> None:
-    candidates: dict[str, tuple[Images, Tensor]] = {}
-    status = ["ok" if flag else "skipped" for flag in right.tolist()]
+def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
+    """Runs every attack at one bound, and adds their rows and those of the worst case."""
+    work, x = scene.work, scene.x
+    worst = _carry_over(scene)
+    succeeded = 0
     for entry in work.spec.attacks:
-        victim = Victim(
-            work.defense,
-            work.attacks[entry.key].access,
-            int(right.sum()),
-            eot=work.spec.eot,
-            mode=entry.mode,
-            budget=work.spec.query_budget,
-            on_query=work.counter("attack"),
-        )
-        purpose = (work.spec.seed, unit.index, entry.key, repr(threat.eps))
-        x_adv, distance = x, torch.zeros(len(x), dtype=torch.float64)
         try:
-            if bool(right.any()):
-                task = _Task(entry.key, threat, x, y, right, purpose)
-                x_adv, distance = _attack(work, task, victim)
+            found = _search(scene, entry, threat, worst)
         except Exception:  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so
             work.failures[entry.key] = traceback.format_exc()
-            rows.add(threat.eps, entry.key, ["failed"] * len(x), torch.zeros(len(x), work.defense.num_classes).long())
+            scene.table.add(threat.eps, entry.key, ["failed"] * len(x), torch.zeros_like(scene.clean))
             continue
-        with seeded(*purpose, "judge", device=x.device):
-            votes = judge(work.defense, x_adv, work.spec.judge_repeats, on_query=work.counter("judge"))
-        candidates[entry.key] = (x_adv, votes)
-        forwards, backwards = torch.zeros(2, len(x), dtype=torch.int64)
-        forwards[right], backwards[right] = victim.ledger.forwards, victim.ledger.backwards
-        rows.add(
+        votes = scene.judge(found.x_adv, *scene.purpose(entry.key, threat.eps), "judge")
+        found.right = scene.count_right(votes)
+        scene.found[entry.key] = found
+        worst.update(entry.key, found, votes)
+        succeeded += 1
+        status = [
+            "skipped" if not right else "ok" if attacked else "spared"
+            for right, attacked in zip(scene.right.tolist(), found.attacked.tolist(), strict=True)
+        ]
+        scene.table.add(
             threat.eps,
             entry.key,
             status,
             votes,
-            x_adv=x_adv,
-            distance=distance.numpy(),
-            forwards=forwards.numpy(),
-            backwards=backwards.numpy(),
+            x_adv=found.x_adv,
+            distance=threat.distance(x, found.x_adv),
+            forwards=found.forwards,
+            backwards=found.backwards,
         )
-    if candidates:
-        _add_worst(work, unit, threat, y=y, candidates=candidates, rows=rows)
-    else:  # every attack failed
-        rows.add(threat.eps, WORST, ["failed"] * len(x), torch.zeros(len(x), work.defense.num_classes).long())
+    _add_worst(scene, threat, worst, succeeded=succeeded)
+    scene.worst = worst
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One attack on one unit: what, at which bound, on which images (those that are `right`), under which seed."""
+def _carry_over(scene: _Scene) -> Worst:
+    """The worst case before any attack of a bound: of a deterministic defense its errors within a smaller bound."""
+    n, before = len(scene.x), scene.worst
+    fresh = Worst(scene.x, scene.clean, scene.count_right(scene.clean), [""] * n)
+    if before is None or scene.work.defense.randomized:
+        return fresh
+    settled = scene.is_settled(before.right)
+    mask = settled.to(scene.x.device).view(-1, 1, 1, 1)
+    return Worst(
+        torch.where(mask, before.x_adv, scene.x),
+        torch.where(settled[:, None], before.votes, scene.clean),
+        torch.where(settled, before.right, fresh.right),
+        [key if flag else "" for key, flag in zip(before.key, settled.tolist(), strict=True)],
+    )
 
-    key: str
-    threat: ThreatModel
-    x: Images
-    y: Labels
-    right: Tensor
-    purpose: tuple[str | int, ...]
+
+def _search(scene: _Scene, entry: AttackEntry, threat: ThreatModel, worst: Worst) -> Found:
+    """Runs one attack at one bound on the images it is wanted for; the others show the error that is known of them."""
+    before = scene.found.get(entry.key)
+    is_minimal = scene.work.attacks[entry.key].goal == "minimal"
+    known: Worst | Found | None = None
+    if scene.work.spec.cascade:
+        known = worst
+    elif not (is_minimal or scene.work.defense.randomized):
+        known = before
+    settled = scene.is_settled(known.right) if known is not None else torch.zeros_like(scene.right)
+    wanted = scene.right & ~settled
+    found = _nearest(scene, entry, threat, wanted) if is_minimal else _attack(scene, entry, threat, wanted, before)
+    if known is not None:
+        found.x_adv = torch.where(settled.to(scene.x.device).view(-1, 1, 1, 1), known.x_adv, found.x_adv)
+    return found
 
 
-def _attack(work: UnitWork, task: _Task, victim: Victim) -> tuple[Images, Tensor]:
-    """Runs one attack on the images that are right and checks what it returns."""
-    mask = task.right.to(task.x.device)
-    originals, labels = task.x[mask], task.y[mask]
-    if work.spec.query_budget is not None:
-        victim.watch(originals, labels, task.threat)
-    with seeded(*task.purpose, "attack", device=task.x.device):
+def _nearest(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tensor) -> Found:
+    """What a minimal-norm attack's one search, within the largest bound, found within this one."""
+    name = f"search of {entry.key}"
+    if name not in scene.found:
+        largest = ThreatModel(threat.norm, scene.work.spec.eps[-1])
+        # chance may settle a randomized image at one bound and open it again at the next, which has no other search
+        may_reopen = scene.work.defense.randomized and len(scene.work.spec.eps) > 1
+        scene.found[name] = _attack(scene, entry, largest, scene.right if may_reopen else wanted, None)
+    search = scene.found[name]
+    inside = threat.contains(scene.x, search.x_adv).view(-1, 1, 1, 1)
+    return replace(search, x_adv=torch.where(inside, search.x_adv, scene.x), attacked=wanted)
+
+
+def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tensor, before: Found | None) -> Found:
+    """Runs one attack on the images it is wanted for, and checks what it returns."""
+    spec, device = scene.work.spec, scene.x.device
+    mask, count = wanted.to(device), int(wanted.sum())
+    queries = torch.stack((before.forwards, before.backwards)) if before else torch.zeros(2, len(wanted)).long()
+    found = Found(scene.x, wanted, queries[0].clone(), queries[1].clone(), scene.count_right(scene.clean))
+    if count == 0:
+        return found
+    attack = scene.work.attacks[entry.key]
+    victim = Victim(
+        scene.work.defense,
+        attack.access,
+        count,
+        eot=spec.eot,
+        mode=entry.mode,
+        budget=spec.query_budget,
+        randomness=attack.randomness,
+        precision=spec.precision,
+        dataset=spec.dataset,
+        start=before.x_adv[mask] if before else None,
+        on_query=scene.work.counter("attack"),
+    )
+    originals, labels = scene.x[mask], scene.y[mask]
+    if spec.query_budget is not None:
+        victim.watch(originals, labels, threat)
+    with seeded(*scene.purpose(entry.key, threat.eps), "attack", device=device):
         try:
-            found = work.attacks[task.key](victim, originals.clone(), labels.clone(), task.threat)
+            x_adv = attack(victim, originals.clone(), labels.clone(), threat)
         except BudgetExhausted:
-            found = victim.ledger.best if victim.ledger.best is not None else originals
-    bounds = check_bounds(originals, found, task.threat)
-    broken = bounds.broken_rule()
+            x_adv = victim.ledger.best if victim.ledger.best is not None else originals
+    broken = check_bounds(originals, x_adv, threat).broken_rule()
     if broken:
-        raise PluginError(f'attack "{task.key}": {broken}; the threat model is {task.threat}')
-    x_adv = task.x.clone()
-    x_adv[mask] = found.detach()
-    distance = torch.zeros(len(task.x), dtype=torch.float64)
-    distance[task.right] = bounds.distance.double().cpu()
-    return x_adv, distance
+        raise PluginError(f'attack "{entry.key}": {broken}; the threat model is {threat}')
+    found.x_adv = scene.x.clone()
+    found.x_adv[mask] = x_adv.detach()
+    found.forwards[wanted] += victim.ledger.forwards
+    found.backwards[wanted] += victim.ledger.backwards
+    return found
 
 
-def _add_worst(
-    work: UnitWork,
-    unit: Unit,
-    threat: ThreatModel,
-    *,
-    y: Labels,
-    candidates: dict[str, tuple[Images, Tensor]],
-    rows: _Rows,
-) -> None:
+def _add_worst(scene: _Scene, threat: ThreatModel, worst: Worst, *, succeeded: int) -> None:
     """Adds each image's worst case: chosen on the votes so far, reported on fresh draws where chance had a part."""
-    keys = list(candidates)
-    label = y.cpu()[:, None]
-    right = torch.stack([votes.gather(1, label)[:, 0] for _, votes in candidates.values()])  # attacks b
-    best = right.argmin(0)  # the first of equals
-    images = torch.stack([x_adv for x_adv, _ in candidates.values()])  # attacks b c h w
-    chosen = images[best.to(images.device), torch.arange(len(y), device=images.device)]
-    if len(keys) > 1 and work.defense.randomized:
-        with seeded(work.spec.seed, unit.index, WORST, repr(threat.eps), device=chosen.device):
-            votes = judge(work.defense, chosen, work.spec.judge_repeats, on_query=work.counter("judge"))
-    else:
-        votes = torch.stack([votes for _, votes in candidates.values()])[best, torch.arange(len(y))]
-    rows.add(threat.eps, WORST, ["ok"] * len(y), votes, chosen=[keys[i] for i in best.tolist()])
+    if not succeeded:  # every attack failed
+        scene.table.add(threat.eps, WORST, ["failed"] * len(scene.x), torch.zeros_like(scene.clean))
+        return
+    votes = worst.votes
+    if len(scene.work.spec.attacks) > 1 and scene.work.defense.randomized:
+        votes = scene.judge(worst.x_adv, *scene.purpose(WORST, threat.eps))
+    scene.table.add(threat.eps, WORST, ["ok"] * len(scene.x), votes, chosen=worst.key)

@@ -12,14 +12,14 @@ import torch
 from robench.data import load_dataset
 from robench.defense import weights_digest
 from robench.errors import UsageError
-from robench.evaluate import Settings
 from robench.judge import check_bounds, judge
 from robench.registry import load_defense
 from robench.result import Answers, Estimate, Evaluation
 from robench.rng import seeded
+from robench.settings import Settings
 from robench.stats import differ
 from robench.threat import ThreatModel
-from robench.unit import CLEAN, WORST
+from robench.unit_table import CLEAN, WORST
 
 
 @dataclass

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from robench.attack import ACCESS_LEVELS, Access
+from robench.attack import ACCESS_LEVELS, Access, Randomness
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError
-from robench.losses import Loss, get_loss, margin
+from robench.losses import Loss, TargetedLoss, aim, margin
+from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, PerExample
 
@@ -86,10 +88,22 @@ class Victim:
 
     Randomness: a gradient query averages the loss over `eot` draws of a randomized defense (Athalye et al. 2018,
     expectation over transformation), folded into the batch as far as memory allows; `logits` averages the logits over
-    as many draws. On a deterministic defense there is one draw.
+    as many draws. On a deterministic defense there is one draw. An attack may have the draws `fixed`, so that each
+    query of the same batch meets the same ones, or `off` (see `Attack.randomness`).
+
+    Precision: with `bfloat16` the passes of `gradient` run under autocast; where such a pass finds a deterministic
+    defense in error, its logits come from another forward pass in float32, so that no error is taken for granted.
+
+    Attributes:
+        randomized: whether the defense is.
+        num_classes: its classes.
+        dataset: the dataset's name, empty where it has none.
+        eot: draws in one query.
+        start: images within a smaller bound at which the same attack ended; where to go on from. None: not known.
+        ledger: the queries so far.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that the answer to a query depends on
         self,
         defense: Defense,
         access: Access,
@@ -98,6 +112,10 @@ class Victim:
         eot: int = 1,
         mode: str | None = None,
         budget: int | None = None,
+        randomness: Randomness = "fresh",
+        precision: str = "float32",
+        dataset: str = "",
+        start: Images | None = None,
         on_query: Callable[[int], None] | None = None,
     ) -> None:
         """Prepares an empty ledger.
@@ -109,6 +127,10 @@ class Victim:
             eot: draws averaged in one query of a randomized defense.
             mode: gradient mode; None takes the defense's first.
             budget: the most forwards plus backwards of one example; None: no limit.
+            randomness: what becomes of the defense's own randomness in queries; see `Attack`.
+            precision: of gradient queries: `float32` or `bfloat16`.
+            dataset: the dataset's name, for an attack that looks for weights of its own; empty where it has none.
+            start: images at which the same attack ended within a smaller bound.
             on_query: called with the number of passes after each query (progress).
         """
         self._defense = defense
@@ -116,7 +138,11 @@ class Victim:
         self._mode = defense.check_mode(mode)
         self.randomized = defense.randomized
         self.num_classes = defense.num_classes
-        self.eot = eot if defense.randomized else 1
+        self.dataset = dataset
+        self.eot = eot if defense.randomized and randomness != "off" else 1
+        self.start = start
+        self._randomness = randomness
+        self._precision = precision
         self._rows = torch.arange(examples)
         zeros = torch.zeros(examples, dtype=torch.int64)
         self.ledger = Ledger(zeros, zeros.clone(), budget, on_query=on_query)
@@ -129,6 +155,7 @@ class Victim:
         """
         part = copy.copy(self)
         part._rows = self._rows[index.cpu()]
+        part.start = None if self.start is None else self.start[index]
         if len(part._rows.unique()) < len(part._rows):
             raise PluginError("victim.subset takes each example at most once; pass candidates as m * b rows instead")
         return part
@@ -167,13 +194,14 @@ class Victim:
         result = self.gradient(x, y, loss)
         return result.loss, result.grad
 
-    def gradient(self, x: Images, y: Labels, loss: str | Loss = "ce") -> Gradient:
+    def gradient(self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None) -> Gradient:
         """Loss, gradient and logits, each the mean over `eot` draws, from the same passes.
 
         Args:
             x: images in [0, 1].
             y: their labels.
             loss: a name in robench.losses or a function of logits and labels, one value per row.
+            target: classes to reach; takes the targeted form of a loss given by name.
 
         Raises:
             PluginError: the attack declared no access to gradients, or the defense gives none.
@@ -181,38 +209,88 @@ class Victim:
         """
         self._open("gradient", "loss_grad")
         self._charge(len(x), forwards=self.eot, backwards=self.eot)
-        loss = get_loss(loss) if isinstance(loss, str) else loss
-        total, grads, logits = [], [], []
-        for rows, labels in zip(self._fold(x), self._fold(y), strict=True):
-            leaf = rows.detach().requires_grad_()
-            with torch.enable_grad():
-                answer = self._defense.adaptive_forward(leaf, self._mode)
-                self._check_shape(answer, len(leaf))
-                values = loss(answer, labels)
-                if not values.requires_grad:
-                    raise PluginError(
-                        f'defense "{self._defense.name}": adaptive_forward gives no gradient with respect to x. '
-                        "Implement adaptive_forward with a differentiable stand-in (BPDA)"
-                    )
-                (grad,) = torch.autograd.grad(values.sum(), leaf)
-            total.append(values.detach())
-            grads.append(grad)
-            logits.append(answer.detach())
-        draws = self.eot
-        mean_logits = torch.cat(logits).unflatten(0, (draws, -1)).mean(0)
-        result = Gradient(
-            torch.cat(total).unflatten(0, (draws, -1)).mean(0),
-            torch.cat(grads).unflatten(0, (draws, -1)).mean(0),
-            mean_logits,
-        )
-        self._remember(x, mean_logits)
+        aimed = aim(loss, target)
+        goal = y if target is None else target
+        with self._controlled(x):
+            folded = zip(self._fold(x), self._fold(y), self._fold(goal), strict=True)
+            parts = [self._differentiate(*rows, aimed) for rows in folded]
+        mean = [torch.cat(part).unflatten(0, (self.eot, -1)).mean(0) for part in zip(*parts, strict=True)]
+        result = self._confirm(Gradient(*mean), x, y, goal, aimed)
+        self._remember(x, result.logits)
         return result
+
+    def _differentiate(self, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> Gradient:
+        """One pass, without EOT."""
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            with self._fast(x):
+                logits = self._defense.adaptive_forward(leaf, self._mode)
+            logits = logits.float()
+            self._check_shape(logits, len(leaf))
+            values = loss(logits, y, target)
+            if not values.requires_grad:
+                raise PluginError(
+                    f'defense "{self._defense.name}": adaptive_forward gives no gradient with respect to x. '
+                    "Implement adaptive_forward with a differentiable stand-in (BPDA)"
+                )
+            (grad,) = torch.autograd.grad(values.sum(), leaf)
+        return Gradient(values.detach(), grad, logits.detach())
+
+    def _confirm(self, found: Gradient, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> Gradient:
+        """Puts float32 logits and losses where a faster pass of a deterministic defense met an error."""
+        if self._precision == "float32" or self.randomized:
+            return found
+        wrong = margin(found.logits, y) > 0
+        if len(x) != len(self._rows) or not bool(wrong.any()):
+            return found
+        logits = self.subset(wrong)._draw(x[wrong])[0]
+        found.logits[wrong], found.loss[wrong] = logits, loss(logits, y[wrong], target[wrong])
+        return found
+
+    def differentiable(self, x: Images) -> Logits:
+        """Mean logits over `eot` draws with their graph to x, for foreign code that takes the gradient itself.
+
+        Differs from `gradient` in that a loss taken on the result sees the mean of the logits, not of the losses. The
+        backward pass is counted when the gradient comes back. Without a graph to keep this is `logits`.
+
+        Raises:
+            PluginError: the attack declared no access to gradients.
+            BudgetExhausted: the query budget would be exceeded.
+        """
+        self._open("gradient", "differentiable")
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self._draw(x).mean(0)
+        self._charge(len(x), forwards=self.eot, backwards=0)
+        with self._controlled(x):
+            answers = [self._defense.adaptive_forward(rows, self._mode) for rows in self._fold(x)]
+        logits = torch.cat(answers).unflatten(0, (self.eot, -1)).mean(0)
+        self._check_shape(logits, len(x))
+        logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
+        self._remember(x.detach(), logits.detach())
+        return logits
+
+    @contextlib.contextmanager
+    def _controlled(self, x: Images) -> Iterator[None]:
+        """Holds the defense's randomness fixed or off, where the attack asked for that."""
+        if self._randomness == "fresh" or not self.randomized:
+            yield
+        elif self._randomness == "off":
+            with self._defense.without_randomness():
+                yield
+        else:  # the state of the attack's own stream names the draws, and does not move
+            with seeded("fixed", torch.initial_seed(), device=x.device):
+                yield
+
+    def _fast(self, x: Images) -> contextlib.AbstractContextManager[object]:
+        if self._precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(x.device.type, dtype=torch.bfloat16)
 
     def _draw(self, x: Images) -> Tensor:
         """Logits of `eot` draws: eot b k."""
         self._charge(len(x), forwards=self.eot, backwards=0)
         answers = []
-        with torch.no_grad():
+        with torch.no_grad(), self._controlled(x):
             for rows in self._fold(x):
                 answer = self._defense(rows)
                 self._check_shape(answer, len(rows))

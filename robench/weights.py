@@ -28,6 +28,13 @@ def shipped_weights(cls: type[Defense]) -> list[str]:
     return sorted(path.stem for path in weights_folder(cls).glob("*.safetensors"))
 
 
+def has_weights(name: str, dataset: str) -> bool:
+    """Whether a built-in defense ships weights for a dataset."""
+    from robench.registry import resolve
+
+    return dataset in shipped_weights(resolve("defense", name))
+
+
 def build_and_load(cls: type[D], dataset: str | None, weights: str | Path | None, options: dict[str, Any]) -> D:
     """Builds a defense from its card and options and reads its weights; see `Defense.load`."""
     path = _locate(cls, dataset, weights, options)

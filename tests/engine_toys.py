@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +55,20 @@ class Noisy(Linear):
     def forward(self, x: Images) -> Logits:
         logits = super().forward(x)
         return logits + self.sigma * torch.randn_like(logits)
+
+
+class Calm(Noisy):
+    """The noisy toy, which can do without its noise."""
+
+    name = "calm"
+
+    @contextlib.contextmanager
+    def without_randomness(self) -> Iterator[None]:
+        sigma, self.sigma = self.sigma, 0.0
+        try:
+            yield
+        finally:
+            self.sigma = sigma
 
 
 class NoisyInput(Linear):
@@ -212,6 +228,66 @@ class Nudge(Attack):
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         return threat.project(x, x + (threat.eps if self.up else -threat.eps))
+
+
+@dataclass(frozen=True)
+class Partial(Attack):
+    """One step along the gradient's sign, over a share of the bound."""
+
+    name = "partial"
+    norms = NORMS
+
+    share: float = 0.5
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        _, grad = victim.loss_grad(x, y, "margin")
+        return threat.project(x, x + self.share * threat.eps * grad.sign())
+
+
+@dataclass(frozen=True)
+class Onward(Attack):
+    """Brightens all pixels by 0.02 from where it ended within a smaller bound; asks nothing."""
+
+    name = "onward"
+    norms = NORMS
+    access = "none"
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        return threat.project(x, (x if victim.start is None else victim.start) + 0.02)
+
+
+@dataclass(frozen=True)
+class Upward(Attack):
+    """Minimal-norm: brightens all pixels in steps of 0.02; 40 answers an image, whatever the bound is."""
+
+    name = "upward"
+    norms = NORMS
+    access = "decisions"
+    goal = "minimal"
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        nearest = x
+        for step in range(40, 0, -1):
+            brighter = (x + 0.02 * step).clamp(0, 1)
+            wrong = victim.labels(brighter) != y
+            nearest = torch.where(wrong.view(-1, 1, 1, 1), brighter, nearest)
+        return torch.where(threat.contains(x, nearest).view(-1, 1, 1, 1), nearest, x)
+
+
+@dataclass(frozen=True)
+class FailsBeyond(Attack):
+    """Darkens all pixels by the bound, and raises where the bound is larger than `limit`."""
+
+    name = "fails_beyond"
+    norms = NORMS
+    access = "none"
+
+    limit: float = 0.15
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        if threat.eps > self.limit:
+            raise RuntimeError("planted")
+        return threat.project(x, x - threat.eps)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.losses import margin
+from robench.protocol import Protocol
 from robench.result import Estimate, Evaluation
 from robench.rng import seeded
 from robench.threat import ThreatModel
-from robench.unit import CLEAN, WORST
+from robench.unit_table import CLEAN, WORST
 
 LINF = ThreatModel("linf", 0.1)
 POOL: tuple[Attack | str, ...] = (
@@ -222,8 +223,12 @@ def test_draws_by_default(defense: Defense, attacks: str, given: dict[str, int],
     assert (spec.eot, spec.judge_repeats) == expected
 
 
-def test_standard_protocol_judges_a_hundred_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robench.protocol.PROTOCOLS", {"standard-8": ("pgd",), "standard-12": ("fgsm",)})
+def test_the_newest_version_of_a_protocol_says_how_often_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocols = [
+        Protocol("standard-8", {"linf": ("pgd",)}, judge_repeats=7),
+        Protocol("standard-12", {"linf": ("fgsm",)}, judge_repeats=100),
+    ]
+    monkeypatch.setattr("robench.protocol.PROTOCOLS", {protocol.name: protocol for protocol in protocols})
     result = evaluate(Noisy(), "standard", LINF, grid_images(2), eot=1)
     assert (result.spec.protocol, result.spec.judge_repeats) == ("standard-12", 100)
     assert [sum(votes) for votes in result.table["votes"]] == [100] * 6

@@ -47,9 +47,12 @@ def test_a_pair_may_be_cut() -> None:
         ({"eot": -1}, "eot must be at least 1"),
         ({"judge_repeats": 0}, "judge_repeats must be at least 1"),
         ({"query_budget": 0}, "query_budget must be at least 1"),
+        ({"access": "weights"}, 'access must be one of none, decisions, scores, gradient; got "weights"'),
+        ({"goal": "nearest"}, 'goal must be one of budget, minimal; got "nearest"'),
+        ({"precision": "float16"}, 'precision must be one of float32, bfloat16; got "float16"'),
         ({"device": "tpu"}, 'device must be auto, cpu or cuda; got "tpu"'),
         ({"runner": "cloud"}, 'runner must be .*got "cloud"'),
-        ({"epsilon": 1}, 'no setting "epsilon"; there are: data_dir'),
+        ({"epsilon": 1}, 'no setting "epsilon"; there are: access, cascade, data_dir'),
         ({"resume": True}, "give it as out"),
         ({"n": 6}, "at most the 5 images given; got 6"),
     ],
@@ -89,7 +92,9 @@ def test_an_attack_from_a_file_is_replayed_by_its_path() -> None:
 
 
 def test_norm_that_an_attack_does_not_support_is_refused_before_any_work() -> None:
-    with pytest.raises(UsageError, match=r'attack "pgd" supports linf, l2; the threat model is l0\. Choose another'):
+    with pytest.raises(
+        UsageError, match=r'attack "pgd" supports linf, l2, l1; the threat model is l0\. Choose another'
+    ):
         evaluate(Broken(), [Still(), "pgd"], ThreatModel("l0", 3), grid_images(2))
 
 

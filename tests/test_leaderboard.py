@@ -25,8 +25,8 @@ COLUMNS_OF_THE_DESIGN = [
     *("rank", "defense", "protocol", "weights_digest", "randomized", "clean_acc", "clean_low", "clean_high"),
     *("robust_acc", "robust_low", "robust_high", "majority_acc", "worst_attack", "<attacks>"),
     *("audit_verdict", "audit_failed_checks", "n", "eot", "judge_repeats", "seed"),
-    *("forwards_per_example", "backwards_per_example", "device", "robench_version", "torch_version", "data_digest"),
-    *("evidence", "date"),
+    *("forwards_per_example", "backwards_per_example", "device", "precision", "robench_version", "torch_version"),
+    *("data_digest", "evidence", "date"),
 ]
 
 
@@ -87,6 +87,7 @@ def test_row_is_what_the_run_found(result: Evaluation) -> None:
         "forwards_per_example": "4.0",
         "backwards_per_example": "3.0",
         "device": result.spec.device,
+        "precision": "float32",
         "date": "2026-01-02",
     }
     assert {key: row[key] for key in expected} == expected
@@ -276,7 +277,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         "": "must have, each once, the columns rank, defense",
         whole.replace("robust_low", "robust", 1): "must have, each once, the columns",
         whole.replace("pgd", "rank", 1): "must have, each once, the columns",
-        whole[: -len(whole.splitlines()[-1]) // 2]: "line 3: expected 28 cells, got",
+        whole[: -len(whole.splitlines()[-1]) // 2]: "line 3: expected 29 cells, got",
         whole.replace("0.5000", "half", 1): 'line 2: robust_low must be a number; got "half"',
         whole.replace("0.5000", "nan", 1): "robust_low must be a number",
         whole + '"open': "cannot be read",

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jaxtyping
 import pytest
 import torch
 
 import robench
+from robench.attack import Attack
+from robench.protocol import PROTOCOLS
+from robench.registry import load_attack
 from robench.result import Estimate
 from robench.testing import LinearToy, NoisyLinearToy, NullDefense
 from robench.threat import ThreatModel
@@ -13,6 +21,14 @@ from robench.threat import ThreatModel
 SEEDS = range(8)
 N = 250
 Q = (0.02, 0.05, 0.1)
+
+
+@pytest.fixture
+def as_users_have_it() -> Iterator[None]:
+    """Without the type checks of the tests, which cost more than the toys."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def covers(estimate: Estimate | None, truth: float) -> bool:
@@ -53,6 +69,70 @@ def test_worst_of_several_is_biased_without_fresh_draws() -> None:
     ]
     assert sum(covers(result.robust_accuracy, low) for result, low in zip(found, lowest, strict=True)) <= 1
     assert max(lowest) < 0.88
+
+
+def shrink(attack: Attack) -> Attack:
+    """The same attack with fewer steps, restarts, targets and queries: the judge is as it is after the full search."""
+    limits = {"steps": 3, "restarts": 2, "targets": 2, "queries": 20, "tries": 5, "binary_search_steps": 2}
+    fields = {field.name for field in dataclasses.fields(attack)} & set(limits)
+    return dataclasses.replace(attack, **{name: min(getattr(attack, name), limits[name]) for name in fields})
+
+
+@pytest.fixture
+def short_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every protocol with all its attacks, each of them shortened."""
+    short = {}
+    for name, protocol in PROTOCOLS.items():
+        lists = {
+            norm: tuple(shrink(load_attack(spec)).spec() for spec in protocol.attacks[norm])
+            for norm in protocol.attacks
+        }
+        short[name] = dataclasses.replace(protocol, attacks=lists)
+    monkeypatch.setattr("robench.protocol.PROTOCOLS", short)
+
+
+def protocols_and_norms() -> list[Any]:
+    """All pairs; those beyond linf are slow together."""
+    return [
+        pytest.param(name, norm, marks=[] if norm == "linf" else pytest.mark.slow)
+        for name, protocol in PROTOCOLS.items()
+        for norm in protocol.attacks
+    ]
+
+
+@pytest.mark.usefixtures("short_protocols", "as_users_have_it")
+@pytest.mark.parametrize(("protocol", "norm"), protocols_and_norms())
+def test_no_protocol_scores_by_luck(protocol: str, norm: str) -> None:
+    """20 seeds: the 95 % interval may miss 1 - q now and then (four times or more: 1.6 %), and not to one side."""
+    q, n, seeds = 0.1, 100, range(20)
+    data = LinearToy().examples(n)[0], torch.zeros(n, dtype=torch.int64)
+    threat = ThreatModel(norm, 2.0 if norm == "l0" else 0.1)
+    found = []
+    for seed in seeds:
+        result = robench.evaluate(
+            NullDefense(q), protocol, threat, data, seed=seed, eot=1, judge_repeats=20, device="cpu"
+        )
+        assert (result.spec.protocol, result.complete) == (protocol, True)
+        assert result.robust_accuracy is not None
+        found.append(result.robust_accuracy)
+    assert sum(not covers(estimate, 1 - q) for estimate in found) <= 3
+    deviation = (q * (1 - q) / (len(seeds) * n * 20)) ** 0.5
+    assert sum(estimate.value for estimate in found) / len(seeds) == pytest.approx(1 - q, abs=4 * deviation)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_full_protocol_scores_by_luck(protocol: str) -> None:
+    """With every query that it makes, at few images."""
+    q, n, seeds = 0.1, 40, range(3)
+    data = LinearToy().examples(n)[0], torch.zeros(n, dtype=torch.int64)
+    for seed in seeds:
+        result = robench.evaluate(
+            NullDefense(q), protocol, ThreatModel("linf", 0.1), data, seed=seed, eot=1, judge_repeats=100, device="cpu"
+        )
+        assert result.complete
+        assert covers(result.robust_accuracy, 1 - q)
 
 
 @pytest.mark.parametrize("sigma", [1.2, 3.0])

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import offending_attacks as attacks
 import offending_defenses as defenses
+import offending_minimal as minimal
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,10 @@ ATTACKS: list[tuple[str, Attack, str]] = [
     ("query_budget_is_kept", attacks.EndsOutside(), "within eps"),
     ("known_distance", attacks.Idle(), "0 of 12 turned"),
     ("known_distance", attacks.LeavesBall(), "not possible"),
+    ("minimal_norm_finds_the_nearest_error", minimal.Overshoots(), "1.05 times known"),
+    ("minimal_norm_finds_the_nearest_error", minimal.StopsAtTheBound(), "no error found"),
+    ("minimal_norm_returns_an_error_or_the_original", minimal.ReturnsItsLastTry(), "still right"),
+    ("minimal_norm_returns_an_error_or_the_original", minimal.MovesWhatIsWrong(), "must be returned as it is"),
     ("success_does_not_fall_with_the_bound", attacks.GivesUp(), "growing bounds"),
 ]
 
@@ -93,6 +98,10 @@ class TestHonest(AttackContract):
 
 class TestHonestDraws(AttackContract):
     attack = attacks.HonestDraws()
+
+
+class TestHonestMinimal(AttackContract):
+    attack = minimal.HonestMinimal()
 
 
 class TestForgottenOptions(AttackContract):

@@ -15,7 +15,7 @@ from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
 from robench.result import Evaluation
 from robench.threat import ThreatModel
-from robench.unit import WORST
+from robench.unit_table import WORST
 from robench.verify import verify_run
 
 LINF = ThreatModel("linf", 0.1)
@@ -87,10 +87,12 @@ def test_json_has_every_key_of_the_contract() -> None:
     assert [point["eps"] for point in content["curve"]] == [0.0, 0.1]
 
 
-def test_queries_are_those_of_all_attacks_at_one_bound() -> None:
+def test_queries_are_those_of_all_attacks_up_to_a_bound() -> None:
     bounds = [ThreatModel("linf", 0.0), ThreatModel("linf", 0.01)]
     result = evaluate(Linear(), "fgsm,pgd(steps=3, stop_early=False)", bounds, some_wrong(10))
-    assert result.queries() == {"forwards": (1 + 4) * 8 / 10, "backwards": (1 + 3) * 8 / 10}  # 2 of 10 are skipped
+    once = {"forwards": (1 + 4) * 8 / 10, "backwards": (1 + 3) * 8 / 10}  # 2 of 10 are skipped
+    assert result.queries(0.0) == once
+    assert result.queries() == {kind: 2 * passes for kind, passes in once.items()}  # what stands behind the figure
 
 
 def test_verify_confirms_a_run_and_finds_a_changed_one(tmp_path: Path) -> None:

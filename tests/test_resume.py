@@ -187,13 +187,15 @@ def test_resume_of_a_finished_run_changes_nothing(
         ("--eot", "3"),
         ("--judge-repeats", "3"),
         ("--unit-size", "4"),
+        ("--precision", "bfloat16"),
+        ("--cascade", ""),
     ],
 )
 def test_resume_with_another_spec_is_refused_in_one_line(
     option: str, value: str, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(copy)
-    assert call(monkeypatch, "run", "--resume", str(copy), option, value) == 2
+    assert call(monkeypatch, "run", "--resume", str(copy), option, *([value] if value else [])) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith(f"robench: {copy} holds a run of another spec: ")
@@ -208,6 +210,54 @@ def test_resume_with_the_same_options_is_accepted(copy: Path, monkeypatch: pytes
     unit.unlink()
     assert call(monkeypatch, "run", "--resume", str(copy), "--json", *OPTIONS) == 0
     assert unit.read_bytes() == content
+
+
+@pytest.mark.parametrize("defense", ["Prototypes", "Blindfold"])
+def test_resume_goes_on_as_cascade_and_in_the_precision_of_the_run(
+    defense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, on a small run: both are read from the folder, and bytes are the same."""
+    folder = tmp_path / "run"
+    words = ["--defense", f"{engine_toys.__file__}:{defense}", "--attack", "fgsm,pgd(steps=2),square(queries=4)"]
+    words += ["--n", "12", "--unit-size", "4", "--eps", "0.02,0.05", "--eot", "2", "--judge-repeats", "2"]
+    words += ["--device", "cpu", "--cascade", "--precision", "bfloat16"]
+    assert call(monkeypatch, "run", *words, "--out", str(folder)) == 0
+    spec = Evaluation.load(folder).spec
+    assert (spec.cascade, spec.precision) == (True, "bfloat16")
+    before = contents(folder)
+    for unit in sorted((folder / "units").iterdir())[1:]:
+        unit.unlink()
+    (folder / "result.json").unlink()
+    assert call(monkeypatch, "run", "--resume", str(folder), "--cascade", "--precision", "bfloat16") == 0
+    assert contents(folder) == before
+    for other, message in (
+        (["--no-cascade"], "cascade is True, not False"),
+        (["--precision", "float32"], "precision is 'bfloat16', not 'float32'"),
+    ):
+        capsys.readouterr()
+        assert call(monkeypatch, "run", "--resume", str(folder), *other) == 2
+        assert message in capsys.readouterr().err
+    for other in (["--access", "scores"], ["--goal", "minimal"]):
+        capsys.readouterr()
+        assert call(monkeypatch, "run", "--resume", str(folder), *other) == 2
+        assert 'attack "fgsm"' in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_resume_of_a_protocol_stays_the_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where its cascade was switched."""
+    folder = tmp_path / "run"
+    words = ["--defense", f"{engine_toys.__file__}:Prototypes", "--protocol", "quick", "--cascade", "--n", "8"]
+    assert call(monkeypatch, "run", *words, "--unit-size", "4", "--device", "cpu", "--out", str(folder)) == 0
+    before = contents(folder)
+    min((folder / "units").iterdir()).unlink()
+    capsys.readouterr()
+    assert call(monkeypatch, "run", "--resume", str(folder), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["protocol"], shown["cascade"]) == ("quick-1", True)
+    assert contents(folder) == before
 
 
 def test_resume_of_what_is_no_run_is_refused(

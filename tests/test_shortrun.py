@@ -173,7 +173,7 @@ def test_chain_starts_from_the_prior_and_takes_its_steps() -> None:
         for _ in range(3):
             z = model.step(z.detach(), x).detach()
     with seeded("chain"):
-        assert torch.equal(model.infer(x), z)
+        torch.testing.assert_close(model.infer(x), z, rtol=1e-12, atol=1e-14)
 
 
 def test_draws_differ_and_one_seed_gives_one_answer() -> None:
@@ -187,6 +187,16 @@ def test_draws_differ_and_one_seed_gives_one_answer() -> None:
     with seeded("same image"):
         codes = model.infer(x[:1].repeat(2, 1, 1, 1))
     assert not torch.equal(codes[0], codes[1])
+
+
+def test_without_randomness_the_answer_is_one_and_after_it_draws_again() -> None:
+    model, x = make_model(steps=3, n_chains=2), draw_images(2)
+    with model.without_randomness():
+        first, second = model(x), model.adaptive_forward(x)
+        torch.testing.assert_close(first, second)  # as many chains as one likes are one chain
+        assert torch.equal(model.start(x), torch.zeros(2, 200, dtype=x.dtype))
+    with seeded("draws"):
+        assert not torch.equal(model(x), model(x))
 
 
 @pytest.mark.parametrize("preset", ["repaired", "paper_literal"])

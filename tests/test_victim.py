@@ -13,8 +13,9 @@ from torch.nn import functional
 from robench.attack import Access
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError, UsageError
-from robench.losses import margin
+from robench.losses import margin, targeted_dlr, targeted_margin
 from robench.rng import seeded
+from robench.testing.attacks import conv_case
 from robench.threat import ThreatModel
 from robench.victim import Victim
 
@@ -84,12 +85,13 @@ QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
     "logits": lambda victim, x, _: victim.logits(x),
     "loss_grad": lambda victim, x, y: victim.loss_grad(x, y),
     "gradient": lambda victim, x, y: victim.gradient(x, y),
+    "differentiable": lambda victim, x, _: victim.differentiable(x),
 }
 ALLOWED: dict[Access, set[str]] = {
     "none": set(),
     "decisions": {"labels"},
     "scores": {"labels", "logits"},
-    "gradient": {"labels", "logits", "loss_grad", "gradient"},
+    "gradient": {"labels", "logits", "loss_grad", "gradient", "differentiable"},
 }
 
 
@@ -216,7 +218,7 @@ def test_a_defense_without_gradient_is_told_what_to_do() -> None:
         Victim(NoGradient(), "gradient", 2).loss_grad(x, y)
 
 
-@pytest.mark.parametrize("query", ["labels", "logits", "gradient"])
+@pytest.mark.parametrize("query", ["labels", "logits", "gradient", "differentiable"])
 def test_logits_of_the_wrong_shape_are_refused(query: str) -> None:
     x, y = grid_images(2)
     with pytest.raises(PluginError, match=r'"broken": logits must be \(2, 3\); got \(2, 2\)'):
@@ -265,3 +267,92 @@ def test_best_images_are_those_with_the_largest_margin_within_the_bound() -> Non
     best = margins.where(within, -torch.inf).argmax(0)
     assert victim.ledger.best is not None
     assert torch.equal(victim.ledger.best, everything[best, torch.arange(3)])
+
+
+# targets
+
+
+def test_a_targeted_query_is_autograd_s_of_the_targeted_loss() -> None:
+    defense, x, y = conv_case(6)
+    target = (defense(x).argmax(1) + 2) % 5
+    leaf = x.clone().requires_grad_()
+    values = targeted_dlr(defense(leaf), y, target)
+    (grad,) = torch.autograd.grad(values.sum(), leaf)
+    found = Victim(defense, "gradient", 6).gradient(x, y, "dlr", target)
+    torch.testing.assert_close(found.grad, grad)
+    torch.testing.assert_close(found.loss, values.detach())
+    with pytest.raises(UsageError, match="takes a loss by name"):
+        Victim(defense, "gradient", 6).gradient(x, y, margin, target)
+
+
+def test_targets_follow_their_images_through_eot_and_small_batches() -> None:
+    x, y = grid_images(5)
+    target = (y + 1 + torch.arange(5) % 2) % 3
+    defense = Noisy(sigma=0.0)
+    defense.batch_rows = 2
+    found = Victim(defense, "gradient", 5, eot=3).gradient(x, y, "margin", target)
+    torch.testing.assert_close(found.loss, targeted_margin(Linear()(x), y, target))
+
+
+# what else it knows
+
+
+def test_start_follows_the_subset() -> None:
+    x, _ = grid_images(4)
+    victim = Victim(Linear(), "scores", 4, start=x + 0.01, dataset="toys")
+    for index in (torch.tensor([3, 1]), torch.tensor([False, True, False, True])):
+        part = victim.subset(index)
+        assert part.start is not None
+        assert torch.equal(part.start, x[index] + 0.01)
+        assert part.dataset == "toys"
+    once = victim.subset(torch.tensor([3, 1])).subset(torch.tensor([1])).start
+    assert once is not None
+    assert torch.equal(once, x[1:2] + 0.01)
+    assert Victim(Linear(), "scores", 4).subset(torch.tensor([0])).start is None
+    assert Victim(Linear(), "scores", 4).dataset == ""
+
+
+# foreign code
+
+
+@pytest.mark.parametrize(("defense", "draws"), [(Linear(), 1), (NoisyInput(), 6)], ids=["deterministic", "randomized"])
+def test_differentiable_logits_are_the_mean_with_its_gradient(defense: Defense, draws: int) -> None:
+    x, y = grid_images(4)
+    victim = Victim(defense, "gradient", 4, eot=6)
+    leaf = x.clone().requires_grad_()
+    with seeded(5, "noise"):
+        logits = victim.differentiable(leaf)
+    assert passes(victim) == [(draws, 0)] * 4
+    (grad,) = torch.autograd.grad(functional.cross_entropy(logits, y, reduction="sum"), leaf)
+    assert passes(victim) == [(draws, draws)] * 4, "the backward pass counts when it is taken"
+    again = x.clone().requires_grad_()
+    with seeded(5, "noise"):
+        mean = defense(again.repeat(draws, 1, 1, 1)).unflatten(0, (draws, 4)).mean(0)
+    torch.testing.assert_close(logits, mean)
+    expected = torch.autograd.grad(functional.cross_entropy(mean, y, reduction="sum"), again)[0]
+    torch.testing.assert_close(grad, expected)
+
+
+def test_differentiable_without_a_graph_costs_forwards_alone() -> None:
+    x, _ = grid_images(2)
+    victim = Victim(Noisy(), "gradient", 2, eot=3)
+    assert not victim.differentiable(x).requires_grad
+    with torch.no_grad():
+        assert not victim.differentiable(x.clone().requires_grad_()).requires_grad
+    assert passes(victim) == [(6, 0)] * 2
+
+
+def test_differentiable_takes_the_gradient_mode_and_keeps_the_budget() -> None:
+    x, _ = grid_images(2)
+    leaf = x.clone().requires_grad_()
+    flat = Victim(TwoPaths(), "gradient", 2, mode="flat").differentiable(leaf)
+    assert not bool(torch.autograd.grad(flat.sum(), leaf)[0].any())
+    victim = Victim(Linear(), "gradient", 2, budget=2)
+    logits = victim.differentiable(leaf)
+    torch.autograd.grad(logits.sum(), leaf)
+    with pytest.raises(BudgetExhausted):
+        victim.differentiable(leaf)
+    short = Victim(Linear(), "gradient", 2, budget=1)
+    logits = short.differentiable(leaf)
+    with pytest.raises(BudgetExhausted):
+        torch.autograd.grad(logits.sum(), leaf)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -15,25 +16,29 @@ if TYPE_CHECKING:
     from robench.train.recipe import Recipe
 
 
-def make_convnet(channels: int, num_classes: int = 10) -> nn.Sequential:
+THESIS_WIDTH: Final = 64
+
+
+def make_convnet(channels: int, num_classes: int = 10, width: int = THESIS_WIDTH) -> nn.Sequential:
     """Table A.3: four convolutions, two poolings, three linear layers, Mish; no padding, no normalisation.
 
     As printed a Mish follows the last layer too; it is left out, since it cuts negative logits off at -0.31.
-    891,438 parameters at 3x28x28.
+    891,438 parameters at 3x28x28 and the thesis's width; `width` scales the channels of all four convolutions.
     """
+    last = 200 * width // THESIS_WIDTH
     return nn.Sequential(
-        nn.Conv2d(channels, 64, 4),  # b c 28 28 -> b 64 25 25
+        nn.Conv2d(channels, width, 4),  # b c 28 28 -> b 64 25 25
         nn.Mish(),
-        nn.Conv2d(64, 128, 4),  # -> b 128 22 22
+        nn.Conv2d(width, 2 * width, 4),  # -> b 128 22 22
         nn.Mish(),
         nn.MaxPool2d(2),  # -> b 128 11 11
-        nn.Conv2d(128, 128, 4),  # -> b 128 8 8
+        nn.Conv2d(2 * width, 2 * width, 4),  # -> b 128 8 8
         nn.Mish(),
-        nn.Conv2d(128, 200, 3),  # -> b 200 6 6
+        nn.Conv2d(2 * width, last, 3),  # -> b 200 6 6
         nn.Mish(),
         nn.MaxPool2d(2),  # -> b 200 3 3
         nn.Flatten(),
-        nn.Linear(1800, 140),
+        nn.Linear(9 * last, 140),
         nn.Mish(),
         nn.Linear(140, 80),
         nn.Mish(),
@@ -50,12 +55,18 @@ class ConvNet(Defense):
     name = "convnet"
     needs_weights = True
 
-    def __init__(self, channels: int = 1) -> None:
-        """Builds an untrained net for `channels` x 28 x 28 images."""
+    def __init__(self, channels: int = 1, width: int = THESIS_WIDTH) -> None:
+        """Builds an untrained net for `channels` x 28 x 28 images, `width` channels wide in the first layer.
+
+        Raises:
+            UsageError: a width that the layers cannot be scaled by.
+        """
         super().__init__()
+        if width < 1 or 200 * width % THESIS_WIDTH:
+            raise UsageError(f"{self.name}: width must be a positive multiple of 8; got {width}")
         self.num_classes = 10
         self.input_shape = (channels, 28, 28)
-        self.net = make_convnet(channels)
+        self.net = make_convnet(channels, width=width)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def forward(self, x: Images) -> Logits:
@@ -68,6 +79,12 @@ class ConvNet(Defense):
         if input_shape[1:] != (28, 28) or num_classes != 10:
             raise UsageError(f"convnet takes 28x28 images of 10 classes; the dataset has {input_shape}, {num_classes}")
         return {"channels": input_shape[0]}
+
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """The width, unless it is the thesis's."""
+        width = options.get("width", THESIS_WIDTH)
+        return "" if width == THESIS_WIDTH else f"width{width}"
 
     def recipe(self, name: str | None = None) -> Recipe:
         """Plain training on clean images; there is one recipe, `clean`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from robench.defense import Defense
 from robench.errors import UsageError
 from robench.types import Images, Logits
+
+from .chain import Chain, Sweeps, can_sweep
 
 if TYPE_CHECKING:
     from robench.train.recipe import Recipe
@@ -61,7 +64,9 @@ class ShortRun(Defense):
         z <- z - s (z + J_g(z)^T (g(z) - x) / sigma^2) + sqrt(2 s) N(0, I)
 
     A forward pass runs `n_chains` independent chains for each image and aggregates them. There is no guarantee.
-    Cost of a forward: n_chains * steps passes forward and backward through the generator (9.2 M multiply-adds each).
+    Cost of a forward: n_chains * steps passes forward and backward through the generator (9.2 M multiply-adds each). A
+    gradient along `attack_chains` chains takes twice the passes of their inference and keeps 3.3 MiB for each, or with
+    `recompute` three times the passes and next to no memory (see `Chain`).
 
     Departures of the preset `repaired` from the thesis: `output_padding`, a tanh head for data in [-1, 1], no Mish on
     the logits, and sigma from the data (with the printed sigma = 6.4 the code carries no information about the image);
@@ -75,7 +80,7 @@ class ShortRun(Defense):
     randomized = True
     needs_weights = True
     gradient_modes = ("full", "last_step")
-    batch_rows = 32
+    batch_rows = 64
     first_look = {"n": 32, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the thesis
@@ -88,6 +93,7 @@ class ShortRun(Defense):
         attack_chains: int = 1,
         steps: int = 20,
         step_size: float = 0.015,
+        recompute: bool = False,
     ) -> None:
         """Builds an untrained model.
 
@@ -101,6 +107,7 @@ class ShortRun(Defense):
             attack_chains: chains per image in one `adaptive_forward`; the EOT samples of an attack multiply it.
             steps: Langevin steps.
             step_size: s above.
+            recompute: repeat each step on the way back of a gradient rather than keep its activations; see `Chain`.
 
         Raises:
             UsageError: an option is out of range.
@@ -110,8 +117,9 @@ class ShortRun(Defense):
             preset, aggregate, min(n_chains, attack_chains, steps, channels), sigma=sigma, step_size=step_size
         )
         self.preset, self.aggregate = preset, aggregate
+        self.temperature = 1.0
         self.n_chains, self.attack_chains = n_chains, attack_chains
-        self.steps, self.step_size = steps, step_size
+        self.steps, self.step_size, self.recompute = steps, step_size, recompute
         self.forward_cost = n_chains / attack_chains
         self.num_classes = 10
         self.input_shape = (channels, 28, 28)
@@ -152,28 +160,51 @@ class ShortRun(Defense):
         codes = self.infer_differentiably(x.repeat(self.attack_chains, 1, 1, 1), last_step_only=mode == "last_step")
         return self._aggregate(codes, self.attack_chains, "mean_z" if self.aggregate == "mean_z" else "mean_logits")
 
+    @contextlib.contextmanager
+    def without_randomness(self) -> Iterator[None]:
+        """Chains that start at the prior's mean, z_0 = 0, and take no noise: gradient descent on the energy."""
+        self.temperature = 0.0
+        try:
+            yield
+        finally:
+            self.temperature = 1.0
+
     def infer(self, x: Images) -> Tensor:
         """Draws a code for each image: one chain of `steps` steps, no gradient kept. Returns `b 200`."""
         return torch.cat([self._infer_rows(rows) for rows in x.split(CHAIN_ROWS)])
 
     def _infer_rows(self, x: Images) -> Tensor:
         z = self.start(x)
+        if can_sweep(self.generator):
+            return self._chain().run(z, 2 * x - 1)
         for _ in range(self.steps):
             z = self.step(z.detach(), x).detach()
         return z
 
     def infer_differentiably(self, x: Images, *, last_step_only: bool = False) -> Tensor:
-        """Draws a code for each image with the chain's graph kept: differentiable in x and in all weights."""
+        """Draws a code for each image, differentiable in x.
+
+        With frozen weights, as under attack, the chain is differentiated by hand (`Chain`). With weights to be learned
+        autograd keeps the chain's graph, and the code is differentiable in all of them as well.
+        """
+        depth = 1 if last_step_only else self.steps
         z = self.start(x)
+        learned = any(parameter.requires_grad for parameter in (*self.generator.parameters(), self.log_sigma))
+        if can_sweep(self.generator) and not learned:
+            return self._chain().run_differentiably(z, 2 * x - 1, depth=depth, recompute=self.recompute)
         for index in range(self.steps):
-            keep = not last_step_only or index == self.steps - 1
+            keep = index >= self.steps - depth
             z = self.step(z, x, keep_graph=keep)
             z = z if keep else z.detach()
         return z
 
+    def _chain(self) -> Chain:
+        precision = (-2 * self.log_sigma.detach()).exp()
+        return Chain(Sweeps(self.generator), precision, self.step_size, self.steps, self.temperature)
+
     def start(self, x: Images) -> Tensor:
         """The start of the chain, z_0 ~ N(0, I)."""
-        return torch.randn(len(x), LATENT, device=x.device, dtype=x.dtype)
+        return self.temperature * torch.randn(len(x), LATENT, device=x.device, dtype=x.dtype)
 
     def step(self, z: Tensor, x: Images, *, keep_graph: bool = False) -> Tensor:
         """One Langevin step (eq. 3.9) on the codes `b 200`."""
@@ -182,7 +213,7 @@ class ShortRun(Defense):
             z = z if z.requires_grad else z.requires_grad_()
             misfit = (self.generate(z) - (2 * x - 1)).square().sum() / 2
             (pull,) = torch.autograd.grad(misfit, z, create_graph=keep_graph)
-        noise = math.sqrt(2 * self.step_size) * torch.randn_like(z)
+        noise = self.temperature * math.sqrt(2 * self.step_size) * torch.randn_like(z)
         return z - self.step_size * (z + precision * pull) + noise
 
     def generate(self, z: Tensor) -> Images:

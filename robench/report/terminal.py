@@ -41,8 +41,11 @@ def summary_table(result: Evaluation) -> Table:
     table.add_row("dataset", f"{spec.dataset}, {spec.n} images (seed {spec.seed})")
     table.add_row("threat model", str(result.threat))
     table.add_row("clean accuracy", f"{result.clean_accuracy}")
+    word = "after" if spec.cascade else "under"
+    distances = result.median_distances()
     for key, estimate in result.per_attack.items():
-        table.add_row(f"under {key}", _cell(estimate))
+        median = f", median distance {_distance(distances[key])}" if key in distances else ""
+        table.add_row(f"{word} {key}", _cell(estimate) + median)
     table.add_row("robust accuracy", _cell(result.robust_accuracy) + ("" if result.complete else " (incomplete)"))
     if spec.randomized:
         table.add_row("  by majority vote", f"{_cell(result.majority)}, clean {_cell(result.clean_majority)}")
@@ -53,7 +56,8 @@ def summary_table(result: Evaluation) -> Table:
     queries = result.queries()
     table.add_row("queries per image", f"{queries['forwards']:.0f} forward, {queries['backwards']:.0f} backward passes")
     if result.seconds is not None:
-        table.add_row("time", f"{result.seconds:.0f} s on {spec.device}")
+        faster = "" if spec.precision == "float32" else f", attacks in {spec.precision}"
+        table.add_row("time", f"{result.seconds:.0f} s on {spec.device}{faster}")
     table.caption, table.caption_justify = "[low, high]: 95 % interval", "left"
     return table
 
@@ -64,6 +68,10 @@ def curve_table(result: Evaluation) -> Table:
     for eps in result.spec.eps:
         table.add_row(f"{eps:g}", _cell(result.robust_at(eps)))
     return table
+
+
+def _distance(median: float | None) -> str:
+    return "beyond eps" if median is None else f"{median:.4g}"
 
 
 def _cell(estimate: Estimate | None) -> str:

@@ -126,10 +126,13 @@ class AttackContract:
         attack: the attack under test, an instance.
         succeeds_at: the multiple of the known distance at which the attack must turn every image of the linear toy;
             raise it for an attack that is weak by design, and say so in its docstring.
+        within: the multiple of the known distance within which a minimal-norm attack must find every error of the
+            linear toy (in l0 rounded up to whole pixels); None: 1.05 with access to gradients, 1.25 without.
     """
 
     attack: Attack
     succeeds_at: ClassVar[float] = 1.25
+    within: ClassVar[float | None] = None
 
     def _threats(self, bounds: dict[str, float]) -> list[ThreatModel]:
         return [ThreatModel(norm, bounds[norm]) for norm in self.attack.norms]
@@ -300,6 +303,34 @@ class AttackContract:
             threat = scale_bound(norm, 0.99)
             turned = count_errors(defense, attack_once(self.attack, defense, x, y, threat), y)
             assert turned == 0, f"{threat}: {turned} turned within 0.99 times the distance, which is not possible"
+
+    def test_minimal_norm_finds_the_nearest_error(self) -> None:
+        """Within a wide bound every distance on the linear toy is at most `within` times the known one."""
+        if self.attack.goal != "minimal":
+            pytest.skip("the attack seeks any error within eps")
+        within = self.within or (1.05 if self.attack.access == "gradient" else 1.25)
+        for norm in self.attack.norms:
+            for part in (0.5, 1.0):
+                defense = LinearToy()
+                x, y = defense.examples(12, norm, part * REACH[norm])
+                x_adv = attack_once(self.attack, defense, x, y, scale_bound(norm, 2.0 if norm == "l0" else 3.0))
+                missed = len(x) - count_errors(defense, x_adv, y)
+                assert missed == 0, f"{norm}: no error found for {missed} of {len(x)} within 3 times the distance"
+                limit = scale_bound(norm, part * within).eps
+                found = ThreatModel(norm, 0.0).distance(x, x_adv).max().item()
+                assert found <= limit * (1 + 1e-4), f"{norm}: {found:.4g} is beyond {limit:.4g}, {within} times known"
+
+    def test_minimal_norm_returns_an_error_or_the_original(self) -> None:
+        """What is returned is an error within the bound, or x bit for bit; x also where it is wrong from the start."""
+        if self.attack.goal != "minimal":
+            pytest.skip("the attack seeks any error within eps")
+        defense, x, y = conv_case()
+        for threat in self._threats(CONV_EPS):
+            x_adv = attack_once(self.attack, defense, x, y, threat)
+            unchanged = (x_adv == x).flatten(1).all(1)
+            wrong = defense(x_adv).argmax(1) != y
+            assert bool((unchanged | wrong).all()), f"{threat}: an image is changed and still right; return x"
+            assert bool(unchanged[-1]), f"{threat}: an image that is wrong from the start must be returned as it is"
 
     def test_success_does_not_fall_with_the_bound(self) -> None:
         """On the linear toy a larger bound never turns fewer images."""

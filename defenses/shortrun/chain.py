@@ -1,0 +1,292 @@
+"""The Langevin chain with its derivatives written out: autograd's numbers at a lower cost.
+
+Let U(z) = |g(z) - t|^2 / 2 be the misfit of a code and J the Jacobian of the generator g. One step of the chain is
+z <- z - s (z + p grad U(z)) + noise, with grad U(z) = J^T (g(z) - t). Backwards through it, the adjoint a of the code
+becomes (1 - s) a - s p H a, and the gradient with respect to the target t gains s p J a. H, the Hessian of U, is
+symmetric, so one forward-over-reverse sweep gives both products (Pearlmutter 1994, "Fast exact multiplication by the
+Hessian"): a is pushed forward through the generator, which is J a, and what comes out is pulled back.
+
+A step costs two passes through the generator, its sweep two more. Everything here takes the weights as constants; where
+they are to be learned, the chain is left to autograd (`ShortRun.step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FEW_CHANNELS: Final = 4
+"""Up to this many output channels a transposed convolution is quicker as a matrix product and a fold."""
+
+
+class Jet(NamedTuple):
+    """An activation f at its input a.
+
+    Attributes:
+        value: f(a).
+        slope: f'(a).
+        bend: f''(a); None where it was not asked for.
+    """
+
+    value: Tensor
+    slope: Tensor
+    bend: Tensor | None
+
+
+class Record(NamedTuple):
+    """What the second-order sweep needs of one activation.
+
+    Attributes:
+        slope: f'(a).
+        bend: f''(a) times the cotangent that reached f in the first-order sweep.
+    """
+
+    slope: Tensor
+    bend: Tensor
+
+
+def mish(a: Tensor, bend: bool) -> Jet:
+    """Mish, a tanh(softplus(a)): with s = sigmoid(a) and u = s (2 - s) that tanh is u / (2 - u), for any a.
+
+    Works in place, a included: on a CPU fresh memory costs more than the arithmetic.
+    """
+    s = torch.sigmoid(a)
+    t = (2 - s).mul_(s)
+    spare = 2 - t
+    t.div_(spare)
+    dt = torch.addcmul(s, s, torch.mul(t, t, out=spare), value=-1, out=spare)  # dt / da
+    second = (1 - s).addcmul_(s, t, value=-2).mul_(a).add_(2).mul_(dt) if bend else None
+    slope = torch.addcmul(t, a, dt, out=s)
+    return Jet(a.mul_(t), slope, second)
+
+
+def tanh(a: Tensor, bend: bool) -> Jet:
+    """Hyperbolic tangent."""
+    value = a.tanh_()
+    slope = 1 - value * value
+    return Jet(value, slope, -2 * value * slope if bend else None)
+
+
+def sigmoid(a: Tensor, bend: bool) -> Jet:
+    """Logistic function."""
+    value = a.sigmoid_()
+    slope = value * (1 - value)
+    return Jet(value, slope, (1 - 2 * value) * slope if bend else None)
+
+
+Activation = Callable[[Tensor, bool], Jet]
+ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {nn.Mish: mish, nn.Tanh: tanh, nn.Sigmoid: sigmoid}
+"""Each takes its input, which it may overwrite, and whether the second derivative is wanted."""
+
+
+class Deconvolution:
+    """A transposed convolution: a linear map with its transpose, and a bias."""
+
+    def __init__(self, layer: nn.ConvTranspose2d) -> None:
+        """Takes the layer's weights as they are now."""
+        self.weight = layer.weight.detach()  # in out k k
+        self.bias = None if layer.bias is None else layer.bias.detach()
+        self.stride, self.padding, self.output_padding = (
+            cast("tuple[int, int]", pair) for pair in (layer.stride, layer.padding, layer.output_padding)
+        )
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """The layer's output; torch adds the bias more quickly on its own than within a transposed convolution."""
+        h = self.push(h)
+        return h if self.bias is None else h.add_(self.bias[:, None, None])
+
+    def push(self, h: Tensor) -> Tensor:
+        """The linear map."""
+        if self.weight.shape[1] <= FEW_CHANNELS:
+            return self._fold(h)
+        return functional.conv_transpose2d(h, self.weight, None, self.stride, self.padding, self.output_padding)
+
+    def pull(self, c: Tensor) -> Tensor:
+        """The transpose of the linear map."""
+        return functional.conv2d(c, self.weight, None, self.stride, self.padding)
+
+    def _fold(self, h: Tensor) -> Tensor:
+        kernel = tuple(self.weight.shape[2:])
+        size = tuple(
+            (h.shape[2 + axis] - 1) * self.stride[axis]
+            - 2 * self.padding[axis]
+            + kernel[axis]
+            + self.output_padding[axis]
+            for axis in (0, 1)
+        )
+        columns = (h.flatten(2).mT @ self.weight.flatten(1)).mT  # b in h w -> b out*k*k h*w
+        return functional.fold(columns, size, kernel, padding=self.padding, stride=self.stride)
+
+
+class FromPoint(Deconvolution):
+    """A transposed convolution without padding, of an input of one pixel: a matrix product."""
+
+    def push(self, h: Tensor) -> Tensor:
+        """The linear map."""
+        image = (h.flatten(1) @ self._matrix()).unflatten(1, (*self.weight.shape[2:], -1))
+        return image.permute(0, 3, 1, 2)
+
+    def pull(self, c: Tensor) -> Tensor:
+        """The transpose of the linear map."""
+        return (c.permute(0, 2, 3, 1).flatten(1) @ self._matrix().T)[:, :, None, None]
+
+    def _matrix(self) -> Tensor:
+        return self.weight.permute(0, 2, 3, 1).flatten(1)  # in out k k -> in k*k*out, no copy in channels-last
+
+
+class Sweeps:
+    """First- and second-order sweeps through a generator of transposed convolutions and activations."""
+
+    def __init__(self, generator: nn.Sequential) -> None:
+        """Takes the generator's weights as they are now; see `can_sweep` for what it may be made of."""
+        self.layers: list[Deconvolution | Activation] = []
+        for layer in generator:
+            if isinstance(layer, nn.ConvTranspose2d):
+                from_point = not self.layers and not any((*layer.padding, *layer.output_padding))
+                self.layers.append(FromPoint(layer) if from_point else Deconvolution(layer))
+            else:
+                self.layers.append(ACTIVATIONS[type(layer)])
+
+    def pull(self, z: Tensor, target: Tensor, *, record: bool) -> tuple[Tensor, list[Record]]:
+        """Returns grad U(z) = J^T (g(z) - target), `b k`, and one record per activation if asked for, first to last."""
+        h, jets = z[:, :, None, None], []
+        for layer in self.layers:
+            if isinstance(layer, Deconvolution):
+                h = layer(h)
+            else:
+                jets.append(layer(h, record))
+                h = jets[-1].value
+        c = h - target
+        del h
+        records = []
+        for layer in reversed(self.layers):
+            if isinstance(layer, Deconvolution):
+                c = layer.pull(c)
+                continue
+            _, slope, bend = jets.pop()
+            if bend is not None:
+                records.append(Record(slope, bend.mul_(c)))
+            c = c.mul_(slope)
+        return c[:, :, 0, 0], records[::-1]
+
+    def push(self, a: Tensor, records: list[Record]) -> tuple[Tensor, list[Tensor]]:
+        """Returns J a, an image, and the tangents that reached the activations, first to last."""
+        h, tangents, left = a[:, :, None, None], [], iter(records)
+        for layer in self.layers:
+            if isinstance(layer, Deconvolution):
+                h = layer.push(h)
+            else:
+                tangents.append(h)
+                h = h * next(left).slope
+        return h, tangents
+
+    def pull_tangent(self, image: Tensor, records: list[Record], tangents: list[Tensor]) -> Tensor:
+        """Returns H a, `b k`, from what `push` returned for a; overwrites the tangents."""
+        c, left = image, list(zip(records, tangents, strict=True))
+        for layer in reversed(self.layers):
+            if isinstance(layer, Deconvolution):
+                c = layer.pull(c)
+            else:
+                record, tangent = left.pop()
+                c = tangent.mul_(record.bend).addcmul_(c, record.slope)
+        return c[:, :, 0, 0]
+
+
+def can_sweep(generator: nn.Module) -> bool:
+    """Says whether `Sweeps` knows all layers of the generator: transposed convolutions first, then activations too."""
+    if not (isinstance(generator, nn.Sequential) and len(generator) and isinstance(generator[0], nn.ConvTranspose2d)):
+        return False
+    return all(
+        type(layer) in ACTIVATIONS
+        or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1 and set(layer.dilation) == {1})
+        for layer in generator
+    )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A Langevin chain on the codes of images.
+
+    Attributes:
+        sweeps: the generator.
+        precision: p above, 1 / sigma^2, a scalar tensor.
+        step_size: s above.
+        steps: Langevin steps.
+        temperature: what the noise is multiplied by: 1, or 0 for none.
+    """
+
+    sweeps: Sweeps
+    precision: Tensor
+    step_size: float
+    steps: int
+    temperature: float = 1.0
+
+    def move(self, z: Tensor, pull: Tensor) -> Tensor:
+        """One step (eq. 3.9), given grad U(z)."""
+        noise = self.temperature * (2 * self.step_size) ** 0.5 * torch.randn_like(z)
+        return z - self.step_size * (z + self.precision * pull) + noise
+
+    @torch.no_grad()
+    def run(self, z: Tensor, target: Tensor) -> Tensor:
+        """Runs the chain from z; no gradient is kept."""
+        for _ in range(self.steps):
+            z = self.move(z, self.sweeps.pull(z, target, record=False)[0])
+        return z
+
+    def run_differentiably(self, z: Tensor, target: Tensor, *, depth: int, recompute: bool) -> Tensor:
+        """Runs the chain from z, differentiable in the target alone, and once (no gradient of the gradient).
+
+        Args:
+            z: the codes that the chain starts from.
+            target: images in the generator's scale.
+            depth: how many of the last steps are differentiated; the code before them is a constant.
+            recompute: keep the codes alone and repeat each step's sweep on the way back: a gradient takes about 1.6
+                times as long, and memory grows with the steps by one code each only.
+        """
+        if not (torch.is_grad_enabled() and target.requires_grad):
+            return self.run(z, target)
+        return _Differentiated.apply(target, z, self, depth, recompute)  # type: ignore[no-untyped-call]
+
+
+class _Differentiated(torch.autograd.Function):
+    """The chain as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, z: Tensor, chain: Chain, depth: int, recompute: bool) -> Tensor:
+        """Runs the chain; keeps of each differentiated step its records, or the code alone."""
+        kept: list[Tensor] = []
+        for index in range(chain.steps):
+            inside = index >= chain.steps - depth
+            pull, records = chain.sweeps.pull(z, target, record=inside and not recompute)
+            if inside:
+                kept += [z] if recompute else [part for record in records for part in record]
+            z = chain.move(z, pull)
+        ctx.chain, ctx.depth, ctx.recompute = chain, depth, recompute
+        ctx.save_for_backward(target, *kept)
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
+        """Takes the adjoint of the last code to the gradient with respect to the target; see the module."""
+        target, *kept = ctx.saved_tensors
+        chain: Chain = ctx.chain
+        sweeps, size = chain.sweeps, len(kept) // ctx.depth
+        total = torch.zeros_like(target)
+        for index in reversed(range(ctx.depth)):
+            part = kept[index * size : (index + 1) * size]
+            if ctx.recompute:
+                _, records = sweeps.pull(part[0], target, record=True)
+            else:
+                records = [Record(*pair) for pair in zip(part[::2], part[1::2], strict=True)]
+            image, tangents = sweeps.push(a, records)
+            total += image
+            if index > 0:
+                bent = sweeps.pull_tangent(image, records, tangents)
+                a = a - chain.step_size * (a + chain.precision * bent)
+        return chain.step_size * chain.precision * total, None, None, None, None

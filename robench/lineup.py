@@ -1,0 +1,98 @@
+"""From names to the attacks of a run: protocols, options, gradient modes, and the checks before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robench.attack import ACCESS_LEVELS, Attack
+from robench.defense import Defense
+from robench.errors import UsageError
+from robench.plan import AttackEntry
+from robench.protocol import Protocol, find_protocol
+from robench.registry import load_attack, split_specs
+from robench.settings import Settings
+from robench.threat import ThreatModel
+from robench.unit_table import CLEAN, WORST
+from robench.weights import has_weights
+
+Attacks = Attack | str | Sequence[Attack | str]
+
+
+def named_protocol(attacks: Attacks) -> Protocol | None:
+    """The protocol that the argument `attacks` names, if it names one."""
+    given = [attacks] if isinstance(attacks, Attack | str) else list(attacks)
+    return find_protocol(given[0]) if len(given) == 1 and isinstance(given[0], str) else None
+
+
+def plan_attacks(
+    attacks: Attacks, defense: Defense, norm: str, dataset: str
+) -> tuple[list[AttackEntry], dict[str, Attack]]:
+    """Turns names into attacks: the entries in order and the built attacks by key.
+
+    `NAME@MODE` runs an attack along one gradient mode of the defense. A protocol runs every attack that reads
+    gradients along all of them.
+
+    Raises:
+        UsageError: an unknown name, option or mode, no attack at all, or two different ones of one name.
+    """
+    protocol = named_protocol(attacks)
+    given: list[Attack | str] = [attacks] if isinstance(attacks, Attack | str) else list(attacks)
+    if protocol is not None:
+        given = [*protocol.attacks_for(norm), *_transfers(protocol, defense, dataset)]
+    named = [part for one in given for part in (split_specs(one) if isinstance(one, str) else [one])]
+    entries: dict[str, AttackEntry] = {}
+    built: dict[str, Attack] = {}
+    for one in named:
+        attack, written = _build(one)
+        wants_all = protocol is not None and attack.access == "gradient"
+        for mode in defense.gradient_modes if wants_all else [written]:
+            entry = _entry(attack, one if isinstance(one, str) else None, defense.check_mode(mode), defense)
+            if entry.key in (CLEAN, WORST) or built.get(entry.key, attack) != attack:
+                raise UsageError(f'two things of this run would be named "{entry.key}"; give the attack another name')
+            entries[entry.key], built[entry.key] = entry, attack
+    if not entries:
+        raise UsageError("no attack given; name at least one, for example pgd")
+    return list(entries.values()), built
+
+
+def _transfers(protocol: Protocol, defense: Defense, dataset: str) -> list[str]:
+    sources = [source for source in protocol.sources if source != defense.name]
+    return [f"transfer(source={source!r})" for source in sources if has_weights(source, dataset)]
+
+
+def check_attacks(
+    built: dict[str, Attack], defense: Defense, threats: Sequence[ThreatModel], dataset: str, settings: Settings
+) -> None:
+    """Checks before any work that every attack fits the threat model, the defense and what was asked for.
+
+    Raises:
+        UsageError: the norm, the access, the goal, the defense or its randomness does not fit.
+    """
+    for key, attack in built.items():
+        for threat in threats:
+            attack.check_threat(threat)
+        if settings.access is not None and ACCESS_LEVELS.index(attack.access) > ACCESS_LEVELS.index(settings.access):
+            raise UsageError(f'attack "{key}" needs access to {attack.access}; the run allows {settings.access}')
+        if settings.goal is not None and attack.goal != settings.goal:
+            raise UsageError(f'attack "{key}" has the goal {attack.goal}; the run asks for {settings.goal}')
+        if attack.randomness == "off" and defense.randomized:
+            defense.without_randomness()
+        attack.check_fit(defense, dataset)
+
+
+def _build(one: Attack | str) -> tuple[Attack, str | None]:
+    if isinstance(one, Attack):
+        one.check_traits()
+        return one, None
+    name, at, mode = one.rpartition("@")
+    return (load_attack(name), mode) if at else (load_attack(one), None)
+
+
+def _entry(attack: Attack, text: str | None, mode: str, defense: Defense) -> AttackEntry:
+    spec = attack.spec()
+    if text is not None and ":" in text:  # a class from a file or module replays by its path
+        path = text.rpartition("@")[0] or text
+        spec = path.partition("(")[0] + spec.removeprefix(attack.name)
+    is_first = attack.access != "gradient" or mode == defense.gradient_modes[0]
+    key = attack.spec() if is_first else f"{attack.spec()}@{mode}"
+    return AttackEntry(key, spec, None if is_first else mode, attack.goal)

@@ -1,0 +1,112 @@
+"""How an evaluation is run: the settings that `evaluate` takes by name, and their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from robench.attack import ACCESS_LEVELS, Goal
+from robench.errors import UsageError
+
+DEFAULT_N = 256
+RANDOMIZED_EOT, RANDOMIZED_REPEATS = 10, 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation is run; every field may be given to `evaluate` by name.
+
+    Attributes:
+        n: images, a class-stratified draw by `seed` (of a pair of tensors the first n); None: 256, or all of a pair.
+        seed: seeds the draw of images and all randomness of the run.
+        unit_size: images of one work unit.
+        eot: draws averaged in one gradient query; None: 10 for a randomized defense, else 1.
+        judge_repeats: fresh answers behind each verdict; None: 20 for a randomized defense (100 in a `standard`
+            protocol), else 1.
+        device: `cpu`, `cuda`, or `auto`: cuda where there is one.
+        out: run folder; None keeps the result in memory.
+        resume: continue the run in `out`.
+        runner: where units run; see robench.runners.
+        progress: show progress on standard error.
+        query_budget: the most forward plus backward passes per image of one attack; None: no limit.
+        access: the most that the attacks may ask of the defense (`gradient`, `scores`, `decisions`, `none`), where the
+            threat model limits it; one that needs more is refused before any work.
+        goal: `budget` or `minimal`, where only attacks of that goal are wanted.
+        cascade: each attack sees only the images still right after those before it; None: as the protocol says, and
+            no cascade for a free list, so that each attack's figure is its own.
+        precision: of the attacks' gradient queries, `float32` or `bfloat16` (faster; the judge stays float32).
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        defense_spec: how `load_defense` finds the defense again; set by the command line.
+        defense_options: options given besides those in `defense_spec`.
+    """
+
+    n: int | None = None
+    seed: int = 0
+    unit_size: int = 128
+    eot: int | None = None
+    judge_repeats: int | None = None
+    device: str = "auto"
+    out: str | Path | None = None
+    resume: bool = False
+    runner: str = "local"
+    progress: bool = False
+    query_budget: int | None = None
+    access: str | None = None
+    goal: str | None = None
+    cascade: bool | None = None
+    precision: str = "float32"
+    data_dir: str | Path | None = None
+    defense_spec: str = ""
+    defense_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UsageError: a setting is out of range.
+        """
+        for name in ("n", "unit_size", "eot", "judge_repeats", "query_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1; got {value}")
+        _check_choice("runner", self.runner, ("local",))
+        _check_choice("precision", self.precision, ("float32", "bfloat16"))
+        _check_choice("access", self.access, (None, *ACCESS_LEVELS))
+        _check_choice("goal", self.goal, (None, *get_args(Goal)))
+
+    def resolve_device(self) -> str:
+        """The kind of device meant by `device`.
+
+        Raises:
+            UsageError: unknown, or not there.
+        """
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f'device must be auto, cpu or cuda; got "{self.device}"')
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
+        return self.device
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        offered = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise UsageError(f'{name} must be one of {offered}; got "{value}"')
+
+
+def make_settings(settings: dict[str, Any]) -> Settings:
+    """Builds Settings from keyword arguments.
+
+    Raises:
+        UsageError: an unknown name or a value out of range.
+    """
+    known = {item.name for item in fields(Settings)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise UsageError(f'evaluate has no setting "{unknown[0]}"; there are: {", ".join(sorted(known))}')
+    return Settings(**settings)

@@ -1,0 +1,211 @@
+"""The pointwise attack: known distances, nothing left to set back, what it may ask, and the peer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robench import ThreatModel, Victim, load_attack, load_data, wrap
+from robench.attacks.pointwise import Pointwise
+from robench.defense import Defense
+from robench.errors import UsageError
+from robench.rng import seeded
+from robench.testing.toys import ConvToy, LinearToy, NoisyLinearToy
+from robench.types import Images, Labels, Logits
+
+PIXELS = 16
+
+
+def attack_toy(
+    attack: Pointwise, defense: Defense, x: Images, y: Labels, *, eps: float = PIXELS, seed: int = 0
+) -> tuple[Images, Victim]:
+    victim = Victim(defense, attack.access, len(x), eot=10)
+    with seeded("pointwise", seed):
+        return attack(victim, x, y, ThreatModel("l0", eps)), victim
+
+
+def is_wrong(defense: Defense, x: Images, y: Labels) -> Tensor:
+    return defense(x).argmax(1) != y
+
+
+def conv_images(n: int = 16) -> tuple[ConvToy, Images, Labels]:
+    defense = ConvToy()
+    with seeded("pointwise", "images"):
+        x = torch.rand(n, *defense.input_shape)
+    return defense, x, defense(x).argmax(1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("reach", [1.0, 2.0, 3.0])
+def test_reaches_the_known_distance(channels: int, reach: float) -> None:
+    defense = LinearToy(channels)
+    x, y = defense.examples(12, "l0", reach)
+    x_adv, _ = attack_toy(Pointwise(), defense, x, y)
+    assert bool(is_wrong(defense, x_adv, y).all())
+    pixels = ThreatModel("l0", PIXELS).distance(x, x_adv)
+    assert bool((pixels <= 1.25 * defense.distance(x, y, "l0")).all()), pixels.tolist()
+
+
+def test_returns_the_originals_where_the_error_is_too_far() -> None:
+    defense = LinearToy()
+    near, far = (defense.examples(6, "l0", reach) for reach in (1.0, 3.0))
+    x, y = torch.cat([near[0], far[0]]), torch.cat([near[1], far[1]])
+    x_adv, _ = attack_toy(Pointwise(), defense, x, y, eps=2)
+    assert bool(is_wrong(defense, x_adv[:6], y[:6]).all())
+    assert torch.equal(x_adv[6:], x[6:])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_pixel_can_be_set_back(seed: int) -> None:
+    """On an untrained net with its own answers as labels; few tries, so that many pixels are there to be set back."""
+    with seeded("pointwise", "net"):
+        net = nn.Sequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    defense = wrap(net, num_classes=10, input_shape=(1, 28, 28))
+    x, _ = load_data("fashion_mnist", n=16)
+    y = defense(x).argmax(1)
+    x_adv, _ = attack_toy(Pointwise(tries=5), defense, x, y, eps=784, seed=seed)
+    changed = (x_adv != x).any(1)  # b h w
+    assert torch.equal(is_wrong(defense, x_adv, y), changed.flatten(1).any(1))
+    assert int(changed.sum()) > 2 * len(x)
+    for image, row, column in changed.nonzero().tolist():
+        candidate = x_adv[image : image + 1].clone()
+        candidate[:, :, row, column] = x[image, :, row, column]
+        assert not bool(is_wrong(defense, candidate, y[image : image + 1]).any())
+
+
+def test_wrong_images_cost_one_query_and_stay() -> None:
+    defense, x, y = conv_images()
+    y[::2] = (y[::2] + 1) % defense.num_classes
+    x_adv, victim = attack_toy(Pointwise(), defense, x, y, eps=36)
+    assert torch.equal(x_adv[::2], x[::2])
+    assert set(victim.ledger.forwards[::2].tolist()) == {1}
+    assert bool((victim.ledger.forwards[1::2] > 1).all())
+
+
+def test_images_at_one_pixel_leave() -> None:
+    defense = LinearToy()
+    x, y = defense.examples(12, "l0", 1.0)
+    attack = Pointwise(tries=200, restarts=3)
+    x_adv, victim = attack_toy(attack, defense, x, y)
+    assert bool((ThreatModel("l0", PIXELS).distance(x, x_adv) == 1).all())
+    assert bool((victim.ledger.forwards < attack.tries).all())
+
+
+class Blind(ConvToy):
+    """Answers class 0, whatever the image."""
+
+    def forward(self, x: Images) -> Logits:
+        return torch.eye(5)[0].expand(len(x), -1)
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_blind_defense_gets_its_images_back(restarts: int) -> None:
+    x, y = conv_images()[1], torch.zeros(16, dtype=torch.int64)
+    attack = Pointwise(tries=7, restarts=restarts)
+    x_adv, victim = attack_toy(attack, Blind(), x, y, eps=36)
+    assert torch.equal(x_adv, x)
+    assert set(victim.ledger.forwards.tolist()) == {1 + 7 * restarts}
+
+
+@pytest.mark.parametrize(("max_queries", "restarts"), [(3, 1), (7, 3), (20, 1), (41, 2)])
+def test_max_queries_is_kept(max_queries: int, restarts: int) -> None:
+    defense, x, y = conv_images()
+    x_adv, victim = attack_toy(Pointwise(max_queries=max_queries, restarts=restarts), defense, x, y, eps=36)
+    assert int(victim.ledger.forwards.max()) <= max_queries
+    assert bool((is_wrong(defense, x_adv, y) | (x_adv == x).flatten(1).all(1)).all())
+
+
+def test_more_queries_and_restarts_help() -> None:
+    """Means over 64 images, which differ by more than by chance."""
+    defense, x, y = conv_images(64)
+    mean = []
+    for attack in (Pointwise(max_queries=12), Pointwise(tries=12), Pointwise(), Pointwise(restarts=5)):
+        x_adv, _ = attack_toy(attack, defense, x, y, eps=36)
+        pixels = ThreatModel("l0", 36).distance(x, x_adv)
+        mean.append(float(torch.where(pixels > 0, pixels, 36.0).mean()))
+    assert mean == sorted(mean, reverse=True)
+    assert mean[0] > 1.2 * mean[-1]
+
+
+def test_a_pixel_is_all_its_channels() -> None:
+    """A pixel is set back in all channels: the others of a changed pixel cost nothing and may stay."""
+    defense = LinearToy(channels=3)
+    x, y = defense.examples(12, "l0", 2.0)
+    x_adv, _ = attack_toy(Pointwise(), defense, x, y)
+    changed = x_adv != x
+    assert torch.equal(changed.any(1), changed.all(1))
+
+
+def test_majority_of_the_draws_decides_on_a_randomized_defense() -> None:
+    defense = NoisyLinearToy(sigma=2.0)
+    x, y = defense.examples(24, "l0", 2.0)
+    x_adv, victim = attack_toy(Pointwise(), defense, x, y)
+    assert set((victim.ledger.forwards % 10).tolist()) == {0}
+    assert float(defense.probability_right(x, y).min()) > 0.9
+    assert float(defense.probability_right(x_adv, y).mean()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("tries=0", "tries and restarts must be at least 1; got 0 and 1"),
+        ("restarts=0", "tries and restarts must be at least 1; got 60 and 0"),
+        ("max_queries=2", "max_queries must be at least 3"),
+        ("restarts=4, max_queries=8", "max_queries must be at least 9"),
+    ],
+)
+def test_wrong_options(options: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_attack(f"pointwise({options})")
+
+
+def test_other_norms_are_refused() -> None:
+    with pytest.raises(UsageError, match="supports l0; the threat model is l2"):
+        load_attack("pointwise").check_threat(ThreatModel("l2", 1.0))
+
+
+def test_expected_passes() -> None:
+    plain = Pointwise()
+    assert 60 < plain.passes() < 200
+    assert dataclasses.replace(plain, restarts=3).passes() > 2 * plain.passes()
+    assert dataclasses.replace(plain, max_queries=30).passes() == 30
+
+
+def train_small_net() -> nn.Module:
+    """One epoch on the last 8192 of 8224 Fashion-MNIST images; about 70 % are right."""
+    x, y = load_data("fashion_mnist", n=8224)
+    with seeded("pointwise", "net"):
+        net = nn.Sequential(nn.Conv2d(1, 16, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for images, labels in zip(x[32:].split(64), y[32:].split(64), strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.mark.reference
+def test_no_more_pixels_than_foolbox_with_a_tenth_of_its_queries() -> None:
+    """On a small net, with its own answers as labels."""
+    net = train_small_net()
+    defense = wrap(net, num_classes=10, input_shape=(1, 28, 28))
+    x = load_data("fashion_mnist", n=8224)[0][:32]
+    y = defense(x).argmax(1)
+    x_adv, victim = attack_toy(Pointwise(), defense, x, y, eps=784)
+    assert bool(is_wrong(defense, x_adv, y).all())
+    asked: list[int] = []
+    hook = net.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
+    peer = foolbox.attacks.PointwiseAttack(l2_binary_search=False)
+    with seeded("pointwise", "foolbox"):
+        np.random.seed(0)  # noqa: NPY002, TID251 - foolbox draws from numpy's global generator
+        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+        theirs = peer.run(model, x, foolbox.criteria.Misclassification(y))
+    hook.remove()
+    distance = ThreatModel("l0", 784).distance
+    assert float(distance(x, x_adv).median()) <= float(distance(x, theirs).median())
+    assert float(victim.ledger.forwards.sum()) <= 0.1 * sum(asked)

@@ -1,0 +1,62 @@
+"""bfloat16: for the passes of gradients alone, and no error is taken for granted."""
+
+from __future__ import annotations
+
+import torch
+from engine_toys import Noisy, grid_images
+from torch import Tensor
+from torch.nn import functional
+
+from robench.losses import margin
+from robench.testing import ConvToy
+from robench.testing.attacks import conv_case
+from robench.victim import Victim
+
+
+def passes(victim: Victim) -> list[tuple[int, int]]:
+    return list(zip(victim.ledger.forwards.tolist(), victim.ledger.backwards.tolist(), strict=True))
+
+
+def test_bfloat16_is_for_gradients_alone_and_near_to_float32() -> None:
+    defense, x, y = conv_case(8)
+    exact, rough = Victim(defense, "gradient", 8), Victim(defense, "gradient", 8, precision="bfloat16")
+    assert torch.equal(rough.logits(x), exact.logits(x))
+    assert torch.equal(rough.labels(x), exact.labels(x))
+    true, found = exact.gradient(x, y), rough.gradient(x, y)
+    right = margin(true.logits, y) < -0.5
+    assert int(right.sum()) > 3
+    assert not torch.equal(found.logits[right], true.logits[right])
+    assert (found.grad.dtype, found.loss.dtype, found.logits.dtype) == (torch.float32,) * 3
+    similarity = torch.cosine_similarity(found.grad.flatten(1), true.grad.flatten(1))
+    assert float(similarity.min()) > 0.99
+
+
+class Shifted(ConvToy):
+    """Answers otherwise in bfloat16: a constant that counts in the fast passes only."""
+
+    def adaptive_forward(self, x: Tensor, mode: str | None = None) -> Tensor:
+        shift = 100.0 * torch.is_autocast_enabled("cpu") * functional.one_hot(torch.tensor(2), 5)
+        return super().adaptive_forward(x, mode) + shift
+
+
+def test_an_error_in_bfloat16_is_confirmed_in_float32() -> None:
+    """No error is taken for granted, and the confirming pass is counted for the images that needed it."""
+    plain, x, _ = conv_case(8)
+    y = plain(x).argmax(1)
+    y[0] = 3 if int(y[0]) != 3 else 4  # wrong in float32 too
+    y[1] = 2  # right in bfloat16: nothing to confirm
+    victim = Victim(Shifted(), "gradient", 8, precision="bfloat16")
+    found = victim.gradient(x, y, "margin")
+    doubted = y != 2
+    assert 0 < int(doubted.sum()) < 8
+    torch.testing.assert_close(found.logits[doubted], plain(x)[doubted])
+    torch.testing.assert_close(found.loss[doubted], margin(plain(x), y)[doubted])
+    assert ((margin(found.logits, y) > 0) & doubted).tolist() == [True] + [False] * 7
+    assert passes(victim) == [(1 + int(flag), 1) for flag in doubted.tolist()]
+
+
+def test_a_randomized_defense_is_not_asked_twice() -> None:
+    x, y = grid_images(4)
+    victim = Victim(Noisy(), "gradient", 4, eot=3, precision="bfloat16")
+    victim.gradient(x, (y + 1) % 3)
+    assert passes(victim) == [(3, 3)] * 4
