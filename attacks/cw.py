@@ -30,10 +30,10 @@ INSIDE: Final = 0.99
 class CW(Attack):
     """Minimises the squared distance plus c times the margin that is left, for the smallest c that finds an error.
 
-    Carlini and Wagner 2017 (arXiv 1608.04644), section V, equations 4 and 6 (f_6): Adam on w with
-    x_adv = (1 + tanh w) / 2, so that the box needs no projection, and a binary search on c. Norm: l2. No guarantee: an
-    upper bound of the distance to the nearest error; the nearest one met is returned where it lies within eps. The
-    search does not depend on eps.
+    Carlini and Wagner 2017 (arXiv 1608.04644), section V with objective f_6, and the l2 attack of section VI: Adam on w
+    with x_adv = (1 + tanh w) / 2, so that the box needs no projection, and a binary search on c. Norm: l2. No
+    guarantee: an upper bound of the distance to the nearest error; the nearest one met is returned where it lies within
+    eps. The search does not depend on eps.
     Cost per image: at most `binary_search_steps * steps` forward and backward passes and one forward more, times EOT;
     on a randomized defense up to three forwards more for each error that is nearer than those before.
 
@@ -127,7 +127,7 @@ class CW(Attack):
             capped, grad, logits = part.gradient(x_adv, nearest.y[rows], self._capped_margin)
             found[rows] |= nearest.update(part, rows, x_adv, logits)
             delta = x_adv - nearest.x[rows]
-            lowest = lowest.minimum(delta.square().flatten(1).sum(1) - c[rows] * capped)  # eq. 4
+            lowest = lowest.minimum(delta.square().flatten(1).sum(1) - c[rows] * capped)
             slope = 2 * delta - c[rows].view(-1, 1, 1, 1) * grad
             adam.step(slope * 2 * inner * (1 - inner))  # d x_adv / d w = (1 - tanh^2 w) / 2
             if not self.abort_early or victim.randomized or (step + 1) % interval:
@@ -166,7 +166,7 @@ class _Nearest:
         return wrong
 
     def _ask_again(self, victim: Victim, rows: Tensor, x_adv: Images, nearer: Mask) -> Mask:
-        """Where fresh draws agree that x_adv is an error, of those that are nearer."""
+        """Where every one of the further means agrees that x_adv is an error, of those that are nearer."""
         agreed = nearer.clone()
         for _ in range(CONFIRMATIONS):
             asked = agreed.nonzero()[:, 0]

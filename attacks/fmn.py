@@ -19,7 +19,9 @@ from robench.victim import Victim
 
 CONFIRMATIONS: Final = 3
 """More means over fresh draws of a randomized defense that must agree before an error counts."""
-STEP_SIZE: Final[dict[str, float]] = {"linf": 3.0, "l2": 1.0, "l1": 3.0, "l0": 0.3}
+STEP: Final = ThreatModel("l2", 1.0)
+"""Steps follow the gradient divided by its l2 norm, whatever the norm of the attack (algorithm 1)."""
+STEP_SIZE: Final[dict[str, float]] = {"linf": 3.0, "l2": 1.0, "l1": 3.0, "l0": 1.0}
 """First length of a step, in l2, for each norm."""
 STEP_DECAY: Final[dict[str, float]] = {"linf": 0.01, "l2": 0.01, "l1": 0.01, "l0": 0.1}
 """The last step over the first."""
@@ -49,7 +51,7 @@ class FMN(Attack):
     Args:
         steps: gradient steps.
         step_size: first length of a step, in l2; along a cosine it falls to a hundredth (l0: a tenth). None takes 3
-            (linf, l1), 1 (l2) or 0.3 (l0).
+            (linf, l1) or 1 (l2, l0).
         gamma: first relative change of the radius; it falls to 0.001 along a cosine.
         refine: forwards of the final bisection; in l0 also the pixels that are tried last.
     """
@@ -109,7 +111,7 @@ class FMN(Attack):
             gamma = _anneal(self.gamma, GAMMA_LAST, step / self.steps)
             radius = _next_radius(radius, gamma, unit, needed=needed, wrong=wrong, nearest=nearest.distance)
             step_size = _anneal(first_step, last_step, step / self.steps)
-            x_adv = (x + project(x_adv + step_size * _normalise(grad) - x, radius)).clamp(0, 1)
+            x_adv = (x + project(x_adv + step_size * STEP.steepest(grad) - x, radius)).clamp(0, 1)
         nearest.update(victim, x_adv, victim.logits(x_adv))
         if not victim.randomized:
             self._shrink(victim, nearest, threat)
@@ -158,7 +160,7 @@ class _Nearest:
         return wrong
 
     def _ask_again(self, victim: Victim, x_adv: Images, nearer: Mask) -> Mask:
-        """Where a second mean over fresh draws agrees that x_adv is an error."""
+        """Where every one of the further means agrees that x_adv is an error."""
         agreed = nearer.clone()
         for _ in range(CONFIRMATIONS):
             asked = agreed.nonzero()[:, 0]
@@ -172,7 +174,7 @@ class _Nearest:
 def _next_radius(
     radius: PerExample, gamma: float, unit: float, *, needed: PerExample, wrong: Mask, nearest: PerExample
 ) -> PerExample:
-    """Algorithm 1, lines 4 to 9: the radius of the next ball, which changes by `unit` at least."""
+    """Algorithm 1, the update of epsilon: the radius of the next ball, which changes by `unit` at least."""
     smaller = torch.minimum(radius * (1 - gamma), radius - unit)
     larger = torch.maximum(radius * (1 + gamma), radius + unit)
     larger = torch.where(nearest.isinf(), larger.maximum(needed), larger)
@@ -186,10 +188,6 @@ def _anneal(first: float, last: float, progress: float) -> float:
 
 def _column(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
-
-
-def _normalise(grad: Images) -> Images:
-    return grad / _column(grad.flatten(1).norm(dim=1).clamp_min(1e-12))
 
 
 def _project_linf(delta: Images, radius: PerExample) -> Images:

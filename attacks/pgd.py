@@ -154,8 +154,8 @@ class _Climb:
     goal: Labels | None
     threat: ThreatModel
     rows: Tensor
-    x_adv: Images
-    direction: Images
+    x_adv: Tensor  # fewer rows than x
+    direction: Tensor
 
     @property
     def labels(self) -> Labels:

@@ -54,7 +54,7 @@ def main() -> None:
         for seed in options.seeds:
             x, y = robench.load_data("fashion_mnist", n=options.n, seed=options.draw)
             parts = []
-            for start in range(0, options.n, options.part):
+            for start in range(0, options.n, options.part)[: options.parts]:
                 part = slice(start, start + options.part)
                 parts.append(_part(defense, name, x[part], y[part], seed, start, options))
             rows.append(_row(name, seed, parts, options))
@@ -68,6 +68,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--defense", nargs="+", default=["convnet", "convnet_at(width=16)"])
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--part", type=int, default=125, help="images of one part, and of one batch of both")
+    parser.add_argument("--parts", type=int, default=None, help="only the first parts, where time is short")
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of both programs' own draws")
     parser.add_argument("--draw", type=int, default=0, help="seed of the draw of test images")
@@ -88,7 +89,7 @@ def _part(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     plain = "".join(character if character.isalnum() else "-" for character in name)
-    stem = f"{plain}-{options.eps}-{options.draw}-{seed}-{start}-{len(x)}-{torch.get_num_threads()}"
+    stem = f"{plain}-{options.eps}-{options.draw}-{seed}-{options.n}-{start}-{len(x)}-{torch.get_num_threads()}"
     theirs = _cached(options.cache / f"{stem}-autoattack.json", lambda: _autoattack(defense, x, y, seed, options.eps))
     protocol = f"{options.protocol}-{options.precision}"
     ours = _cached(options.cache / f"{stem}-{protocol}.json", lambda: _robench(defense, x, y, seed, options))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from robench.errors import UsageError
@@ -94,7 +95,7 @@ def aim(loss: str | Loss, target: Labels | None) -> TargetedLoss:
     return TARGETED[loss]
 
 
-def best_wrong_classes(logits: Logits, y: Labels, count: int) -> Labels:
+def best_wrong_classes(logits: Logits, y: Labels, count: int) -> Tensor:
     """The wrong classes with the largest logits, best first: `count b`."""
     wrong = logits.scatter(1, y[:, None], -torch.inf)
     return wrong.topk(min(count, logits.shape[1] - 1), dim=1).indices.T

@@ -16,7 +16,7 @@ VARIANTS = (
     "fgsm(loss='margin')",
     "pgd(steps=4, restarts=2)",
     "pgd(steps=4, keep='last')",
-    "pgd(steps=10, loss='dlr')",
+    "pgd(steps=25, restarts=2, loss='dlr')",
     "pgd(steps=6, loss='margin', targets=3)",
     "pgd(steps=8, momentum=0.9)",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import foolbox
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from robench import ThreatModel, Victim, load_attack, load_data, wrap
 from robench.attacks.pointwise import Pointwise
 from robench.defense import Defense
 from robench.errors import UsageError
-from robench.rng import seeded
+from robench.rng import foreign_generators, seeded
 from robench.testing.toys import ConvToy, LinearToy, NoisyLinearToy
 from robench.types import Images, Labels, Logits
 
@@ -120,16 +119,18 @@ def test_max_queries_is_kept(max_queries: int, restarts: int) -> None:
     assert bool((is_wrong(defense, x_adv, y) | (x_adv == x).flatten(1).all(1)).all())
 
 
-def test_more_queries_and_restarts_help() -> None:
-    """Means over 64 images, which differ by more than by chance."""
+def test_more_tries_and_restarts_help() -> None:
+    """Under one seed the first of three restarts is the run without restarts, so that no image can come out worse."""
     defense, x, y = conv_images(64)
-    mean = []
-    for attack in (Pointwise(max_queries=12), Pointwise(tries=12), Pointwise(), Pointwise(restarts=5)):
+    counts = []
+    for attack in (Pointwise(tries=12), Pointwise(), Pointwise(tries=12, restarts=3)):
         x_adv, _ = attack_toy(attack, defense, x, y, eps=36)
         pixels = ThreatModel("l0", 36).distance(x, x_adv)
-        mean.append(float(torch.where(pixels > 0, pixels, 36.0).mean()))
-    assert mean == sorted(mean, reverse=True)
-    assert mean[0] > 1.2 * mean[-1]
+        counts.append(torch.where(pixels > 0, pixels, 36.0))
+    few, many, again = counts
+    assert float(many.mean()) < 0.8 * float(few.mean())
+    assert bool((again <= few).all())
+    assert bool((again < few).any())
 
 
 def test_a_pixel_is_all_its_channels() -> None:
@@ -201,9 +202,8 @@ def test_no_more_pixels_than_foolbox_with_a_tenth_of_its_queries() -> None:
     asked: list[int] = []
     hook = net.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
     peer = foolbox.attacks.PointwiseAttack(l2_binary_search=False)
-    with seeded("pointwise", "foolbox"):
-        np.random.seed(0)  # noqa: NPY002, TID251 - foolbox draws from numpy's global generator
-        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    with seeded("pointwise", "foolbox"), foreign_generators():
         theirs = peer.run(model, x, foolbox.criteria.Misclassification(y))
     hook.remove()
     distance = ThreatModel("l0", 784).distance

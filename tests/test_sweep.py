@@ -155,11 +155,12 @@ def test_an_attack_goes_on_from_where_it_ended() -> None:
         assert np.allclose(single.images("onward") - x.numpy(), 0.02, atol=1e-6)
 
 
-def test_nothing_of_a_randomized_defense_is_taken_for_settled_at_another_bound() -> None:
+@pytest.mark.parametrize("cascade", [True, False])
+def test_nothing_of_a_randomized_defense_is_taken_for_settled_at_another_bound(cascade: bool) -> None:
     """One set of draws says too little: each bound is attacked and judged anew."""
     x, y = grid_images(40)
     bounds = [ThreatModel("linf", eps) for eps in (0.1, 0.2)]
-    result = evaluate(Noisy(gain=0.3), "pgd(steps=2)", bounds, (x, y), eot=1, judge_repeats=2)
+    result = evaluate(Noisy(gain=0.3), "pgd(steps=2)", bounds, (x, y), cascade=cascade, eot=1, judge_repeats=2)
     assert set(result.table["status"]) == {"ok", "skipped"}
     old, new = (rows_of(result, "pgd(steps=2)", bound.eps) for bound in bounds)
     attacked = old["status"] == "ok"

@@ -65,7 +65,7 @@ class ShortRun(Defense):
 
     A forward pass runs `n_chains` independent chains for each image and aggregates them. There is no guarantee.
     Cost of a forward: n_chains * steps passes forward and backward through the generator (9.2 M multiply-adds each). A
-    gradient along `attack_chains` chains takes twice the passes of their inference and keeps 3.3 MiB for each, or with
+    gradient along `attack_chains` chains takes twice the passes of their inference and keeps 3.2 MiB for each, or with
     `recompute` three times the passes and next to no memory (see `Chain`).
 
     Departures of the preset `repaired` from the thesis: `output_padding`, a tanh head for data in [-1, 1], no Mish on

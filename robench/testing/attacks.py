@@ -230,7 +230,10 @@ class AttackContract:
                 assert not any(states), f"{threat}: draws = False, but the attack draws random numbers"
 
     def test_batch_mates_do_not_matter(self) -> None:
-        """On the linear toy an image alone gives what it gives in a batch, to 1e-5, if the attack draws nothing."""
+        """On the linear toy an image alone gives what it gives in a batch, if the attack draws nothing.
+
+        To 1e-5; of a minimal-norm attack, whose bisections turn rounding into steps, to 1 % of the known distance.
+        """
         if self.attack.draws:
             pytest.skip("the attack draws: what an image gets depends on its place in the batch")
         for norm in self.attack.norms:
@@ -239,7 +242,8 @@ class AttackContract:
             together = attack_once(self.attack, defense, x, y, threat)
             alone = [attack_once(self.attack, defense, x[i : i + 1], y[i : i + 1], threat) for i in range(len(x))]
             gap = (together - torch.cat(alone)).abs().max().item()
-            assert gap <= 1e-5, f"{threat}: an image alone and in a batch differ by {gap:.2g}"
+            allowed = 0.01 * REACH[norm] if self.attack.goal == "minimal" else 1e-5
+            assert gap <= allowed, f"{threat}: an image alone and in a batch differ by {gap:.2g}"
 
     def test_batch_of_one(self) -> None:
         """A single image works and stays within the bounds."""
