@@ -42,6 +42,7 @@ FIELDS = (
     "median_wall_ratio",
     "robench_precision",
     "robench_passes_per_image",
+    "note",
 )
 
 
