@@ -30,7 +30,7 @@ def plan_attacks(
     """Turns names into attacks: the entries in order and the built attacks by key.
 
     `NAME@MODE` runs an attack along one gradient mode of the defense. A protocol runs every attack that reads
-    gradients along all of them.
+    gradients along all of them, and on a defense of fewer than four classes the margin stands in for its targeted dlr.
 
     Raises:
         UsageError: an unknown name, option or mode, no attack at all, or two different ones of one name.
@@ -38,7 +38,8 @@ def plan_attacks(
     protocol = named_protocol(attacks)
     given: list[Attack | str] = [attacks] if isinstance(attacks, Attack | str) else list(attacks)
     if protocol is not None:
-        given = [*protocol.attacks_for(norm), *_transfers(protocol, defense, dataset)]
+        listed = [_for_classes(text, defense.num_classes) for text in protocol.attacks_for(norm)]
+        given = [*listed, *_transfers(protocol, defense, dataset)]
     named = [part for one in given for part in (split_specs(one) if isinstance(one, str) else [one])]
     entries: dict[str, AttackEntry] = {}
     built: dict[str, Attack] = {}
@@ -53,6 +54,10 @@ def plan_attacks(
     if not entries:
         raise UsageError("no attack given; name at least one, for example pgd")
     return list(entries.values()), built
+
+
+def _for_classes(text: str, num_classes: int) -> str:
+    return text.replace("loss='dlr'", "loss='margin'") if num_classes < 4 else text
 
 
 def _transfers(protocol: Protocol, defense: Defense, dataset: str) -> list[str]:

@@ -114,7 +114,8 @@ class RunStore:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
         if schema != SCHEMA:
-            raise DataError(f"{path} has schema {schema}; this version of robench reads {SCHEMA}. Update robench")
+            todo = "Update robench" if isinstance(schema, int) and schema > SCHEMA else "Run it again"
+            raise DataError(f"{path} has schema {schema}; this version of robench reads {SCHEMA}. {todo}")
         return cls(folder, RunSpec.from_json(spec), created)
 
     def finished(self) -> dict[int, Path]:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from engine_toys import Linear, Noisy, Still, TwoPaths, Upward, grid_images
+from engine_toys import Linear, Noisy, Still, TwoClasses, TwoPaths, Upward, grid_images
 
 from robench.attack import Attack
 from robench.errors import UsageError
@@ -205,4 +205,15 @@ def test_an_attack_that_does_not_fit_the_defense_is_refused_before_any_work() ->
     defense = Linear()
     defense.register_forward_pre_hook(lambda *_: pytest.fail("the defense was asked"))
     with pytest.raises(UsageError, match="apgd: loss targeted dlr needs at least 4 classes; the defense has 3"):
-        evaluate(defense, "standard", LINF, grid_images(2))
+        evaluate(defense, "apgd(loss='dlr', targets=2)", LINF, grid_images(2))
+
+
+def test_with_few_classes_the_margin_stands_in_for_targeted_dlr() -> None:
+    few, _ = plan_attacks("standard", Linear(), "linf", "")
+    enough, _ = plan_attacks("standard", LinearToy(), "linf", "")
+    assert [entry.key for entry in few][:2] == ["apgd", "apgd(loss='margin', targets=9)"]
+    assert [entry.key for entry in enough][:2] == ["apgd", "apgd(loss='dlr', targets=9)"]
+    x, _ = grid_images(1)
+    result = evaluate(TwoClasses(), "standard", LINF, (x, TwoClasses()(x).argmax(1)))
+    assert result.complete
+    assert result.queries()["backwards"] > 0
