@@ -87,10 +87,10 @@ ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {nn.Mish: mish, nn.Tanh:
 class Deconvolution:
     """A transposed convolution: a linear map with its transpose, and a bias."""
 
-    def __init__(self, layer: nn.ConvTranspose2d) -> None:
+    def __init__(self, layer: nn.ConvTranspose2d, dtype: torch.dtype) -> None:
         """Takes the layer's weights as they are now."""
-        self.weight = layer.weight.detach()  # in out k k
-        self.bias = None if layer.bias is None else layer.bias.detach()
+        self.weight = layer.weight.detach().to(dtype)  # in out k k
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.stride, self.padding, self.output_padding = (
             cast("tuple[int, int]", pair) for pair in (layer.stride, layer.padding, layer.output_padding)
         )
@@ -109,6 +109,10 @@ class Deconvolution:
     def pull(self, c: Tensor) -> Tensor:
         """The transpose of the linear map."""
         return functional.conv2d(c, self.weight, None, self.stride, self.padding)
+
+    def weight_gradient(self, h: Tensor, c: Tensor) -> Tensor:
+        """The gradient in the weights of <c, push(h)>."""
+        return nn.grad.conv2d_weight(c, self.weight.shape, h, self.stride, self.padding)
 
     def _fold(self, h: Tensor) -> Tensor:
         kernel = tuple(self.weight.shape[2:])
@@ -135,6 +139,11 @@ class FromPoint(Deconvolution):
         """The transpose of the linear map."""
         return (c.permute(0, 2, 3, 1).flatten(1) @ self._matrix().T)[:, :, None, None]
 
+    def weight_gradient(self, h: Tensor, c: Tensor) -> Tensor:
+        """The gradient in the weights of <c, push(h)>."""
+        product = h.flatten(1).T @ c.permute(0, 2, 3, 1).flatten(1)  # in k*k*out
+        return product.unflatten(1, (*self.weight.shape[2:], -1)).permute(0, 3, 1, 2)
+
     def _matrix(self) -> Tensor:
         return self.weight.permute(0, 2, 3, 1).flatten(1)  # in out k k -> in k*k*out, no copy in channels-last
 
@@ -142,19 +151,31 @@ class FromPoint(Deconvolution):
 class Sweeps:
     """First- and second-order sweeps through a generator of transposed convolutions and activations."""
 
-    def __init__(self, generator: nn.Sequential) -> None:
-        """Takes the generator's weights as they are now; see `can_sweep` for what it may be made of."""
+    def __init__(self, generator: nn.Sequential, dtype: torch.dtype | None = None) -> None:
+        """Takes the generator's weights as they are now; see `can_sweep` for what it may be made of.
+
+        Args:
+            generator: from codes `b k 1 1` to images.
+            dtype: what the sweeps compute in, bfloat16 in training; codes go in and come out in their own. None: that
+                of the weights.
+        """
+        self.dtype = dtype or next(generator.parameters()).dtype
         self.layers: list[Deconvolution | Activation] = []
         for layer in generator:
             if isinstance(layer, nn.ConvTranspose2d):
                 from_point = not self.layers and not any((*layer.padding, *layer.output_padding))
-                self.layers.append(FromPoint(layer) if from_point else Deconvolution(layer))
+                kind = FromPoint if from_point else Deconvolution
+                self.layers.append(kind(layer, self.dtype))
             else:
                 self.layers.append(ACTIVATIONS[type(layer)])
 
+    def enter(self, z: Tensor) -> Tensor:
+        """A code `b k` as the generator's input `b k 1 1`."""
+        return z[:, :, None, None].to(self.dtype)
+
     def pull(self, z: Tensor, target: Tensor, *, record: bool) -> tuple[Tensor, list[Record]]:
         """Returns grad U(z) = J^T (g(z) - target), `b k`, and one record per activation if asked for, first to last."""
-        h, jets = z[:, :, None, None], []
+        h, jets = self.enter(z), []
         for layer in self.layers:
             if isinstance(layer, Deconvolution):
                 h = layer(h)
@@ -172,11 +193,11 @@ class Sweeps:
             if bend is not None:
                 records.append(Record(slope, bend.mul_(c)))
             c = c.mul_(slope)
-        return c[:, :, 0, 0], records[::-1]
+        return c[:, :, 0, 0].to(z.dtype), records[::-1]
 
     def push(self, a: Tensor, records: list[Record]) -> tuple[Tensor, list[Tensor]]:
         """Returns J a, an image, and the tangents that reached the activations, first to last."""
-        h, tangents, left = a[:, :, None, None], [], iter(records)
+        h, tangents, left = self.enter(a), [], iter(records)
         for layer in self.layers:
             if isinstance(layer, Deconvolution):
                 h = layer.push(h)
@@ -234,6 +255,7 @@ class Chain:
     @torch.no_grad()
     def run(self, z: Tensor, target: Tensor) -> Tensor:
         """Runs the chain from z; no gradient is kept."""
+        target = target.to(self.sweeps.dtype)
         for _ in range(self.steps):
             z = self.move(z, self.sweeps.pull(z, target, record=False)[0])
         return z

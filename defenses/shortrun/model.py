@@ -15,6 +15,7 @@ from robench.errors import UsageError
 from robench.types import Images, Logits
 
 from .chain import Chain, Sweeps, can_sweep
+from .learn import run_to_learn
 
 if TYPE_CHECKING:
     from robench.train.recipe import Recipe
@@ -118,6 +119,7 @@ class ShortRun(Defense):
         )
         self.preset, self.aggregate = preset, aggregate
         self.temperature = 1.0
+        self.sweep_dtype: torch.dtype | None = None
         self.n_chains, self.attack_chains = n_chains, attack_chains
         self.steps, self.step_size, self.recompute = steps, step_size, recompute
         self.forward_cost = n_chains / attack_chains
@@ -190,8 +192,11 @@ class ShortRun(Defense):
         depth = 1 if last_step_only else self.steps
         z = self.start(x)
         learned = any(parameter.requires_grad for parameter in (*self.generator.parameters(), self.log_sigma))
-        if can_sweep(self.generator) and not learned:
-            return self._chain().run_differentiably(z, 2 * x - 1, depth=depth, recompute=self.recompute)
+        if can_sweep(self.generator):
+            chain, target = self._chain(), 2 * x - 1
+            if learned:
+                return run_to_learn(chain, z, target, self.generator, self.log_sigma, depth=depth)
+            return chain.run_differentiably(z, target, depth=depth, recompute=self.recompute)
         for index in range(self.steps):
             keep = index >= self.steps - depth
             z = self.step(z, x, keep_graph=keep)
@@ -200,7 +205,7 @@ class ShortRun(Defense):
 
     def _chain(self) -> Chain:
         precision = (-2 * self.log_sigma.detach()).exp()
-        return Chain(Sweeps(self.generator), precision, self.step_size, self.steps, self.temperature)
+        return Chain(Sweeps(self.generator, self.sweep_dtype), precision, self.step_size, self.steps, self.temperature)
 
     def start(self, x: Images) -> Tensor:
         """The start of the chain, z_0 ~ N(0, I)."""
