@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from robench.errors import PluginError, UsageError
-from robench.types import Images, Logits
+from robench.types import Images, Labels, Logits, PerExample
 
 if TYPE_CHECKING:
     from robench.train.recipe import Recipe
@@ -34,6 +34,7 @@ class Defense(nn.Module):
         batch_rows: the largest batch that the engine passes at once (None: no limit); bounds memory.
         forward_cost: how long one `forward` takes against one pass of `adaptive_forward`; guides the time left only.
         first_look: settings of a first look that a CPU affords, where the general ones cost too much.
+        detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
     """
 
     name: str = ""
@@ -45,6 +46,7 @@ class Defense(nn.Module):
     batch_rows: int | None = None
     forward_cost: float = 1.0
     first_look: ClassVar[Mapping[str, int]] = {}
+    detection_scores: tuple[str, ...] = ()
 
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""
@@ -87,6 +89,45 @@ class Defense(nn.Module):
         raise UsageError(
             f'defense "{self.name}" does not offer to switch its randomness off; use randomness="fixed" or "fresh"'
         )
+
+    def detection_score(self, x: Images, kind: str | None = None) -> PerExample:
+        """How suspicious each image looks, higher for more; no part of the classifier's answer.
+
+        Args:
+            x: images in [0, 1].
+            kind: one of `detection_scores`; None takes the first.
+
+        Raises:
+            UsageError: the defense has no such score, or none at all.
+        """
+        self.check_score(kind)
+        raise NotImplementedError(f"{type(self).__name__} does not implement detection_score")
+
+    def check_score(self, kind: str | None) -> str:
+        """Returns the detection score meant by `kind`.
+
+        Raises:
+            UsageError: the defense has no such score, or none at all.
+        """
+        if not self.detection_scores:
+            raise UsageError(f'defense "{self.name}" has no detection score')
+        if kind is None:
+            return self.detection_scores[0]
+        if kind not in self.detection_scores:
+            offered = ", ".join(self.detection_scores)
+            raise UsageError(f'defense "{self.name}" offers the detection scores {offered}; got "{kind}"')
+        return kind
+
+    def pictures(self, x: Images) -> Mapping[str, Images]:
+        """Rows of images in [0, 1] that show how the defense sees x: reconstructions, samples. Default: none.
+
+        Each row is of x's shape; under the name `original` comes x itself.
+        """
+        return {}
+
+    def diagnostics(self, x: Images, y: Labels) -> Mapping[str, float]:
+        """Figures on labelled images that only this defense has, by name (R2 of its reconstructions). Default: none."""
+        return {}
 
     @classmethod
     def load(cls, dataset: str | None = None, weights: str | Path | None = None, **options: Any) -> Self:
