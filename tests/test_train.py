@@ -34,14 +34,14 @@ from robench.defenses.convnet.model import ConvNet
 from robench.defenses.shortrun import ShortRun, auto_sigma
 from robench.registry import resolve
 from robench.rng import seeded
-from robench.train import Recipe, Stage, TrainSettings, loop, train
+from robench.train import Recipe, Stage, TrainSettings, run, train
 from robench.train.named import TrainJob, train_named
 from robench.weights import read_card
 
 TOY = f"{Path(__file__).with_name('cli_toys.py')}:Trainable"
 TRAIN_IMAGES = 600
 HOLDOUT = 64
-EVERY_ITERATION = "import robench.train.loop as loop; loop.CHECKPOINT_SECONDS = -1.0"
+EVERY_ITERATION = "import robench.train.run as run; run.CHECKPOINT_SECONDS = -1.0"
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +252,7 @@ def test_cut_off_training_ends_in_the_same_bits(
     kind: str, cuts: list[int], images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_recipe(kind, images, tmp_path / "whole")
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every iteration
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", -1.0)  # after every iteration
     for cut in cuts:
         folder = tmp_path / str(cut)
         assert run_recipe(kind, images, folder, cut=cut) is None

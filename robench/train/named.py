@@ -13,7 +13,8 @@ from robench.defense import Defense, weights_digest
 from robench.registry import parse_spec, resolve
 from robench.rng import seeded
 from robench.stats import wilson
-from robench.train.loop import TrainSettings, train
+from robench.train.loop import train
+from robench.train.run import TrainSettings
 from robench.weights import save_weights, weights_stem
 
 TEST_IMAGES = 2000

@@ -1,0 +1,235 @@
+"""A training run: where it stands, what it has measured, and its checkpoint file."""
+
+from __future__ import annotations
+
+import copy
+import io
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import torch
+
+from robench.data import Dataset
+from robench.defense import Defense
+from robench.errors import DataError, UsageError
+from robench.rng import seed_for, seeded
+from robench.store import write_atomic
+from robench.train.recipe import Recipe, Stage
+from robench.types import Images, Labels
+
+CHECKPOINT_SECONDS = 60.0
+ENTRIES: Final = {"identity", "state", "measured", "checks", "weights", "optimizer", "recipe", "good"}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        seed: seeds the order of the images and all that the defense draws.
+        holdout: training images kept aside for the figures of the card.
+        scale: multiplies the iterations of every stage; 0.01 is a smoke test.
+        device: `cpu` or `cuda`.
+        tensorboard: also write losses and figures for TensorBoard, into the folder of the checkpoint.
+    """
+
+    seed: int = 0
+    holdout: int = 500
+    scale: float = 1.0
+    device: str = "cpu"
+    tensorboard: bool = False
+
+
+@dataclass
+class Position:
+    """Where training stands: the stage, its next iteration, the steps of all stages so far.
+
+    And in this stage: checks that failed in a row, and roll-backs.
+    """
+
+    stage: int = 0
+    iteration: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    failures: int = 0
+    roll_backs: int = 0
+
+
+class Run:
+    """One training run: the position, its checkpoint file and what has been measured so far.
+
+    Attributes:
+        measured: the figures after each stage that is done.
+        checks: the figures of each check, in order.
+        good: weights, optimizer and recipe of the last check that went well; None before the first of a stage.
+    """
+
+    def __init__(
+        self, defense: Defense, recipe: Recipe, data: Dataset, folder: Path, settings: TrainSettings, variant: str
+    ) -> None:
+        if len(data.x) <= settings.holdout:
+            raise UsageError(
+                f"training keeps {settings.holdout} images aside; the split has {len(data.x)}. Train on a larger one"
+            )
+        self.defense, self.recipe, self.settings = defense, recipe, settings
+        self.path = folder / "checkpoint.pt"
+        self.state = Position()
+        self.measured: dict[str, dict[str, float]] = {}
+        self.checks: list[dict[str, Any]] = []
+        self.good: dict[str, Any] | None = None
+        told = {name: value for name, value in asdict(settings).items() if name != "tensorboard"}
+        self.identity = f"{defense.name} {recipe.name} {data.name} {data.digest[:16]} {told}{variant}"
+        with seeded("split", settings.seed):
+            order = torch.randperm(len(data.x))
+        held, kept = order[: settings.holdout], order[settings.holdout :]
+        self.x, self.y = data.x[kept], data.y[kept]
+        self.x_held, self.y_held = data.x[held].to(settings.device), data.y[held].to(settings.device)
+        self.started = time.monotonic()
+
+    @property
+    def note(self) -> str:
+        """The figures of the last check, for the progress line."""
+        if not self.checks:
+            return ""
+        figures = [f"{name} {value:.3g}" for name, value in self.checks[-1].items() if isinstance(value, float)]
+        return f" ({', '.join(figures)})"
+
+    def save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Writes the checkpoint in one atomic step."""
+        now = time.monotonic()
+        self.state.seconds, self.started = self.state.seconds + now - self.started, now
+        content = {
+            "identity": self.identity,
+            "state": asdict(self.state),
+            "measured": self.measured,
+            "checks": self.checks,
+            "good": self.good,
+            **self._learned(optimizer),
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomic(self.path, buffer.getvalue())
+
+    def _learned(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        return {
+            "weights": self.defense.state_dict(),
+            "optimizer": optimizer.state_dict() if optimizer else None,
+            "recipe": self.recipe.state(),
+        }
+
+    def keep(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remembers this moment as one to go back to."""
+        self.good = copy.deepcopy(self._learned(optimizer))
+        self.state.failures = 0
+
+    def roll_back(self, stage: Stage, optimizer: torch.optim.Optimizer, reason: str) -> None:
+        """Goes back to the last moment that went well, iterations still counted, and lets the recipe change itself.
+
+        Raises:
+            DataError: it happened too often in this stage.
+        """
+        self.state.failures += 1
+        self.state.roll_backs += 1
+        if self.good is None or self.state.roll_backs > stage.roll_backs:
+            raise DataError(
+                f'training diverged in stage "{stage.name}" ({reason}) after {self.state.roll_backs - 1} roll-backs. '
+                "Lower the learning rate"
+            )
+        good = copy.deepcopy(self.good)
+        self.defense.load_state_dict(good["weights"])
+        optimizer.load_state_dict(good["optimizer"])
+        self.recipe.load_state(good["recipe"])
+        for _ in range(self.state.failures):  # what one change did not cure, two may
+            self.recipe.roll_back(stage)
+
+    def check(self, stage: Stage) -> bool:
+        """Measures on the held-out images how the stage goes."""
+        self.defense.eval()
+        iteration = self.state.iteration
+        with seeded(self.settings.seed, stage.name, "check", iteration, device=self.settings.device):
+            figures, fine = self.recipe.check(stage, self.x_held, self.y_held)
+        self.defense.train()
+        self.checks.append({"stage": stage.name, "iteration": iteration, "fine": fine, **figures})
+        return fine
+
+    @contextmanager
+    def checkpoints(self, optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
+        """Yields a function to call after each iteration: it saves when a minute has gone by, and on Ctrl-C.
+
+        An interrupt waits for the end of the iteration, so that no half-made update is saved; a second one does not.
+        """
+        saved, interrupted = time.monotonic(), False
+
+        def note_interrupt(number: int, frame: FrameType | None) -> None:
+            nonlocal interrupted
+            del number, frame
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted = True
+
+        def after_iteration() -> None:
+            nonlocal saved
+            if interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.save(optimizer)
+                saved = time.monotonic()
+            if interrupted:
+                raise KeyboardInterrupt
+
+        is_main = threading.current_thread() is threading.main_thread()  # only it may set a handler
+        previous = signal.signal(signal.SIGINT, note_interrupt) if is_main else None
+        try:
+            yield after_iteration
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+
+    def load(self) -> dict[str, Any] | None:
+        """Reads the checkpoint and returns the optimizer's state, None between two stages.
+
+        Raises:
+            UsageError: there is none, or it is of another run.
+            DataError: it is damaged.
+        """
+        if not self.path.exists():
+            raise UsageError(f"nothing to resume: {self.path} does not exist")
+        try:
+            content = torch.load(self.path, weights_only=True, map_location=self.settings.device)
+        except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+            raise DataError(f"checkpoint {self.path} is damaged: {error}. Delete it to start over") from None
+        if not (isinstance(content, dict) and content.keys() >= ENTRIES):
+            raise DataError(f"checkpoint {self.path} is damaged: it is no checkpoint. Delete it to start over")
+        if content["identity"] != self.identity:
+            raise UsageError(
+                f'checkpoint {self.path} is of another run: expected "{self.identity}", got "{content["identity"]}". '
+                "Choose another --out, or train without --resume"
+            )
+        self.state = Position(**content["state"])
+        self.measured, self.checks, self.good = content["measured"], content["checks"], content["good"]
+        self.defense.load_state_dict(content["weights"])
+        self.recipe.load_state(content["recipe"])
+        return content["optimizer"]
+
+    def batch(self, stage: Stage, iteration: int) -> tuple[Images, Labels]:
+        """The batch of an iteration: an order of all images drawn for each epoch from the seed alone."""
+        per_epoch = max(len(self.x) // stage.batch_size, 1)
+        epoch, position = divmod(iteration, per_epoch)
+        generator = torch.Generator().manual_seed(seed_for(self.settings.seed, stage.name, "order", epoch))
+        order = torch.randperm(len(self.x), generator=generator)
+        rows = order[position * stage.batch_size : (position + 1) * stage.batch_size]
+        return self.x[rows].to(self.settings.device), self.y[rows].to(self.settings.device)
+
+    def end_stage(self, stage: Stage) -> None:
+        """Measures the held-out figures, goes on to the next stage and saves."""
+        self.defense.eval()
+        with seeded(self.settings.seed, stage.name, "measure", device=self.settings.device):
+            self.measured[stage.name] = self.recipe.measure(self.x_held, self.y_held)
+        self.state = Position(stage=self.state.stage + 1, step=self.state.step, seconds=self.state.seconds)
+        self.good = None
+        self.save(None)
