@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 
 
 THESIS_WIDTH: Final = 64
+THESIS_SIDE: Final = 28
+SMALLEST_SIDE: Final = 20
+"""Below it nothing is left of the image after the second pooling."""
 
 
-def make_convnet(channels: int, num_classes: int = 10, width: int = THESIS_WIDTH) -> nn.Sequential:
+def make_convnet(channels: int, num_classes: int = 10, width: int = THESIS_WIDTH, side: int = 28) -> nn.Sequential:
     """Table A.3: four convolutions, two poolings, three linear layers, Mish; no padding, no normalisation.
 
     As printed a Mish follows the last layer too; it is left out, since it cuts negative logits off at -0.31.
-    891,438 parameters at 3x28x28 and the thesis's width; `width` scales the channels of all four convolutions.
+    891,438 parameters at 3x28x28 and the thesis's width; `width` scales the channels of all four convolutions, and
+    images of another `side` only change the first linear layer.
     """
     last = 200 * width // THESIS_WIDTH
+    left = ((side - 6) // 2 - 5) // 2
     return nn.Sequential(
         nn.Conv2d(channels, width, 4),  # b c 28 28 -> b 64 25 25
         nn.Mish(),
@@ -38,7 +43,7 @@ def make_convnet(channels: int, num_classes: int = 10, width: int = THESIS_WIDTH
         nn.Mish(),
         nn.MaxPool2d(2),  # -> b 200 3 3
         nn.Flatten(),
-        nn.Linear(9 * last, 140),
+        nn.Linear(left * left * last, 140),
         nn.Mish(),
         nn.Linear(140, 80),
         nn.Mish(),
@@ -55,18 +60,29 @@ class ConvNet(Defense):
     name = "convnet"
     needs_weights = True
 
-    def __init__(self, channels: int = 1, width: int = THESIS_WIDTH) -> None:
-        """Builds an untrained net for `channels` x 28 x 28 images, `width` channels wide in the first layer.
+    def __init__(self, channels: int = 1, width: int | None = None, side: int = 28) -> None:
+        """Builds an untrained net for `channels` x `side` x `side` images.
+
+        Args:
+            channels: image channels.
+            width: channels of the first layer; the others scale with it. None takes the thesis's 64 for 28x28 images
+                and half of it for larger ones, which keeps the weights small.
+            side: height and width of the images.
 
         Raises:
-            UsageError: a width that the layers cannot be scaled by.
+            UsageError: a width that the layers cannot be scaled by, or images too small for them.
         """
         super().__init__()
+        width = width if width is not None else THESIS_WIDTH if side == THESIS_SIDE else THESIS_WIDTH // 2
         if width < 1 or 200 * width % THESIS_WIDTH:
             raise UsageError(f"{self.name}: width must be a positive multiple of 8; got {width}")
+        if channels < 1 or side < SMALLEST_SIDE:
+            raise UsageError(
+                f"{self.name}: channels must be at least 1 and side at least {SMALLEST_SIDE}; got {channels} and {side}"
+            )
         self.num_classes = 10
-        self.input_shape = (channels, 28, 28)
-        self.net = make_convnet(channels, width=width)
+        self.input_shape = (channels, side, side)
+        self.net = make_convnet(channels, width=width, side=side)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def forward(self, x: Images) -> Logits:
@@ -75,16 +91,19 @@ class ConvNet(Defense):
 
     @classmethod
     def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-        """The constructor's options for a dataset of 28x28 images of 10 classes."""
-        if input_shape[1:] != (28, 28) or num_classes != 10:
-            raise UsageError(f"convnet takes 28x28 images of 10 classes; the dataset has {input_shape}, {num_classes}")
-        return {"channels": input_shape[0]}
+        """The constructor's options for a dataset of square images of 10 classes."""
+        channels, height, width = input_shape
+        if height != width or num_classes != 10:
+            raise UsageError(
+                f"{cls.name} takes square images of 10 classes; the dataset has {input_shape}, {num_classes}"
+            )
+        return {"channels": channels} if height == THESIS_SIDE else {"channels": channels, "side": height}
 
     @classmethod
     def weights_variant(cls, options: Mapping[str, Any]) -> str:
-        """The width, unless it is the thesis's."""
-        width = options.get("width", THESIS_WIDTH)
-        return "" if width == THESIS_WIDTH else f"width{width}"
+        """The width, where one other than the thesis's is asked for."""
+        width = options.get("width")
+        return "" if width in (None, THESIS_WIDTH) else f"width{width}"
 
     def recipe(self, name: str | None = None) -> Recipe:
         """Plain training on clean images; there is one recipe, `clean`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robench.train.recipe import Recipe, Stage, ranger
+from robench.train.recipe import Recipe, Stage, autocast, ranger
 from robench.types import Images, Labels
 
 from .model import ConvNet
@@ -21,13 +21,15 @@ class ConvNetRecipe(Recipe):
         self.defense = defense
 
     def stages(self) -> list[Stage]:
-        """One stage of about two epochs."""
+        """One stage of about six epochs over 60,000 images."""
         parameters = list(self.defense.parameters())
-        return [Stage("clean", 2000, self.loss, parameters, 1e-3, flat=0.5, optimizer=ranger, clip=5.0)]
+        return [Stage("clean", 2800, self.loss, parameters, 1e-3, flat=0.5, batch_size=128, optimizer=ranger, clip=5.0)]
 
     def loss(self, x: Images, y: Labels) -> Tensor:
         """Cross-entropy."""
-        return nn.functional.cross_entropy(self.defense(x), y)
+        with autocast(x):
+            logits = self.defense(x)
+        return nn.functional.cross_entropy(logits.float(), y)
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from robench.defenses.convnet import ConvNet
 from robench.errors import UsageError
+from robench.threat import ThreatModel
 
 if TYPE_CHECKING:
     from robench.train.recipe import Recipe
@@ -14,32 +16,50 @@ if TYPE_CHECKING:
 class ConvNetAT(ConvNet):
     """The undefended ConvNet's net, trained on adversarial images (Madry et al. 2018, arXiv 1706.06083, eq. 2.1).
 
-    Deterministic, no guarantee; cost of a forward as the ConvNet's. The weights fit one bound, `train_eps` in linf.
+    Deterministic, no guarantee; cost of a forward as the ConvNet's. The weights fit one bound, `train_eps` in
+    `train_norm`; which one the shipped weights have stands in their card.
     """
 
     name = "convnet_at"
 
-    def __init__(self, channels: int = 1, width: int = 64, train_eps: float = 0.1) -> None:
+    def __init__(
+        self,
+        channels: int = 1,
+        width: int | None = None,
+        side: int = 28,
+        train_eps: float = 0.1,
+        train_norm: str = "linf",
+    ) -> None:
         """Builds an untrained net.
 
         Args:
             channels: image channels.
-            width: channels of the first layer; the others scale with it.
-            train_eps: the linf bound of the training images; no part of a forward pass.
+            width: channels of the first layer, as for `convnet`.
+            side: height and width of the images.
+            train_eps: the bound of the training images; no part of a forward pass.
+            train_norm: its norm, `linf` or `l2`.
 
         Raises:
             UsageError: an option is out of range.
         """
-        if not 0 < train_eps <= 1:
-            raise UsageError(f"convnet_at: train_eps must be above 0 and at most 1; got {train_eps}")
-        super().__init__(channels, width)
-        self.train_eps = train_eps
+        if train_norm not in ("linf", "l2"):
+            raise UsageError(f'convnet_at: train_norm must be linf or l2; got "{train_norm}"')
+        if ThreatModel(train_norm, train_eps).eps == 0:
+            raise UsageError(f"convnet_at: train_eps must be above 0; got {train_eps}")
+        super().__init__(channels, width, side)
+        self.train_eps, self.train_norm = train_eps, train_norm
+
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """The width where another one is asked for, and `l2`."""
+        parts = [super().weights_variant(options), "l2" if options.get("train_norm") == "l2" else ""]
+        return "-".join(part for part in parts if part)
 
     def recipe(self, name: str | None = None) -> Recipe:
-        """`madry` (the default): seven steps; `fast`: two steps of a random start."""
-        from .train import INNER, AdversarialRecipe
+        """`madry` (the default): seven steps; `fast`: two of a random start; `fgsm`: one; `trades`: its own loss."""
+        from .train import VARIANTS, AdversarialRecipe
 
         name = name or "madry"
-        if name not in INNER:
-            raise UsageError(f'convnet_at has the recipes {", ".join(INNER)}; got "{name}"')
+        if name not in VARIANTS:
+            raise UsageError(f'convnet_at has the recipes {", ".join(VARIANTS)}; got "{name}"')
         return AdversarialRecipe(self, name)

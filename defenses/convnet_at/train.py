@@ -1,7 +1,8 @@
-"""Adversarial training in linf: the loss is taken at the images that a short PGD finds for the current weights."""
+"""Adversarial training: the loss is taken at the images that a short PGD finds for the current weights."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,69 +12,95 @@ from torch import Tensor, nn
 from robench.attack import Attack
 from robench.registry import load_attack
 from robench.threat import ThreatModel
-from robench.train.recipe import Recipe, Stage
-from robench.types import Images, Labels
+from robench.train.adversarial import Inner, perturb
+from robench.train.recipe import Recipe, Stage, autocast
+from robench.types import Images, Labels, Logits
 from robench.victim import Victim
 
 from .model import ConvNetAT
 
+TRADES_BETA: Final = 6.0
+OVERFITTED: Final = 0.25
+"""Catastrophic overfitting: PGD's accuracy falls by this much against the last check while one step's does not."""
+
 
 @dataclass(frozen=True)
-class Inner:
-    """The inner maximisation.
+class Variant:
+    """A recipe: its inner maximisation and its loss.
 
     Attributes:
-        steps: gradient steps from a random start.
-        step: length of a step, as a fraction of eps.
+        inner: how the images are found.
+        trades: the loss of TRADES rather than cross-entropy at the images found.
     """
 
-    steps: int
-    step: float
+    inner: Inner
+    trades: bool = False
 
 
-INNER: Final = {"madry": Inner(7, 0.25), "fast": Inner(2, 0.75)}
-"""`madry`: Madry et al. 2018 with 7 steps. `fast`: as Wong et al. 2020 (arXiv 2001.03994), with a second step, since
-one step alone can overfit to itself catastrophically at a bound this large."""
+VARIANTS: Final = {
+    "madry": Variant(Inner(7, 0.25)),
+    "fast": Variant(Inner(2, 0.75)),
+    "fgsm": Variant(Inner(1, 1.25)),
+    "trades": Variant(Inner(5, 0.3, start="near"), trades=True),
+}
+"""`madry`: Madry et al. 2018 (arXiv 1706.06083) with 7 steps. `fgsm`: RS-FGSM of Wong et al. 2020 (arXiv 2001.03994),
+one step of 1.25 eps from a random start. `fast`: the same with a second step, since one step alone can overfit to
+itself catastrophically at a large bound. `trades`: Zhang et al. 2019 (arXiv 1901.08573), eq. 5 with beta 6."""
 
 
 class AdversarialRecipe(Recipe):
-    """Clean images first, so that the net leaves the plateau of the start; then adversarial images alone."""
+    """Clean images first, then adversarial ones of a third, two thirds and all of eps.
+
+    At the whole eps from the start, a net may stay on the plateau where all classes are equally likely.
+    """
 
     def __init__(self, defense: ConvNetAT, name: str) -> None:
         """Keeps the net to train."""
-        self.defense, self.name, self.inner = defense, name, INNER[name]
-        self.threat = ThreatModel("linf", defense.train_eps)
+        self.defense, self.name, self.variant = defense, name, VARIANTS[name]
+        self.inner = self.variant.inner
+        self.threat = ThreatModel(defense.train_norm, defense.train_eps)
+        self.last_pgd = 0.0
 
     def stages(self) -> list[Stage]:
-        """Under one epoch of clean images, then about six of adversarial ones."""
+        """Under one epoch of clean images, one of ramp, then about five of adversarial ones at the full bound."""
         parameters = list(self.defense.parameters())
+        stage = functools.partial(Stage, parameters=parameters, learning_rate=1e-3, batch_size=128, clip=5.0)
         return [
-            Stage("clean", 300, self.clean_loss, parameters, 1e-3, flat=1.0, batch_size=128, clip=5.0),
-            Stage("adversarial", 2800, self.adversarial_loss, parameters, 1e-3, flat=0.4, batch_size=128, clip=5.0),
+            stage("clean", 300, self.clean_loss, flat=1.0),
+            stage("ramp_1", 200, functools.partial(self.adversarial_loss, share=1 / 3), flat=1.0),
+            stage("ramp_2", 200, functools.partial(self.adversarial_loss, share=2 / 3), flat=1.0),
+            stage("adversarial", 2400, self.adversarial_loss, flat=0.4, check_every=200),
         ]
 
     def clean_loss(self, x: Images, y: Labels) -> Tensor:
         """Cross-entropy on the images themselves."""
-        return self._loss(x, y)
+        return nn.functional.cross_entropy(self._logits(x), y)
 
-    def adversarial_loss(self, x: Images, y: Labels) -> Tensor:
-        """Cross-entropy on adversarial images."""
-        return self._loss(self.perturb(x, y), y)
+    def adversarial_loss(self, x: Images, y: Labels, share: float = 1.0) -> Tensor:
+        """The recipe's loss at the images found within `share` of eps."""
+        if self.variant.trades:
+            return self._trades_loss(x, y, share)
+        return self.clean_loss(self.perturb(x, y, share), y)
 
-    def perturb(self, x: Images, y: Labels) -> Images:
-        """The images that the inner PGD finds; the weights count as constants meanwhile."""
-        x_adv = self.threat.random_start(x)
-        for _ in range(self.inner.steps):
-            leaf = x_adv.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(self._loss(leaf, y), leaf)
-            x_adv = self.threat.project(x, x_adv + self.inner.step * self.threat.eps * grad.sign())
-        return x_adv.detach()
+    def perturb(self, x: Images, y: Labels, share: float = 1.0) -> Images:
+        """The images within `share` of eps that raise the cross-entropy; the weights count as constants meanwhile."""
+        return perturb(lambda found: self.clean_loss(found, y), x, self._bound(share), self.inner)
 
-    def _loss(self, x: Images, y: Labels) -> Tensor:
-        # bfloat16 in the convolutions (1.7 times as fast on CPUs that have it); weights, loss and update stay float32
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+    def _trades_loss(self, x: Images, y: Labels, share: float) -> Tensor:
+        fixed = self._logits(x).detach().log_softmax(1)
+        found = perturb(lambda near: _divergence(fixed, self._logits(near)), x, self._bound(share), self.inner)
+        clean = self._logits(x)
+        return nn.functional.cross_entropy(clean, y) + TRADES_BETA * _divergence(
+            clean.log_softmax(1), self._logits(found)
+        )
+
+    def _bound(self, share: float) -> ThreatModel:
+        return ThreatModel(self.threat.norm, share * self.threat.eps)
+
+    def _logits(self, x: Images) -> Logits:
+        with autocast(x):
             logits = self.defense(x)
-        return nn.functional.cross_entropy(logits.float(), y)
+        return logits.float()
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy on clean images, after one step and after twenty: far apart, the net has overfitted to one step."""
@@ -86,5 +113,42 @@ class AdversarialRecipe(Recipe):
                 for name, found in rows.items()
             }
 
+    def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
+        """Looks for catastrophic overfitting on a part of the held-out images: PGD breaks what one step does not."""
+        del stage
+        figures = self.measure(x[:256], y[:256])
+        fine = not (figures["pgd20"] < self.last_pgd - OVERFITTED and figures["fgsm"] > self.last_pgd - OVERFITTED)
+        if fine:
+            self.last_pgd = figures["pgd20"]
+        return figures, fine
+
+    def roll_back(self, stage: Stage) -> None:
+        """Takes one more inner step from now on, each shorter."""
+        del stage
+        steps = self.inner.steps + 1
+        self.inner = Inner(steps, max(0.25, 1.5 / steps), self.inner.start)
+
+    def state(self) -> dict[str, float]:
+        """The inner steps, which a roll-back changes, and the last check's figure."""
+        return {"steps": self.inner.steps, "step": self.inner.step, "last_pgd": self.last_pgd}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Takes up what `state` gave."""
+        self.inner = Inner(int(state["steps"]), state["step"], self.inner.start)
+        self.last_pgd = state["last_pgd"]
+
+    def facts(self) -> dict[str, object]:
+        """The bound, and the inner maximisation that training ended with."""
+        return {
+            "train_threat": str(self.threat),
+            "inner_steps": self.inner.steps,
+            "inner_step": round(self.inner.step, 4),
+        }
+
     def _attacked(self, attack: Attack, x: Images, y: Labels) -> Images:
         return attack(Victim(self.defense, attack.access, len(x)), x, y, self.threat)
+
+
+def _divergence(log_clean: Tensor, logits: Logits) -> Tensor:
+    """Mean Kullback-Leibler divergence of the logits' distribution from the clean one."""
+    return nn.functional.kl_div(logits.log_softmax(1), log_clean, reduction="batchmean", log_target=True)
