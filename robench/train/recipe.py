@@ -51,6 +51,8 @@ class Stage:
         clip: largest gradient norm; longer gradients are shortened to it.
         check_every: iterations between two calls of `Recipe.check`; 0: none.
         roll_backs: how often a check may fail before training stops.
+        images: draw from a class-stratified subset of that many training images; 0 takes all. Two stages of one number
+            draw from the same ones, and a smaller subset is part of a larger one.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Stage:
     clip: float = math.inf
     check_every: int = 0
     roll_backs: int = 5
+    images: int = 0
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration."""

@@ -15,8 +15,9 @@ from types import FrameType
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
-from robench.data import Dataset
+from robench.data import Dataset, draw_stratified
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
 from robench.rng import seed_for, seeded
@@ -91,6 +92,7 @@ class Run:
         held, kept = order[: settings.holdout], order[settings.holdout :]
         self.x, self.y = data.x[kept], data.y[kept]
         self.x_held, self.y_held = data.x[held].to(settings.device), data.y[held].to(settings.device)
+        self.subset = torch.arange(0)
         self.started = time.monotonic()
 
     @property
@@ -217,13 +219,27 @@ class Run:
         return content["optimizer"]
 
     def batch(self, stage: Stage, iteration: int) -> tuple[Images, Labels]:
-        """The batch of an iteration: an order of all images drawn for each epoch from the seed alone."""
-        per_epoch = max(len(self.x) // stage.batch_size, 1)
+        """The batch of an iteration: an order of the stage's images drawn for each epoch from the seed alone.
+
+        Raises:
+            UsageError: the stage asks for more images than there are.
+        """
+        count = stage.images or len(self.x)
+        if count > len(self.x):
+            raise UsageError(f"stage {stage.name} takes {count} training images; there are {len(self.x)}")
+        per_epoch = max(count // stage.batch_size, 1)
         epoch, position = divmod(iteration, per_epoch)
         generator = torch.Generator().manual_seed(seed_for(self.settings.seed, stage.name, "order", epoch))
-        order = torch.randperm(len(self.x), generator=generator)
+        order = torch.randperm(count, generator=generator)
+        if stage.images:
+            order = self._subset(count)[order]
         rows = order[position * stage.batch_size : (position + 1) * stage.batch_size]
         return self.x[rows].to(self.settings.device), self.y[rows].to(self.settings.device)
+
+    def _subset(self, count: int) -> Tensor:
+        if len(self.subset) != count:
+            self.subset = draw_stratified(self.y, count, self.settings.seed)
+        return self.subset
 
     def end_stage(self, stage: Stage) -> None:
         """Measures the held-out figures, goes on to the next stage and saves."""
