@@ -226,6 +226,7 @@ class TrainRequest:
     device: str
     resume: bool
     data_dir: Path | None
+    tensorboard: bool = False
 
 
 def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
@@ -240,7 +241,10 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
     plain = re.sub(r"[^A-Za-z0-9]+", "-", request.defense).strip("-")
     folder = request.out or Path("runs") / "train" / f"{plain}-{request.dataset}-{request.seed}"
     settings = TrainSettings(
-        seed=request.seed, scale=request.scale, device=Settings(device=request.device).resolve_device()
+        seed=request.seed,
+        scale=request.scale,
+        device=Settings(device=request.device).resolve_device(),
+        tensorboard=request.tensorboard,
     )
     job = TrainJob(
         request.defense, request.dataset, folder, recipe=request.recipe, data_dir=request.data_dir, settings=settings
@@ -254,6 +258,7 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
 def _train_again(request: TrainRequest, folder: Path) -> str:
     words = ["robench", "train", "--defense", request.defense, "--dataset", request.dataset, "--out", str(folder)]
     words += ["--seed", str(request.seed), "--scale", repr(request.scale), "--device", request.device, "--resume"]
+    words += ["--tensorboard"] if request.tensorboard else []
     words += ["--recipe", request.recipe] if request.recipe is not None else []
     words += ["--data-dir", str(request.data_dir)] if request.data_dir is not None else []
     return shlex.join(words)

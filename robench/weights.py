@@ -153,12 +153,35 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_weights(module: nn.Module, path: str | Path, card: dict[str, Any]) -> None:
-    """Writes weights (float32, contiguous) and card, each in one atomic step."""
+def save_weights(module: nn.Module, path: str | Path, card: dict[str, Any], *, half: bool = False) -> None:
+    """Writes weights (contiguous) and card, each in one atomic step.
+
+    Args:
+        module: the defense.
+        path: the safetensors file; the card goes beside it.
+        card: a JSON object.
+        half: store float16 rather than float32; for weights that `round_to_half` has rounded nothing is lost.
+    """
     from safetensors.torch import save
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    if half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     write_atomic(path, save(state))
     write_atomic(path.with_suffix(".json"), (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def round_to_half(module: nn.Module) -> bool:
+    """Rounds weights and buffers to float16's values, in float32; False, and nothing changed, where one is too large.
+
+    Values below float16's smallest (6e-8) become 0.
+    """
+    values = [value for value in module.state_dict().values() if value.is_floating_point()]
+    if not all(bool(value.half().isfinite().all()) for value in values):
+        return False
+    with torch.no_grad():
+        for value in values:
+            value.copy_(value.half().to(value.dtype))
+    return True

@@ -78,8 +78,16 @@ class Doubles(Toy):
 class WrongScore(Toy):
     """A detection score for each logit."""
 
-    def detection_score(self, x: Images) -> Tensor:
+    def detection_score(self, x: Images, kind: str | None = None) -> Tensor:
+        del kind
         return self(x)
+
+
+class WrongPictures(Toy):
+    """Pictures in the scale -1 to 1."""
+
+    def pictures(self, x: Images) -> dict[str, Images]:
+        return {"original": 2 * x - 1}
 
 
 class HiddenDice(Toy):

@@ -137,6 +137,7 @@ DEFENSES: list[tuple[str, Callable[[], Defense], str]] = [
     ("logits", defenses.Squeezed, r"must be \(1, 5\); got \(5,\)"),
     ("logits", defenses.Doubles, "must be float32"),
     ("detection_score", defenses.WrongScore, "detection_score must be"),
+    ("pictures", defenses.WrongPictures, "must be in"),
     ("randomized_as_declared", defenses.HiddenDice, "randomized = False, but"),
     ("randomized_as_declared", defenses.NoDice, "randomized = True, but"),
     ("randomized_as_declared", defenses.FixedDice, "randomized = True, but"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import ClassVar, Final
 
 import pytest
 import torch
-from torch import Tensor
 
 from robench.defense import Defense, weights_digest
 from robench.errors import UsageError
@@ -91,16 +90,32 @@ class DefenseContract:
             assert not bad, f"logits must be finite; rows {bad} are not (row 0 is black, row 1 white)"
 
     def test_detection_score(self) -> None:
-        """A detection score, where the defense has one, is one finite float per image."""
+        """A detection score, where the defense has one, is one finite float per image, of each kind it names."""
         defense = self._build()
-        detect: Callable[[Images], Tensor] | None = getattr(defense, "detection_score", None)
-        if detect is None:
+        overridden = type(defense).detection_score is not Defense.detection_score
+        if not (overridden or defense.detection_scores):
             pytest.skip("the defense detects nothing")
         x = self._images(defense)
+        calls = [functools.partial(defense.detection_score, x)]
+        calls += [functools.partial(defense.detection_score, x, kind) for kind in defense.detection_scores]
+        for detect in calls:
+            with torch.no_grad(), seeded("contract", "run"):
+                score = detect()
+            assert tuple(score.shape) == (len(x),), f"detection_score must be {(len(x),)}; got {tuple(score.shape)}"
+            assert bool(score.isfinite().all()), "detection_score must be finite"
+
+    def test_pictures(self) -> None:
+        """The rows of pictures, where the defense has some, are images in [0, 1] of its input's shape."""
+        defense = self._build()
+        if type(defense).pictures is Defense.pictures:
+            pytest.skip("the defense shows nothing")
+        x = self._images(defense)
         with torch.no_grad(), seeded("contract", "run"):
-            score = detect(x)
-        assert tuple(score.shape) == (len(x),), f"detection_score must be {(len(x),)}; got {tuple(score.shape)}"
-        assert bool(score.isfinite().all()), "detection_score must be finite"
+            rows = defense.pictures(x)
+        assert rows, "pictures must give at least one row"
+        for name, images in rows.items():
+            assert images.shape[1:] == x.shape[1:], f'row "{name}" must be of shape {tuple(x.shape[1:])}'
+            assert bool(((images >= 0) & (images <= 1)).all()), f'row "{name}" must be in [0, 1]'
 
     def test_randomized_as_declared(self) -> None:
         """Two calls in a row differ if and only if the defense declares that it is randomized."""

@@ -9,15 +9,19 @@ from typing import Any, cast
 import torch
 
 from robench.data import Dataset, load_dataset
+from robench.data_names import KNOWN, list_plugins
 from robench.defense import Defense, weights_digest
+from robench.errors import UsageError
 from robench.registry import parse_spec, resolve
 from robench.rng import seeded
 from robench.stats import wilson
 from robench.train.loop import train
 from robench.train.run import TrainSettings
-from robench.weights import save_weights, weights_stem
+from robench.weights import round_to_half, save_weights, weights_stem
 
 TEST_IMAGES = 2000
+HARMLESS = 0.001
+"""The change of clean accuracy up to which weights are stored in half precision."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
         UsageError: unknown names, no recipe, data not at hand, a checkpoint of another run.
         DataError: the training diverged, or a file is damaged.
     """
+    if job.dataset not in (known := [*KNOWN, *list_plugins()]):
+        raise UsageError(
+            f"training takes a named dataset ({', '.join(known)}), which has a training and a test split; "
+            f'got "{job.dataset}". Name Parquet files <name>/{{train,test}}-*.parquet and their folder with --data-dir'
+        )
     name, written = parse_spec(job.defense)
     cls = cast("type[Defense]", resolve("defense", name))
     data = load_dataset(job.dataset, "train", data_dir=job.data_dir)
@@ -62,11 +71,29 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
     variant = f" {written}" if written else ""
     card = train(defense, recipe, data, job.folder, job.settings, resume=resume, variant=variant)
     card["options"] = options
+    card["test"], half = round_if_harmless(defense, test, job.settings)
+    card["stored_as"] = "float16" if half else "float32"
     card["weights_digest"] = weights_digest(defense)
-    card["test"] = test_accuracy(defense, test, job.settings)
     path = job.folder / f"{weights_stem(cls, job.dataset, options)}.safetensors"
-    save_weights(defense, path, card)
+    save_weights(defense, path, card, half=half)
     return path, card
+
+
+def round_if_harmless(defense: Defense, test: Dataset, settings: TrainSettings) -> tuple[dict[str, Any], bool]:
+    """Rounds the weights to half precision unless that changes the test accuracy by more than `HARMLESS`.
+
+    Returns:
+        The clean accuracy of the weights as they are then, and whether they were rounded.
+    """
+    found = test_accuracy(defense, test, settings)
+    before = {name: value.clone() for name, value in defense.state_dict().items()}
+    if not round_to_half(defense):
+        return found, False
+    rounded = test_accuracy(defense, test, settings)
+    if abs(rounded["clean_accuracy"] - found["clean_accuracy"]) <= HARMLESS:
+        return rounded, True
+    defense.load_state_dict(before)
+    return found, False
 
 
 def test_accuracy(defense: Defense, test: Dataset, settings: TrainSettings) -> dict[str, Any]:

@@ -1,0 +1,300 @@
+"""Checks during a stage: figures are kept, what goes wrong is rolled back, a recipe's own state survives a resume."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robench import DataError, Defense, UsageError
+from robench.data import Dataset, load_dataset
+from robench.defense import weights_digest
+from robench.defenses.convnet_at import ConvNetAT
+from robench.defenses.convnet_at.train import AdversarialRecipe
+from robench.rng import seeded
+from robench.threat import ThreatModel
+from robench.train import Recipe, Stage, TrainSettings, run, train
+from robench.train.adversarial import Inner, perturb
+from robench.types import Images, Labels, Logits
+
+SETTINGS = TrainSettings(holdout=32)
+
+
+@pytest.fixture(scope="module")
+def images() -> Dataset:
+    """Images of the embedded split, standing in for a training split."""
+    return load_dataset("fashion_mnist", n=128, seed=5)
+
+
+class Mean(Defense):
+    """One weight for each class and nothing else."""
+
+    name = "mean"
+    num_classes = 10
+    input_shape = (1, 28, 28)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(10))
+
+    def forward(self, x: Images) -> Logits:
+        return x.mean((1, 2, 3))[:, None] * self.weight
+
+
+class Watched(Recipe):
+    """Moves the weights by its pace, and keeps a buffer; from some iteration on it runs away until it is slowed down.
+
+    The check sees that the weights have run away.
+    """
+
+    name = "watched"
+
+    def __init__(self, defense: Mean, *, bad_at: int = 999, pace: float = 1.0, nan: bool = False) -> None:
+        self.defense, self.bad_at, self.pace, self.nan = defense, bad_at, pace, nan
+        self.calls = self.ticks = 0
+        self.buffer = torch.zeros(3)
+        self.stop_at = 999
+
+    def stages(self) -> list[Stage]:
+        """One stage of 12 iterations, checked each third."""
+        return [
+            Stage(
+                "walk",
+                12,
+                self.loss,
+                list(self.defense.parameters()),
+                0.1,
+                flat=1.0,
+                batch_size=8,
+                optimizer=self.sgd,
+                check_every=3,
+                roll_backs=2,
+            )
+        ]
+
+    @staticmethod
+    def sgd(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        """Momentum, so that the optimizer has a state of its own."""
+        return torch.optim.SGD(parameters, lr=rate, momentum=0.5)
+
+    def loss(self, x: Images, y: Labels) -> Tensor:
+        """Falls by the sum of the weights."""
+        del y
+        self.calls, self.ticks = self.calls + 1, self.ticks + 1
+        if self.ticks == self.stop_at:
+            raise KeyboardInterrupt
+        self.buffer = self.buffer + x.mean() + torch.rand(3)
+        runs_away = self.calls > self.bad_at and self.pace >= 1
+        if runs_away and self.nan:
+            return self.defense.weight.sum() * math.nan
+        return -self.defense.weight.sum() * (1e4 if runs_away else self.pace * (1 + self.buffer.sum().item() / 100))
+
+    def measure(self, x: Images, y: Labels) -> dict[str, float]:
+        """The largest weight."""
+        del x, y
+        return {"largest": self.defense.weight.abs().max().item()}
+
+    def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
+        """Weights beyond 100 have run away."""
+        del stage
+        assert not self.defense.training
+        figures = self.measure(x, y)
+        return figures, figures["largest"] < 100
+
+    def roll_back(self, stage: Stage) -> None:
+        """Halves the pace."""
+        del stage
+        self.pace /= 2
+
+    def state(self) -> dict[str, Any]:
+        """The pace and the buffer."""
+        return {"pace": self.pace, "buffer": self.buffer, "calls": self.calls}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes them up."""
+        self.pace, self.buffer, self.calls = state["pace"], state["buffer"], state["calls"]
+
+
+def test_checks_are_kept_in_the_card(images: Dataset, tmp_path: Path) -> None:
+    defense = Mean()
+    card = train(defense, Watched(defense), images, tmp_path, SETTINGS)
+    assert [row["iteration"] for row in card["checks"]] == [3, 6, 9, 12]
+    assert [row["fine"] for row in card["checks"]] == [True] * 4
+    largest = [row["largest"] for row in card["checks"]]
+    assert largest == sorted(largest)
+    assert largest[-1] == pytest.approx(defense.weight.abs().max().item())
+
+
+@pytest.mark.parametrize("nan", [False, True], ids=["check", "nan loss"])
+def test_what_went_wrong_is_rolled_back(images: Dataset, tmp_path: Path, nan: bool) -> None:
+    """After the second check the weights run away; they return to that check, at half the pace, and stay small."""
+    defense = Mean()
+    recipe = Watched(defense, bad_at=6, nan=nan)
+    card = train(defense, recipe, images, tmp_path, SETTINGS)
+    assert recipe.pace == 0.5
+    assert defense.weight.abs().max().item() < 100
+    fine = [row["fine"] for row in card["checks"]]
+    assert fine == ([True] * 4 if nan else [True, True, False, True])
+
+
+def test_roll_back_restores_weights_optimizer_and_recipe(images: Dataset, tmp_path: Path) -> None:
+    """With the pace at 0 after the roll-back, the weights only coast on the momentum they had at the last check."""
+    defense = Mean()
+    recipe = Watched(defense, bad_at=6)
+    recipe.roll_back = lambda stage: setattr(recipe, "pace", 0.0)  # type: ignore[method-assign, misc]
+    train(defense, recipe, images, tmp_path, SETTINGS)
+    reference = Mean()
+    undisturbed = Watched(reference)
+    seen: list[tuple[Tensor, Tensor]] = []
+    check = undisturbed.check
+
+    def note(stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
+        seen.append((reference.weight.detach().clone(), undisturbed.buffer.clone()))
+        return check(stage, x, y)
+
+    undisturbed.check = note  # type: ignore[method-assign]
+    train(reference, undisturbed, images, tmp_path / "reference", SETTINGS)
+    before, at_check = seen[0][0], seen[1][0]
+    assert at_check.mean() > before.mean()
+    coasted = defense.weight.detach() - at_check
+    last_step = (at_check - before).max().item()
+    assert 0 < coasted.max().item() < last_step  # half of the last step, then a quarter, ...
+
+
+def test_too_many_roll_backs_stop(images: Dataset, tmp_path: Path) -> None:
+    defense = Mean()
+    recipe = Watched(defense, bad_at=0, pace=64.0)
+    with pytest.raises(DataError, match=r'diverged in stage "walk".*after 2 roll-backs'):
+        train(defense, recipe, images, tmp_path, SETTINGS)
+
+
+def test_a_second_failure_changes_the_recipe_twice(images: Dataset, tmp_path: Path) -> None:
+    """One halving of the pace from 2 does not cure, so the next roll-back, from the same check, halves it twice."""
+    defense = Mean()
+    recipe = Watched(defense, bad_at=3, pace=2.0)
+    card = train(defense, recipe, images, tmp_path, SETTINGS)
+    assert recipe.pace == 0.5
+    assert [row["fine"] for row in card["checks"]] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 8, 11])
+def test_resume_is_bit_equal(images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
+    """Cut off before, after and between checks and the roll-back: the buffer and the way back are in the checkpoint."""
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", -1.0)
+    whole = Mean()
+    expected = train(whole, Watched(whole, bad_at=6), images, tmp_path / "whole", SETTINGS)
+    defense = Mean()
+    recipe = Watched(defense, bad_at=6)
+    recipe.stop_at = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        train(defense, recipe, images, tmp_path / "cut", SETTINGS)
+    again = Mean()
+    card = train(again, Watched(again, bad_at=6), images, tmp_path / "cut", SETTINGS, resume=True)
+    assert weights_digest(again) == weights_digest(whole)
+    assert card["checks"] == expected["checks"]
+
+
+def test_tensorboard_writes_losses_and_figures(images: Dataset, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    defense = Mean()
+    train(defense, Watched(defense), images, tmp_path, TrainSettings(holdout=32, tensorboard=True))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/walk")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("largest/walk")] == [3, 6, 9, 12, 12]
+
+
+def test_tensorboard_missing_is_one_line(images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    defense = Mean()
+    with pytest.raises(UsageError, match=r"pip install 'robench\[tensorboard\]'"):
+        train(defense, Watched(defense), images, tmp_path, TrainSettings(holdout=32, tensorboard=True))
+
+
+def test_inner_steps_raise_the_loss_within_the_bound() -> None:
+    x = torch.full((4, 1, 5, 5), 0.5)
+    weight = torch.linspace(-1, 1, 25).view(1, 1, 5, 5)
+    for norm, eps in (("linf", 0.1), ("l2", 0.7)):
+        threat = ThreatModel(norm, eps)
+        with seeded("inner"):
+            found = perturb(lambda images: (images * weight).sum(), x, threat, Inner(4, 0.5))
+        assert bool(threat.contains(x, found).all())
+        gain = ((found - x) * weight).flatten(1).sum(1)
+        best = eps * (weight.abs().sum() if norm == "linf" else weight.norm())
+        assert bool((gain > 0.9 * best).all()), norm
+
+
+def test_trades_starts_near_and_not_on_the_image() -> None:
+    x = torch.full((2, 1, 4, 4), 0.5)
+    with seeded("near"):
+        start = perturb(lambda images: images.sum(), x, ThreatModel("linf", 0.1), Inner(0, 0.3, start="near"))
+    distance = (start - x).abs().amax((1, 2, 3))
+    assert bool((distance > 0).all())
+    assert bool((distance < 0.01).all())
+
+
+def test_trades_loss_is_cross_entropy_plus_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a perturbation of our own the loss is CE(x) + 6 KL(p(x) || p(x')), here of a two-number softmax by hand."""
+    defense = ConvNetAT(width=8)
+    recipe = defense.recipe("trades")
+    assert isinstance(recipe, AdversarialRecipe)
+    clean, moved = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    monkeypatch.setattr(recipe, "_logits", lambda x: moved if float(x.sum()) > 0 else clean)
+    monkeypatch.setattr("robench.defenses.convnet_at.train.perturb", lambda loss, x, threat, inner: x + 1)
+    loss = recipe.adversarial_loss(torch.zeros(1, 1, 2, 2), torch.tensor([0]))
+    p = math.exp(1) / (1 + math.exp(1))
+    divergence = p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5)
+    assert loss.item() == pytest.approx(-math.log(p) + 6 * divergence, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"train_norm": "l2", "train_eps": 1.5}], ids=["linf", "l2"])
+@pytest.mark.parametrize("name", ["madry", "fast", "fgsm", "trades"])
+def test_images_of_the_recipe_stay_in_the_threat_model(name: str, options: dict[str, Any], images: Dataset) -> None:
+    defense = ConvNetAT(width=8, **options)
+    recipe = defense.recipe(name)
+    assert isinstance(recipe, AdversarialRecipe)
+    found = []
+    loss = recipe.clean_loss
+
+    def note(x: Images, y: Labels) -> Tensor:
+        found.append(x.detach())
+        return loss(x, y)
+
+    recipe.clean_loss = note  # type: ignore[method-assign]
+    x, y = images.x[:8], images.y[:8]
+    if name != "trades":
+        with seeded("recipe"):
+            recipe.adversarial_loss(x, y, share=0.5)
+        assert bool(ThreatModel(defense.train_norm, defense.train_eps / 2).contains(x, found[-1]).all())
+        assert not torch.equal(found[-1], x)
+    value = recipe.adversarial_loss(x, y)
+    value.backward()
+    assert all(parameter.grad is not None for parameter in defense.parameters())
+
+
+def test_overfitting_to_one_step_is_seen(monkeypatch: pytest.MonkeyPatch, images: Dataset) -> None:
+    """PGD falls from 0.7 to 0.1 while FGSM rises: not fine, and the roll-back takes a step more. A dip is fine."""
+    recipe = ConvNetAT(width=8).recipe("fgsm")
+    assert isinstance(recipe, AdversarialRecipe)
+    stage = recipe.stages()[-1]
+    figures = iter(
+        [
+            {"accuracy": 0.8, "fgsm": 0.75, "pgd20": 0.7},
+            {"accuracy": 0.8, "fgsm": 0.7, "pgd20": 0.6},
+            {"accuracy": 0.9, "fgsm": 0.95, "pgd20": 0.1},
+        ]
+    )
+    monkeypatch.setattr(recipe, "measure", lambda x, y: next(figures))
+    assert [recipe.check(stage, images.x, images.y)[1] for _ in range(3)] == [True, True, False]
+    assert recipe.inner.steps == 1
+    recipe.roll_back(stage)
+    assert recipe.inner.steps == 2
+    other = ConvNetAT(width=8).recipe("fgsm")
+    other.load_state(recipe.state())
+    assert other.state() == recipe.state()
