@@ -87,7 +87,7 @@ ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {nn.Mish: mish, nn.Tanh:
 class Deconvolution:
     """A transposed convolution: a linear map with its transpose, and a bias."""
 
-    def __init__(self, layer: nn.ConvTranspose2d, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.ConvTranspose2d, dtype: torch.dtype | None = None) -> None:
         """Takes the layer's weights as they are now."""
         self.weight = layer.weight.detach().to(dtype)  # in out k k
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)

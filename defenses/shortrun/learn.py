@@ -90,7 +90,7 @@ def pull_back(sweeps: Sweeps, a: Tensor, trace: Trace, sums: list[Tensor]) -> tu
     return c[:, :, 0, 0].to(a.dtype), image
 
 
-def run_to_learn(  # noqa: PLR0913 - the chain, where it starts, and what is learned
+def run_to_learn(
     chain: Chain, z: Tensor, target: Tensor, generator: nn.Module, log_sigma: Tensor, *, depth: int
 ) -> Tensor:
     """Runs the chain from z; the code is differentiable, once, in the generator's weights, log_sigma and the target.
@@ -110,7 +110,7 @@ class _Learned(torch.autograd.Function):
     """The chain as one node of autograd's graph, a function of the target, log_sigma and the generator's weights."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917 - torch passes all by position
+    def forward(
         ctx: Any, target: Tensor, log_sigma: Tensor, z: Tensor, chain: Chain, depth: int, *weights: Tensor
     ) -> Tensor:
         """Runs the chain; keeps a trace of each differentiated step."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from robench.defense import Defense
 from robench.errors import UsageError
-from robench.types import Images, Logits
+from robench.types import Images, Labels, Logits
 
 from .chain import Chain, Sweeps, can_sweep
+from .figures import diagnose, draw_pictures
 from .learn import run_to_learn
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 LATENT: Final = 200
 CHAIN_ROWS: Final = 128
-"""Chains that one forward pass of the generator carries at most; larger batches only fall out of the cache."""
+"""Chains that one pass through the generator carries at most on a CPU; larger batches only fall out of the cache."""
+GPU_CHAIN_ROWS: Final = 8192
+BATCH_ROWS: Final = 64
+GPU_BATCH_ROWS: Final = 2048
+"""A gradient keeps 3.2 MiB for each row and chain: 6.5 GiB at this many."""
 
 Preset = Literal["repaired", "paper_literal"]
 Aggregate = Literal["mean_logits", "mean_z", "vote"]
@@ -81,14 +86,14 @@ class ShortRun(Defense):
     randomized = True
     needs_weights = True
     gradient_modes = ("full", "last_step")
-    batch_rows = 64
+    latent = LATENT
     first_look = {"n": 32, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the thesis
         self,
         channels: int = 1,
         preset: Preset = "repaired",
-        sigma: float | None = None,
+        sigma: float | Literal["auto"] | None = None,
         n_chains: int = 10,
         aggregate: Aggregate = "mean_logits",
         attack_chains: int = 1,
@@ -102,7 +107,8 @@ class ShortRun(Defense):
             channels: image channels (1 or 3).
             preset: `repaired` or `paper_literal`.
             sigma: standard deviation of the observation noise that the model starts from; weights override it.
-                None takes 6.4 for `paper_literal` and 1.216 (Fashion-MNIST, see `auto_sigma`) for `repaired`.
+                `auto`: training fits it to its images (`auto_sigma`), and until then it is 1.216, which is the fit to
+                Fashion-MNIST. None takes `auto` for `repaired` and 6.4 for `paper_literal`.
             n_chains: chains per image in `forward`.
             aggregate: what becomes of them: `mean_logits`, `mean_z` (classify the mean code) or `vote`.
             attack_chains: chains per image in one `adaptive_forward`; the EOT samples of an attack multiply it.
@@ -128,8 +134,21 @@ class ShortRun(Defense):
         self.generator = make_generator(channels, preset)
         self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.classifier = make_classifier(self.num_classes, preset)
-        default = 6.4 if preset == "paper_literal" else 1.216
-        self.log_sigma = nn.Parameter(torch.tensor(math.log(sigma or default)))
+        self.fits_sigma = sigma == "auto" or (sigma is None and preset == "repaired")
+        start = 1.216 if self.fits_sigma else sigma if isinstance(sigma, float | int) else 6.4
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(start)))
+        self._rows: int | None = None
+
+    @property
+    def batch_rows(self) -> int:
+        """Images that the engine passes at once: what the cache of a CPU holds, far more on a GPU."""
+        if self._rows is not None:
+            return self._rows
+        return BATCH_ROWS if self.log_sigma.device.type == "cpu" else GPU_BATCH_ROWS
+
+    @batch_rows.setter
+    def batch_rows(self, rows: int | None) -> None:
+        self._rows = rows
 
     @classmethod
     def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
@@ -145,12 +164,22 @@ class ShortRun(Defense):
         return "" if preset == "repaired" else str(preset)
 
     def recipe(self, name: str | None = None) -> Recipe:
-        """The thesis's three stages; there is one recipe, `thesis`."""
-        from .train import ShortRunRecipe
+        """The thesis's three stages, `thesis`; its options as in `thesis(labelled=10000)`, see `ShortRunRecipe`.
 
-        if name not in (None, ShortRunRecipe.name):
-            raise UsageError(f'shortrun has one recipe, "{ShortRunRecipe.name}"; got "{name}"')
-        return ShortRunRecipe(self)
+        Raises:
+            UsageError: another name, or an option that it does not have or that is out of range.
+        """
+        from .train import make_recipe
+
+        return make_recipe(self, name)
+
+    def pictures(self, x: Images) -> Mapping[str, Images]:
+        """Originals, reconstructions by gradient descent and by the chain, and samples; see `draw_pictures`."""
+        return draw_pictures(self, x)
+
+    def diagnostics(self, x: Images, y: Labels) -> Mapping[str, float]:
+        """R2 and MSE of the reconstructions, chain ICC, accuracy by chains and aggregate; see `diagnose`."""
+        return diagnose(self, x, y)
 
     def forward(self, x: Images) -> Logits:
         """Runs `n_chains` chains for each image and aggregates them; no gradient reaches x."""
@@ -173,7 +202,8 @@ class ShortRun(Defense):
 
     def infer(self, x: Images) -> Tensor:
         """Draws a code for each image: one chain of `steps` steps, no gradient kept. Returns `b 200`."""
-        return torch.cat([self._infer_rows(rows) for rows in x.split(CHAIN_ROWS)])
+        most = CHAIN_ROWS if x.device.type == "cpu" else GPU_CHAIN_ROWS
+        return torch.cat([self._infer_rows(rows) for rows in x.split(most)])
 
     def _infer_rows(self, x: Images) -> Tensor:
         z = self.start(x)
@@ -234,14 +264,16 @@ class ShortRun(Defense):
         return logits.mean(0)
 
 
-def _check_options(preset: str, aggregate: str, smallest: int, *, sigma: float | None, step_size: float) -> None:
+def _check_options(preset: str, aggregate: str, smallest: int, *, sigma: float | str | None, step_size: float) -> None:
     if preset not in get_args(Preset):
         raise UsageError(f'shortrun: preset must be one of {", ".join(get_args(Preset))}; got "{preset}"')
     if aggregate not in get_args(Aggregate):
         raise UsageError(f'shortrun: aggregate must be one of {", ".join(get_args(Aggregate))}; got "{aggregate}"')
     if smallest < 1:
         raise UsageError(f"shortrun: channels, n_chains, attack_chains and steps must be at least 1; got {smallest}")
-    if not (step_size > 0 and (sigma is None or sigma > 0)):  # also where one is NaN
+    if isinstance(sigma, str) and sigma != "auto":
+        raise UsageError(f'shortrun: sigma must be a number or "auto"; got "{sigma}"')
+    if not (step_size > 0 and (sigma is None or isinstance(sigma, str) or sigma > 0)):  # also where one is NaN
         raise UsageError(f"shortrun: sigma and step_size must be positive; got {sigma} and {step_size}")
 
 

@@ -1,0 +1,326 @@
+"""Short Run learns: its chain's weight gradients are autograd's, its recipe does what it says and takes no more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from robench import UsageError, load_data
+from robench.data import Dataset, digest_data
+from robench.defenses.shortrun import ShortRun, auto_sigma
+from robench.defenses.shortrun import model as model_module
+from robench.defenses.shortrun.figures import reconstruct
+from robench.defenses.shortrun.train import ShortRunRecipe, make_recipe
+from robench.rng import seeded
+from robench.train import Recipe, Stage, TrainSettings, train
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny batches are quicker on one thread, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> ShortRun:
+    """An untrained model whose generator is steep enough for the image to matter to the code."""
+    with seeded("learning weights"):
+        model = ShortRun(**{"sigma": 0.4, "steps": 6, **options})
+    with torch.no_grad():
+        for parameter in model.generator.parameters():
+            parameter.mul_(1.5)
+    return model.to(dtype)
+
+
+def draw_images(n: int, channels: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    with seeded("learning images"):
+        return torch.rand(n, channels, 28, 28, dtype=dtype)
+
+
+def gradients(model: ShortRun, x: Tensor, *, last_step_only: bool = False) -> list[Tensor]:
+    """Of a fixed weighting of the code, in the images and all that stage 3 learns."""
+    leaf = x.clone().requires_grad_()
+    with seeded("learning noise"):
+        codes = model.infer_differentiably(leaf, last_step_only=last_step_only)
+    weights = torch.linspace(-1, 1, codes.numel(), dtype=x.dtype).view_as(codes)
+    return list(torch.autograd.grad((codes * weights).sum(), [leaf, model.log_sigma, *model.generator.parameters()]))
+
+
+# the gradient in the weights
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("preset", ["repaired", "paper_literal"])
+@pytest.mark.parametrize("last_step_only", [False, True])
+def test_weight_gradients_are_those_of_autograd(
+    channels: int, preset: str, last_step_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = make_model(channels=channels, preset=preset), draw_images(2, channels)
+    by_hand = gradients(model, x, last_step_only=last_step_only)
+    monkeypatch.setattr(model_module, "can_sweep", lambda _generator: False)
+    by_autograd = gradients(model, x, last_step_only=last_step_only)
+    names = ["x", "log_sigma", *dict(model.generator.named_parameters())]
+    for name, came, expected in zip(names, by_hand, by_autograd, strict=True):
+        assert expected.norm().item() > 1e-6, name
+        torch.testing.assert_close(came, expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_weight_gradient_equals_finite_differences() -> None:
+    """Independent of autograd: central differences of the chain's end in one weight of each layer and in log_sigma."""
+    model, x = make_model(), draw_images(2)
+    found = gradients(model, x)[1:]
+    parameters = [model.log_sigma, *model.generator.parameters()]
+
+    def value() -> float:
+        with seeded("learning noise"), torch.no_grad():
+            codes = model.infer(x)
+        return (codes * torch.linspace(-1, 1, codes.numel(), dtype=x.dtype).view_as(codes)).sum().item()
+
+    for parameter, gradient in zip(parameters, found, strict=True):
+        place = int(gradient.abs().argmax())
+        where = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), parameter.shape))
+        step, before = 1e-5, parameter.data[where].item()
+        ends = []
+        for sign in (1, -1):
+            parameter.data[where] = before + sign * step
+            ends.append(value())
+        parameter.data[where] = before
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(gradient.reshape(-1)[place].item(), rel=1e-5)
+
+
+def test_bfloat16_sweeps_barely_move_the_gradient() -> None:
+    model, x = make_model(torch.float32, steps=20), draw_images(4, dtype=torch.float32)
+    exact = gradients(model, x)
+    model.sweep_dtype = torch.bfloat16
+    rough = gradients(model, x)
+    for came, expected in zip(rough, exact, strict=True):
+        assert came.dtype == expected.dtype == torch.float32
+        error = ((came - expected).norm() / expected.norm()).item()
+        assert 0 < error < 0.05
+
+
+def test_only_training_sweeps_in_bfloat16() -> None:
+    model, x = make_model(torch.float32), draw_images(2, dtype=torch.float32)
+    seen: list[torch.dtype | None] = []
+    infer = model.infer
+
+    def note(rows: Tensor) -> Tensor:
+        seen.append(model.sweep_dtype)
+        return infer(rows)
+
+    model.infer = note  # type: ignore[method-assign]
+    recipe = make_recipe(model, None)
+    recipe.reconstruction_loss(x, torch.tensor([0, 1]))
+    recipe.label_loss(x, torch.tensor([0, 1]))
+    recipe.measure(x, torch.tensor([0, 1]))
+    assert seen == [torch.bfloat16] * 2 + [None] * 10
+
+
+# the recipe
+
+
+def test_stage_3_adds_the_misfit_of_the_same_code() -> None:
+    """L_dis + w |x - g(z)|^2 / (2 sigma^2 D), by hand from the code that the seed gives."""
+    model, x, y = make_model(torch.float32), draw_images(3, dtype=torch.float32), torch.tensor([1, 2, 3])
+    with seeded("stage 3"):
+        plain = make_recipe(model, "thesis(reconstruction=0)").unrolled_loss(x, y).item()
+    with seeded("stage 3"):
+        held = make_recipe(model, "thesis(reconstruction=4)").unrolled_loss(x, y).item()
+    model.sweep_dtype = torch.bfloat16
+    with seeded("stage 3"), torch.no_grad():
+        codes = model.infer(x)
+        expected = torch.nn.functional.cross_entropy(model.classifier(codes), y).item()
+        misfit = (model.generate(codes) - (2 * x - 1)).square().sum().item() / 3
+    assert plain == pytest.approx(expected, rel=1e-4)
+    assert held - plain == pytest.approx(4 * misfit / (2 * 0.4**2 * 784), rel=0.01)
+
+
+def test_options_of_the_recipe_are_in_its_stages_and_facts() -> None:
+    recipe = make_recipe(ShortRun(), "thesis(labelled=100, unlabelled=400, batch=16, reconstruction=2)")
+    assert {stage.name: stage.images for stage in recipe.stages()} == {
+        "generative": 400,
+        "discriminative": 100,
+        "bptt": 100,
+    }
+    assert {stage.batch_size for stage in recipe.stages()} == {16}
+    assert recipe.name == "thesis(labelled=100, unlabelled=400, batch=16, reconstruction=2)"
+    facts = recipe.facts()
+    assert (facts["labelled"], facts["unlabelled"], facts["reconstruction_weight"]) == (100, 400, 2)
+    assert make_recipe(ShortRun(), None).facts()["labelled"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("thesis(labels=10)", "takes reconstruction, labelled, unlabelled, batch"),
+        ("thesis(labelled=1.5)", "labelled takes a whole number; got 1.5"),
+        ("thesis(labelled=-1)", "at least 0"),
+        ("thesis(batch=0)", "batch at least 1"),
+        ("thesis(reconstruction=none)", "reconstruction takes a number"),
+        ("printed", 'one recipe, "thesis"; got "printed"'),
+    ],
+)
+def test_wrong_recipe_is_one_line(spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^shortrun.*{message}[^\n]*$"):
+        make_recipe(ShortRun(), spec)
+
+
+class Watched(Recipe):
+    """The recipe, cut to a few small batches, that notes which images each stage sees."""
+
+    name = "watched"
+
+    def __init__(self, inner: ShortRunRecipe, iterations: int) -> None:
+        self.inner, self.iterations = inner, iterations
+        self.seen: dict[str, list[tuple[float, int]]] = {}
+
+    def stages(self) -> list[Stage]:
+        found = []
+        for stage in self.inner.stages():
+
+            def loss(x: Tensor, y: Tensor, name: str = stage.name, stage: Stage = stage) -> Tensor:
+                marks = zip(x[:, 0, 0, 0].tolist(), y.tolist(), strict=True)
+                self.seen.setdefault(name, []).extend(marks)
+                return stage.loss(x, y)
+
+            found.append(
+                Stage(stage.name, self.iterations, loss, stage.parameters, 1e-3, batch_size=10, images=stage.images)
+            )
+        return found
+
+    def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        return {"images": float(len(x) + len(y))}
+
+
+def test_labelled_subset_is_stratified_and_no_other_image_is_seen_by_stages_2_and_3(tmp_path: Path) -> None:
+    """Each image carries its number in its corner; 40 of 120 are labelled, 80 seen at all."""
+    x, y = load_data("fashion_mnist", n=120)
+    x = x.clone()
+    x[:, 0, 0, 0] = torch.arange(120) / 120
+    data = Dataset("numbered", "train", x, y, torch.arange(120), tuple("0123456789"), digest_data(x, y))
+    model = make_model(torch.float32, steps=1)
+    recipe = Watched(make_recipe(model, "thesis(labelled=40, unlabelled=80)"), iterations=8)
+    train(model, recipe, data, tmp_path, TrainSettings(holdout=20))
+    marks = {name: set(seen) for name, seen in recipe.seen.items()}
+    assert len(marks["generative"]) == 80
+    assert len(marks["discriminative"]) == 40
+    assert marks["discriminative"] == marks["bptt"]
+    assert marks["discriminative"] < marks["generative"]
+    counts = torch.bincount(torch.tensor([label for _, label in marks["bptt"]]), minlength=10)
+    assert counts.tolist() == [4] * 10
+
+
+def test_more_labels_than_images_is_one_line(tmp_path: Path) -> None:
+    x, y = load_data("fashion_mnist", n=40)
+    data = Dataset("few", "train", x, y, torch.arange(40), tuple("0123456789"), digest_data(x, y))
+    model = make_model(torch.float32, steps=1)
+    recipe = Watched(make_recipe(model, "thesis(labelled=40)"), iterations=1)
+    with pytest.raises(UsageError, match=r"^stage discriminative takes 40 training images; there are 30$"):
+        train(model, recipe, data, tmp_path, TrainSettings(holdout=10))
+
+
+# sigma
+
+
+def test_sigma_is_fitted_where_it_is_auto() -> None:
+    x, _ = load_data("fashion_mnist", n=60)
+    fitted = auto_sigma(x)
+    for options, expected in [
+        ({}, fitted),
+        ({"sigma": "auto"}, fitted),
+        ({"sigma": 0.9}, 0.9),
+        ({"preset": "paper_literal"}, 6.4),
+        ({"preset": "paper_literal", "sigma": "auto"}, fitted),
+    ]:
+        model = ShortRun(**options)  # type: ignore[arg-type]
+        model.recipe().prepare(x)
+        assert model.log_sigma.exp().item() == pytest.approx(expected, rel=1e-6), options
+
+
+def test_sigma_of_another_word_is_one_line() -> None:
+    from robench.defenses.shortrun.model import _check_options
+
+    with pytest.raises(UsageError, match=r'^shortrun: sigma must be a number or "auto"; got "fit"$'):
+        _check_options("repaired", "vote", 1, sigma="fit", step_size=0.1)
+
+
+# figures
+
+
+def test_reconstruction_descends_to_the_image_that_a_code_makes() -> None:
+    """The image is g(z) of a known code, so gradient descent without prior and noise can reach it."""
+    model = make_model(torch.float32, sigma=0.1).freeze()
+    with seeded("known codes"):
+        x = (model.generate(torch.randn(3, 200)) + 1) / 2
+    misfits = []
+    for steps in (0, 20, 200):
+        with seeded("reconstruction"):
+            images = model.generate(reconstruct(model, x, steps))
+        misfits.append((images - (2 * x - 1)).square().sum().item())
+    assert misfits[2] < 0.5 * misfits[1] < 0.5 * misfits[0], misfits
+
+
+def test_one_step_of_reconstruction_is_gradient_descent() -> None:
+    """From z_0, one step of half the chain's data term along the gradient that autograd finds."""
+    model, x = make_model().freeze(), draw_images(2)
+    with seeded("one descent"):
+        z = torch.randn(2, 200, dtype=torch.float64).requires_grad_()
+    misfit = (model.generate(z) - (2 * x - 1)).square().sum()
+    (gradient,) = torch.autograd.grad(misfit, z)
+    with seeded("one descent"):
+        came = reconstruct(model, x, 1)
+    factor = model.step_size / (4 * model.log_sigma.exp().item() ** 2)
+    torch.testing.assert_close(came, z.detach() - factor * gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_pictures_are_rows_of_images() -> None:
+    model, x = make_model(torch.float32).freeze(), draw_images(2, dtype=torch.float32)
+    with seeded("pictures"):
+        rows = model.pictures(x)
+    assert list(rows) == ["original", "reconstruction", "chain", "sample"]
+    assert torch.equal(rows["original"], x)
+    for row in rows.values():
+        assert row.shape == x.shape
+        assert bool((row >= 0).all() and (row <= 1).all())
+
+
+def test_diagnostics_are_those_of_a_known_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that always makes one grey: its R2 and MSE follow from the images alone; codes are noise, ICC 0."""
+    model = make_model(torch.float32, steps=1).freeze()
+    x, y = load_data("fashion_mnist", n=40)
+    monkeypatch.setattr(model, "generate", lambda z: torch.zeros(len(z), 1, 28, 28))
+    monkeypatch.setattr(model, "infer", lambda rows: torch.randn(len(rows), 200))
+    with seeded("diagnostics"):
+        figures = model.diagnostics(x, y)
+    target = 2 * x - 1
+    summed = target.square().flatten(1).sum(1).mean().item()
+    spread = (target - target.mean(0)).square().flatten(1).sum(1).mean().item()
+    assert figures["descent_mse_summed"] == pytest.approx(summed, abs=1e-3)
+    assert figures["descent_mse_per_pixel"] == pytest.approx(summed / 784, abs=1e-5)
+    assert figures["descent_r2"] == pytest.approx(1 - summed / spread, abs=1e-3)
+    assert figures["reconstruction_r2"] == pytest.approx(1 - summed / spread, abs=1e-3)
+    assert abs(figures["chain_icc"]) < 0.05
+    names = {"accuracy_1_chain", *(f"accuracy_10_chains{end}" for end in ("", "_mean_z", "_vote"))}
+    assert names < set(figures)
+    assert all(math.isfinite(value) for value in figures.values())
+
+
+# devices
+
+
+def test_batch_of_a_gpu_is_larger_than_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ShortRun()
+    assert model.batch_rows == 64
+    with torch.device("meta"):
+        monkeypatch.setattr(model, "log_sigma", torch.nn.Parameter(torch.zeros(())))
+    assert model.batch_rows > 1000
+    model.batch_rows = 5
+    assert model.batch_rows == 5
