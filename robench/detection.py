@@ -55,14 +55,14 @@ class ReliabilityBin(NamedTuple):
     Attributes:
         low: lower end of the bin's confidences, not part of it.
         high: upper end, part of it.
-        count: images in it.
+        images: how many are in it.
         confidence: their mean confidence; 0 where there are none.
         accuracy: the share that is right; 0 where there are none.
     """
 
     low: float
     high: float
-    count: int
+    images: int
     confidence: float
     accuracy: float
 
@@ -139,4 +139,4 @@ def _bin(confidence: npt.NDArray[np.float64], right: npt.NDArray[np.float64], bi
 
 def _error(confidence: npt.NDArray[np.float64], right: npt.NDArray[np.float64], bins: int) -> float:
     table = _bin(confidence, right, bins)
-    return sum(row.count * abs(row.confidence - row.accuracy) for row in table) / len(right)
+    return sum(row.images * abs(row.confidence - row.accuracy) for row in table) / len(right)

@@ -82,7 +82,7 @@ def test_calibration_by_hand() -> None:
     """Bins of a fifth: (0.8, 1] has confidence 0.9 and accuracy 1/2, (0.6, 0.8] confidence 0.7 and accuracy 1."""
     probabilities, y = two_classes([0.95, 0.85, 0.7]), torch.tensor([0, 1, 0])
     table = reliability_table(probabilities, y, bins=5)
-    assert [row.count for row in table] == [0, 0, 0, 1, 2]
+    assert [row.images for row in table] == [0, 0, 0, 1, 2]
     assert [(row.low, row.high) for row in table] == [(i / 5, (i + 1) / 5) for i in range(5)]
     assert [row.confidence for row in table] == pytest.approx([0, 0, 0, 0.7, 0.9])
     assert [row.accuracy for row in table] == [0, 0, 0, 1, 0.5]
@@ -96,7 +96,7 @@ def test_one_bin_is_confidence_less_accuracy() -> None:
 
 def test_confidence_of_one_is_in_the_last_bin() -> None:
     table = reliability_table(two_classes([1.0, 1.0]), torch.tensor([0, 0]))
-    assert [row.count for row in table] == [0] * 14 + [2]
+    assert [row.images for row in table] == [0] * 14 + [2]
     assert expected_calibration_error(two_classes([1.0, 1.0]), torch.tensor([0, 0])) == 0
     assert expected_calibration_error(two_classes([1.0, 1.0]), torch.tensor([1, 1])) == 1
 

@@ -166,7 +166,7 @@ def test_chains_are_copies_of_one_image_and_their_logits_are_averaged() -> None:
     model, x = make_model(refine_steps=2, n_chains=3), draw_images(2)
     seen: list[Tensor] = []
     classify = model.classify
-    model.classify = lambda at: seen.append(classify(at)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    model.classify = lambda x: seen.append(classify(x)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
     with seeded("chains"):
         came = model(x)
     logits = seen[-1].unflatten(0, (3, 2))

@@ -325,7 +325,7 @@ def test_training_that_never_recovers_stops_with_the_reason(
     recipe = Short("informative", (20, 90), check_every=10)
     recipe.cured, recipe.rate = False, 3e-3
     monkeypatch.setattr(jem_train, "LARGEST_GAP", 3.0)
-    recipe.roll_back = lambda _stage: None  # type: ignore[method-assign]
+    recipe.roll_back = lambda stage: None  # type: ignore[method-assign]
     with pytest.raises(DataError, match=r'^training diverged in stage "joint" .*after 5 roll-backs'):
         train(recipe.defense, recipe, images, tmp_path, SETTINGS)
 

@@ -70,6 +70,9 @@ class JEM(Defense):
     batch_rows = 256
     first_look = {"n": 64, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
     detection_scores = ("log_px", "max_py", "grad_norm")
+    start_mean: Tensor
+    start_factors: Tensor
+    start_spread: Tensor
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the released attack script
         self,

@@ -1,0 +1,141 @@
+"""JEM's published figures as cells: as the slides print them, each with a way to be measured, and the measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from robench import UsageError, load_data
+from robench.attack import Attack
+from robench.defense import Defense
+from robench.defenses.jem import JEM, paper
+from robench.detection import auroc, expected_calibration_error
+from robench.registry import load_attack, parse_spec
+from robench.reproduce import Cell, Context, load_tables
+from robench.rng import seeded
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(n=60, seed=0, device="cpu", data_dir=None, folder=tmp_path)
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> JEM:
+    """What `load_defense` gives in the measurements; its scores differ from image to image."""
+    with seeded("paper"):
+        model = JEM(width=4).freeze()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+
+    def load(name: str, dataset: str) -> Defense:
+        del name, dataset
+        return model
+
+    monkeypatch.setattr(paper, "load_defense", load)
+    return model
+
+
+def cells_of(table: str) -> list[Cell]:
+    return [cell for cell in load_tables("jem") if cell.table == table]
+
+
+def test_published_detection_figures_are_those_of_the_slides() -> None:
+    columns = ["svhn", "interpolation", "CIFAR-100", "CelebA"]
+    published = {
+        "log p(x)": [0.67, 0.65, 0.67, 0.75],
+        "max p(y|x)": [0.89, 0.75, 0.87, 0.79],
+        "-|d log p(x) / dx|": [0.83, 0.78, 0.82, 0.79],
+    }
+    found = {(cell.row, cell.column): cell for cell in cells_of(paper.DETECTION)}
+    for row, figures in published.items():
+        for column, figure in zip(columns, figures, strict=True):
+            cell = found[row, f"cifar10 against {column}"]
+            assert cell.published == figure
+            assert cell.published_on.startswith(f"cifar10 against {column}")
+    ours = [cell for cell in found.values() if cell.published is None]
+    assert len(ours) == len(published) * len(paper.OURS_AGAINST)
+    assert {cell.column for cell in ours} >= {"fashion_mnist against mnist", "mnist against fashion_mnist"}
+
+
+def test_published_accuracies_are_those_of_the_slides() -> None:
+    found = {cell.dataset: cell.published for cell in cells_of(paper.CLEAN)}
+    assert found == {"cifar10": 92.9, "svhn": 96.7, "fashion_mnist": None, "mnist": None}
+
+
+def test_curves_have_every_refinement_under_each_kind_of_attack() -> None:
+    cells = cells_of(paper.CURVES)
+    assert all(cell.published is None for cell in cells)
+    for data in ("fashion_mnist", "mnist", "cifar10"):
+        for defense in ("jem", "jem(refine_steps=1)", "jem(refine_steps=10)"):
+            own = [cell for cell in cells if (cell.dataset, cell.defense) == (data, defense)]
+            names = {(cell.norm, parse_spec(cell.attack.partition("@")[0])[0]) for cell in own}
+            wanted = {("linf", "pgd"), ("l2", "pgd"), ("linf", "hopskipjump"), ("l2", "boundary"), ("l0", "pointwise")}
+            assert names == wanted
+            assert any(cell.attack.endswith("@bpda") for cell in own) == (defense != "jem")
+
+
+def test_cells_name_defenses_and_attacks_that_exist() -> None:
+    for cell in load_tables("jem"):
+        if cell.defense:
+            name, options = parse_spec(cell.defense)
+            assert name == "jem"
+            model = JEM(**options)
+        if cell.attack:
+            spec, _, mode = cell.attack.partition("@")
+            attack = load_attack(spec)
+            assert isinstance(attack, Attack)
+            assert cell.norm in attack.norms
+            assert not mode or mode in model.gradient_modes
+
+
+def test_outliers_between_two_images(context: Context) -> None:
+    """Each is the mean of two different test images, and every image is part of two of them."""
+    own, _ = load_data("fashion_mnist", "test", 60, 0)
+    found = paper.make_outliers("interpolation", "fashion_mnist", context)
+    assert torch.equal(found, paper.make_outliers("interpolation", "fashion_mnist", context))
+    torch.testing.assert_close(found.sum(0), own.sum(0))
+    partners = [
+        [(2 * row - one - other).abs().max().item() < 1e-5 for other in own] for row in found[:3] for one in own
+    ]
+    assert torch.tensor(partners).unflatten(0, (3, 60)).sum((1, 2)).tolist() == [2, 2, 2]
+
+
+@pytest.mark.data
+def test_grey_outliers_take_the_shape_of_images_in_colour(context: Context) -> None:
+    found = paper.make_outliers("mnist", "cifar10", context)
+    digits, _ = load_data("mnist", "test", 60, 0)
+    assert found.shape == (60, 3, 32, 32)
+    assert torch.equal(found[:, 1, 2:30, 2:30], digits[:, 0])
+    assert found[:, :, :2].abs().sum().item() == 0
+
+
+@pytest.mark.parametrize("kind", list(paper.SCORES))
+def test_auroc_is_that_of_the_scores(kind: str, context: Context, untrained: JEM) -> None:
+    own, _ = load_data("fashion_mnist", "test", 60, 0)
+    between = paper.make_outliers("interpolation", "fashion_mnist", context)
+    expected = auroc(untrained.detection_score(own, kind), untrained.detection_score(between, kind))
+    found = paper.measure_auroc("fashion_mnist", "interpolation", kind)(context)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx(
+        (expected.value, expected.low, expected.high, 60), abs=1e-3
+    )
+    assert found.value != 0.5
+
+
+def test_calibration_is_that_of_the_answers_in_percent(context: Context, untrained: JEM) -> None:
+    x, y = load_data("fashion_mnist", "test", 60, 0)
+    expected = 100 * expected_calibration_error(untrained(x).softmax(1), y)
+    found = paper.measure_calibration("jem", "fashion_mnist")(context)
+    assert found.value == pytest.approx(expected, abs=1e-3)
+    assert found.low <= found.value <= found.high
+    assert found.n == 60
+
+
+def test_data_that_are_not_at_hand_are_named(context: Context) -> None:
+    (cell,) = [cell for cell in cells_of(paper.DETECTION) if cell.row == "log p(x)" and "CelebA" in cell.column]
+    assert cell.measure is not None
+    with pytest.raises(UsageError, match=r"^not measured: CelebA is none of the datasets that robench reads by name$"):
+        cell.measure(context)
