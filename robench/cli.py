@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -187,13 +188,14 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     scale: Annotated[float, typer.Option(help="Multiplies the iterations; 0.01 is a smoke test.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log losses and figures into --out.")] = False,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Train a defense and write its weights with a model card."""
     from robench.command import TrainRequest, train_command
 
-    request = TrainRequest(defense, dataset, recipe, out, seed, scale, device, resume, data_dir)
+    request = TrainRequest(defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard)
     path, card = train_command(request)
     if as_json:
         _print_json({"weights": str(path), "card": card})
@@ -204,6 +206,76 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
         f"{100 * test['clean_high']:.1f}] on {test['images']} test images\nweights {path}\n"
         f"next: robench run --defense {defense} --dataset {dataset} --weights {path} --attack pgd\n"
     )
+
+
+@app.command()
+def reproduce(  # noqa: PLR0913 - each parameter is an option of the command line
+    name: Annotated[str, typer.Argument(help="A defense whose paper has tables: shortrun, fortified, jem.")],
+    table: Annotated[str | None, typer.Option(help="Only tables whose name holds this; several: 2.1,2.5.")] = None,
+    n: Annotated[
+        int | None, typer.Option(help="Images behind each figure; default 128, fewer where it is slow.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Also measured in each cell's threat model; none for none.")
+    ] = "standard",
+    seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; what is finished there is not repeated.")
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the tables of a defense's paper again, cell by cell, and print them beside the paper's."""
+    from robench.report.reproduced import print_outcomes, write_csv
+    from robench.reproduce import ReproduceRequest, reproduce_all
+
+    request = ReproduceRequest(
+        name,
+        out or Path("runs") / f"reproduce-{name}",
+        tables=tuple(table.split(",")) if table else (),
+        n=n,
+        protocol="" if protocol == "none" else protocol,
+        seed=seed,
+        device=device,
+        data_dir=data_dir,
+    )
+    outcomes = reproduce_all(request)
+    write_csv(outcomes, request.folder / "tables.csv")
+    if as_json:
+        _print_json({"cells": [outcome.to_json() for outcome in outcomes], "folder": str(request.folder)})
+    else:
+        print_outcomes(outcomes, request.protocol)
+        sys.stdout.write(f"{request.folder / 'tables.csv'}\n")
+    if any(outcome.ours is None for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(  # noqa: PLR0913 - each parameter is an option of the command line
+    defense: Annotated[str, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")],
+    dataset: Annotated[str, typer.Option(help="Dataset name, hf:org/name, or a Parquet file.")] = "fashion_mnist",
+    against: Annotated[
+        str | None, typer.Option(help="Another dataset, to be told from the first by its scores.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Images behind the figures.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Draw how a defense sees images, how well its confidence is calibrated, and what its detection scores tell."""
+    from robench.report.exhibit import print_exhibit
+    from robench.show import ShowRequest, show_defense
+
+    folder = out or Path("runs") / f"show-{re.sub(r'[^A-Za-z0-9]+', '-', defense).strip('-')}-{dataset}"
+    exhibit = show_defense(ShowRequest(defense, dataset, folder, against, n, seed, device, weights, data_dir))
+    if as_json:
+        _print_json(exhibit.to_json())
+    else:
+        print_exhibit(exhibit)
 
 
 @app.command()

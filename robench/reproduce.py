@@ -1,0 +1,318 @@
+"""`robench reproduce`: the tables of a defense's paper, cell by cell, beside what robench measures.
+
+A defense brings the cells as `TABLES` in the module `paper` of its package. Accuracies are measured on the main path
+(`evaluate`), at the paper's own attack and then under a protocol; anything else by a function of the cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robench.data import load_dataset
+from robench.defense import Defense
+from robench.errors import Interrupted, UsageError
+from robench.evaluate import evaluate
+from robench.lineup import plan_attacks
+from robench.protocol import get_protocol
+from robench.registry import load_defense, resolve
+from robench.result import Estimate, Evaluation
+from robench.settings import Settings
+from robench.threat import ThreatModel
+
+DEFAULT_N = 128
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured, with its 95 % interval, in the unit of the cell (percent for accuracies).
+
+    Attributes:
+        value: the figure.
+        low: lower end of the interval.
+        high: upper end.
+        n: images behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        digits = 1 if abs(self.value) >= 10 else 2 if abs(self.value) >= 1 else 3
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a cell's own measurement may use.
+
+    Attributes:
+        n: images, at most.
+        seed: seeds the draw of images and all randomness.
+        device: `cpu` or `cuda`.
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        folder: a folder of its own for what the measurement keeps.
+    """
+
+    n: int
+    seed: int
+    device: str
+    data_dir: Path | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a paper and how it is measured again.
+
+    Attributes:
+        table: as the paper calls it: `table 2.5`.
+        row: the row's heading.
+        column: the column's heading.
+        published: the paper's figure, accuracies in percent; None where it shows a curve or nothing.
+        published_on: the data of the paper.
+        dataset: the data that is used here.
+        defense: a defense as on the command line.
+        attack: an attack as on the command line; "" is clean accuracy.
+        norm: of the threat model.
+        eps: its bound, images in [0, 1].
+        measure: measures a figure that is no accuracy; defense and attack are not used then.
+        note: what differs from the paper.
+    """
+
+    table: str
+    row: str
+    column: str
+    published: float | None
+    published_on: str
+    dataset: str
+    defense: str = ""
+    attack: str = ""
+    norm: str = "linf"
+    eps: float = 0.0
+    measure: Callable[[Context], Figure] | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks that the cell can be measured in one way.
+
+        Raises:
+            UsageError: neither a defense nor a function, or both; an attack without a bound.
+        """
+        if bool(self.defense) == (self.measure is not None):
+            raise UsageError(
+                f"{self.table}, {self.row}, {self.column}: give either a defense or a function that measures"
+            )
+        if self.attack and not self.eps > 0:
+            raise UsageError(f"{self.table}, {self.row}, {self.column}: an attack needs an eps above 0")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell with what was measured.
+
+    Attributes:
+        cell: what was asked.
+        ours: the paper's own measurement, made here; None where it could not be.
+        standard: worst-case accuracy under the protocol in the cell's threat model; None where there is none.
+        problem: why `ours` is missing.
+    """
+
+    cell: Cell
+    ours: Figure | None
+    standard: Figure | None = None
+    problem: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        if self.ours is None or self.cell.published is None:
+            return None
+        return self.ours.value - self.cell.published
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        cell = self.cell
+        return {
+            "table": cell.table,
+            "row": cell.row,
+            "column": cell.column,
+            "published": cell.published,
+            "published_on": cell.published_on,
+            "measured_on": cell.dataset,
+            "ours": vars(self.ours) if self.ours else None,
+            "difference": self.difference,
+            "standard": vars(self.standard) if self.standard else None,
+            "problem": self.problem,
+            "note": cell.note,
+        }
+
+
+@dataclass(frozen=True)
+class ReproduceRequest:
+    """What to reproduce and at what cost.
+
+    Attributes:
+        name: the defense whose paper it is.
+        folder: where runs are kept; a second call takes up what is there.
+        tables: only tables whose name holds one of these texts; () for all.
+        n: images of each figure; None: 128, or the defense's first look where it is slow.
+        protocol: measured besides the paper's attack; "" for none.
+        seed: seeds everything.
+        device: `auto`, `cpu` or `cuda`.
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
+    """
+
+    name: str
+    folder: Path
+    tables: tuple[str, ...] = ()
+    n: int | None = None
+    protocol: str = "standard"
+    seed: int = 0
+    device: str = "auto"
+    data_dir: Path | None = None
+
+
+@dataclass
+class _Runs:
+    """The evaluations of one call, each done once."""
+
+    request: ReproduceRequest
+    defenses: dict[tuple[str, str], Defense] = field(default_factory=dict)
+
+    def clean(self, cell: Cell) -> Figure:
+        """Clean accuracy; the attack with bound 0 is a formality."""
+        result = self._run(cell, "fgsm", 0.0)
+        return _figure(result, result.clean_accuracy)
+
+    def attacked(self, cell: Cell, attacks: Sequence[str]) -> Figure:
+        """Accuracy under the cell's attack, measured in one run with the others of its threat model."""
+        result = self._run(cell, ",".join(attacks), cell.eps)
+        entries, _ = plan_attacks(cell.attack, self._defense(cell), cell.norm, cell.dataset)
+        return _figure(result, result.per_attack[entries[0].key])
+
+    def protocol(self, cell: Cell) -> Figure:
+        """Worst-case accuracy under the protocol."""
+        result = self._run(cell, get_protocol(self.request.protocol).name, cell.eps)
+        return _figure(result, result.robust_accuracy)
+
+    def _defense(self, cell: Cell) -> Defense:
+        key = (cell.defense, cell.dataset)
+        if key not in self.defenses:
+            self.defenses[key] = load_defense(cell.defense, cell.dataset)
+        return self.defenses[key]
+
+    def _run(self, cell: Cell, attacks: str, eps: float) -> Evaluation:
+        request = self.request
+        defense = self._defense(cell)
+        first_look = dict(defense.first_look)
+        n = request.n or first_look.pop("n", DEFAULT_N)
+        said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps:g} {n} {request.seed} {first_look}"
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}").strip("-")[:60]
+        folder = request.folder / f"{plain}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+        settings = {"eot": first_look.get("eot"), "judge_repeats": first_look.get("judge_repeats")}
+        return evaluate(
+            defense,
+            attacks,
+            ThreatModel(cell.norm, eps),
+            cell.dataset,
+            n=n,
+            seed=request.seed,
+            device=request.device,
+            out=folder,
+            resume=folder.exists(),
+            progress=True,
+            data_dir=request.data_dir,
+            defense_spec=cell.defense,
+            **{name: value for name, value in settings.items() if request.n is None and value is not None},
+        )
+
+
+def _figure(result: Evaluation, estimate: Estimate | None) -> Figure:
+    if estimate is None:
+        raise UsageError(f"an attack failed; see {result.folder}")
+    return Figure(100 * estimate.value, 100 * estimate.low, 100 * estimate.high, result.spec.n)
+
+
+def load_tables(name: str) -> list[Cell]:
+    """The cells of a defense's paper.
+
+    Raises:
+        UsageError: there is no such defense, or it brings no tables.
+    """
+    module = f"{resolve('defense', name).__module__.rpartition('.')[0]}.paper"
+    try:
+        tables: list[Cell] = importlib.import_module(module).TABLES
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UsageError(f'defense "{name}" brings no tables of a paper') from None
+    return tables
+
+
+def reproduce(request: ReproduceRequest) -> Iterable[Outcome]:
+    """Measures the cells of a paper's tables, in their order; yields each as it is done.
+
+    A cell that cannot be measured (weights or data that are not at hand) is yielded with its reason.
+
+    Raises:
+        UsageError: unknown defense, no tables, or none of the names asked for.
+    """
+    cells = [cell for cell in load_tables(request.name) if _is_wanted(cell, request.tables)]
+    if not cells:
+        known = ", ".join(dict.fromkeys(cell.table for cell in load_tables(request.name)))
+        raise UsageError(f"no table is called {', '.join(request.tables)}; there are: {known}")
+    runs = _Runs(request)
+    for cell in cells:
+        try:
+            yield _measure(cell, cells, runs)
+        except UsageError as error:
+            yield Outcome(cell, None, problem=str(error))
+
+
+def reproduce_all(request: ReproduceRequest) -> list[Outcome]:
+    """As `reproduce`, for the command line.
+
+    Raises:
+        UsageError: as `reproduce`, or the folder cannot be made.
+        Interrupted: the message says how to go on.
+    """
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {request.folder}: {error.strerror}. Choose another --out") from None
+    try:
+        return list(reproduce(request))
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on where this one stopped") from None
+
+
+def _is_wanted(cell: Cell, tables: Sequence[str]) -> bool:
+    return not tables or any(text in cell.table for text in tables)
+
+
+def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
+    request = runs.request
+    if cell.measure is not None:
+        device = Settings(device=request.device).resolve_device()
+        return Outcome(
+            cell, cell.measure(Context(request.n or DEFAULT_N, request.seed, device, request.data_dir, request.folder))
+        )
+    load_dataset(cell.dataset, "test", 1, 0, request.data_dir)
+    if not cell.attack:
+        return Outcome(cell, runs.clean(cell))
+    alike = (cell.defense, cell.dataset, cell.norm, cell.eps)
+    attacks = [
+        other.attack
+        for other in cells
+        if (other.defense, other.dataset, other.norm, other.eps) == alike and other.attack
+    ]
+    ours = runs.attacked(cell, list(dict.fromkeys(attacks)))
+    return Outcome(cell, ours, runs.protocol(cell) if request.protocol else None)

@@ -1,0 +1,157 @@
+"""`robench reproduce`: a paper's cells beside ours, from runs that are done once; what cannot be measured says why."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_toys
+import pytest
+
+from robench import UsageError, reproduce
+from robench.cli import main
+from robench.evaluate import evaluate
+from robench.registry import load_defense
+from robench.reproduce import Cell, Context, Figure, ReproduceRequest, load_tables
+from robench.threat import ThreatModel
+
+TOY = f"{engine_toys.__file__}:Prototypes"
+EPS = 0.05
+
+
+def ten(context: Context) -> Figure:
+    """A figure that is no accuracy."""
+    assert context.folder.is_dir()
+    return Figure(10.0, 9.0, 11.0, context.n)
+
+
+def cell(column: str, published: float | None = None, **more: Any) -> Cell:
+    return Cell("table 1", "Prototypes", column, published, "Other data", "fashion_mnist", **{"defense": TOY, **more})
+
+
+CELLS = [
+    cell("clean", 50.0),
+    cell("FGSM", 40.0, attack="fgsm", eps=EPS),
+    cell("PGD", attack="pgd(steps=5)", eps=EPS),
+    Cell("figure 2", "ratio", "hidden", 9.5, "Other data", "fashion_mnist", measure=ten, note="measured otherwise"),
+]
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: CELLS)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["robench", "reproduce", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def request(folder: Path, **more: Any) -> ReproduceRequest:
+    return ReproduceRequest("toy", folder, **{"n": 40, "protocol": "quick", **more})
+
+
+def test_figures_are_those_of_evaluate(tmp_path: Path) -> None:
+    clean, fgsm, pgd, ratio = reproduce.reproduce_all(request(tmp_path))
+    defense = load_defense(TOY)
+    expected = evaluate(defense, "fgsm,pgd(steps=5)", ThreatModel("linf", EPS), "fashion_mnist", n=40)
+    by_protocol = evaluate(defense, "quick", ThreatModel("linf", EPS), "fashion_mnist", n=40)
+    assert clean.ours is not None
+    assert clean.ours.value == pytest.approx(100 * expected.clean_accuracy.value)
+    assert clean.difference == pytest.approx(clean.ours.value - 50)
+    assert clean.standard is None
+    for outcome, key in ((fgsm, "fgsm"), (pgd, "pgd(steps=5)")):
+        estimate = expected.per_attack[key]
+        assert estimate is not None
+        assert outcome.ours is not None
+        assert outcome.ours.n == 40
+        assert [outcome.ours.low, outcome.ours.value, outcome.ours.high] == pytest.approx(
+            [100 * estimate.low, 100 * estimate.value, 100 * estimate.high]
+        )
+        worst = by_protocol.robust_accuracy
+        assert worst is not None
+        assert outcome.standard is not None
+        assert outcome.standard.value == pytest.approx(100 * worst.value)
+    assert pgd.difference is None
+    assert ratio.difference == pytest.approx(0.5)
+
+
+def test_each_run_is_done_once_and_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+
+    def count(*args: Any, **settings: Any) -> Any:
+        calls.append(settings["resume"])
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(reproduce, "evaluate", count)
+    first = reproduce.reproduce_all(request(tmp_path))
+    assert calls.count(False) == 3  # clean; both attacks together; the protocol
+    calls.clear()
+    assert reproduce.reproduce_all(request(tmp_path)) == first
+    assert not calls.count(False)
+    reproduce.reproduce_all(request(tmp_path, seed=1))
+    assert calls.count(False) == 3
+
+
+def test_command_prints_tables_and_writes_csv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "toy", "--n", 20, "--protocol", "none", "--out", tmp_path / "runs") == 0
+    out = capsys.readouterr().out
+    for text in ("table 1", "figure 2", "FGSM", "10.0 [9.0, 11.0]", "+0.50", "not comparable", "measured otherwise"):
+        assert text in out
+    with (tmp_path / "runs" / "tables.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["column"] for row in rows] == ["clean", "FGSM", "PGD", "hidden"]
+    assert rows[3]["ours"] == "10.0"
+    assert rows[1]["standard"] == ""
+
+
+def test_json_and_the_choice_of_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "toy", "--table", "figure", "--json", "--out", tmp_path) == 0
+    (found,) = json.loads(capsys.readouterr().out)["cells"]
+    assert (found["table"], found["published"], found["ours"]["value"]) == ("figure 2", 9.5, 10.0)
+
+
+def test_a_cell_that_cannot_be_measured_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = Cell("table 1", "Absent", "clean", 50.0, "SVHN", "fashion_mnist", defense="no_such_defense")
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: [missing, CELLS[0]])
+    assert call(monkeypatch, "toy", "--n", 20, "--out", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "not measured" in out
+    assert "no_such_defense" in out
+    assert "Prototypes" in out
+
+
+def test_wrong_names_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "toy", "--table", "9.9", "--out", tmp_path) == 2
+    assert "there are: table 1, figure 2" in capsys.readouterr().err
+    monkeypatch.setattr(reproduce, "load_tables", load_tables)
+    assert call(monkeypatch, "convnet", "--out", tmp_path) == 2
+    assert 'defense "convnet" brings no tables' in capsys.readouterr().err
+    assert call(monkeypatch, "convnit", "--out", tmp_path) == 2
+    assert "convnet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"measure": ten}, "either a defense or a function"),
+        ({"defense": ""}, "either a defense or a function"),
+        ({"attack": "pgd"}, "needs an eps"),
+    ],
+)
+def test_a_cell_is_measured_in_one_way(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        cell("wrong", **more)
