@@ -1,0 +1,6 @@
+"""Fortified Networks: denoising autoencoders on hidden layers, after adversarial training (arXiv 1804.02485)."""
+
+from .fortify import FortifiedModule, Trace, fortify, reconstruction_losses
+from .model import Fortified, make_cnn
+
+__all__ = ["Fortified", "FortifiedModule", "Trace", "fortify", "make_cnn", "reconstruction_losses"]

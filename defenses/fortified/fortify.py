@@ -1,0 +1,200 @@
+"""`fortify`: denoising autoencoders after chosen layers of any torch module, and the losses that train them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robench.errors import UsageError
+from robench.types import PerExample
+
+from .dae import Activation, ConvDAE, DenseDAE
+
+
+@dataclass
+class Trace:
+    """One pass through a fortified module.
+
+    Attributes:
+        output: what the module returned.
+        hidden: what each fortified layer put out, in the order in which they ran.
+        decoded: what its autoencoder made of that, and what went on downstream.
+    """
+
+    output: Any = None
+    hidden: list[Tensor] = field(default_factory=list)
+    decoded: list[Tensor] = field(default_factory=list)
+
+    def error(self) -> PerExample:
+        """The squared error of reconstruction of each example, summed over features and layers."""
+        gaps = [upcast(d) - upcast(h) for d, h in zip(self.decoded, self.hidden, strict=True)]
+        return torch.stack([gap.square().flatten(1).sum(1) for gap in gaps]).sum(0)
+
+
+class FortifiedModule(nn.Module):
+    """A module whose chosen layers each pass through an autoencoder; made by `fortify`.
+
+    Layer k's output h is replaced by D(E(h + n)) for all that follows (Lamb et al. 2018, arXiv 1804.02485, section 3).
+    The module itself keeps its names, weights and code: the autoencoders are hooked in for the time of a pass.
+
+    Attributes:
+        module: the module, as given.
+        layers: names of the fortified layers.
+        daes: their autoencoders, in that order.
+        noise_scale: multiplies the noise of all of them; 0 draws none.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[str], daes: Sequence[nn.Module]) -> None:
+        """Keeps module and autoencoders; see `fortify`."""
+        super().__init__()
+        self.module = module
+        self.layers = tuple(layers)
+        self.daes = nn.ModuleList(daes)
+        self.noise_scale = 1.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module with its layers fortified."""
+        return self.trace(*args, **kwargs).output
+
+    def trace(self, *args: Any, **kwargs: Any) -> Trace:
+        """Calls the module with its layers fortified and returns what the losses need besides its output."""
+        trace = Trace()
+        with contextlib.ExitStack() as stack:
+            for layer, dae in zip(self.layers, self.daes, strict=True):
+
+                def fortify_output(
+                    layer: nn.Module, inputs: tuple[Any, ...], h: Tensor, dae: nn.Module = dae
+                ) -> Tensor:
+                    del layer, inputs
+                    decoded: Tensor = dae(h, self.noise_scale)
+                    trace.hidden.append(h)
+                    trace.decoded.append(decoded)
+                    return decoded
+
+                hook = self.module.get_submodule(layer).register_forward_hook(fortify_output)
+                stack.callback(hook.remove)
+            trace.output = self.module(*args, **kwargs)
+        return trace
+
+    @contextlib.contextmanager
+    def without_noise(self) -> Iterator[None]:
+        """A context in which the noise is 0, its mean."""
+        before, self.noise_scale = self.noise_scale, 0.0
+        try:
+            yield
+        finally:
+            self.noise_scale = before
+
+
+def fortify(
+    module: nn.Module,
+    layers: Sequence[str],
+    *,
+    input_shape: tuple[int, ...],
+    hidden: int = 256,
+    conv_hidden: int | None = None,
+    noise: float = 0.1,
+    activation: Activation = "leaky_relu",
+) -> FortifiedModule:
+    """Adds a denoising autoencoder after each of the named layers of any module.
+
+    A layer that puts out `b c h w` gets a 5x5 convolutional one, `b d` or `b t d` a dense one on the last axis. Nothing
+    else changes; with no layers the module computes what it did. Train the result with `reconstruction_losses`.
+
+    Args:
+        module: any torch module; one pass of zeros through it finds the sizes.
+        layers: names of submodules, as `module.named_modules()` has them.
+        input_shape: shape of one input, without the batch axis.
+        hidden: length of the code of a dense autoencoder.
+        conv_hidden: channels of the code of a convolutional one; None takes the layer's own number.
+        noise: standard deviation of the noise before each autoencoder, in training and at test.
+        activation: of both halves, `leaky_relu` (slope 0.2) or `relu`.
+
+    Raises:
+        UsageError: there is no such layer, it is named twice, it is not run, or puts out no tensor of 2 to 4 axes.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    for layer in layers:
+        if layer not in names:
+            near = difflib.get_close_matches(layer, names, 1)
+            hint = f' (did you mean "{near[0]}"?)' if near else ""
+            raise UsageError(f'fortify: the module has no layer "{layer}"{hint}; there are: {", ".join(names)}')
+    if len(set(layers)) < len(layers):
+        raise UsageError(f"fortify: each layer is named once; got {', '.join(layers)}")
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    shapes = _shapes(module, layers, torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
+    daes: list[nn.Module] = []
+    for layer in layers:
+        shape = shapes[layer]
+        if len(shape) == 4:
+            daes.append(ConvDAE(shape[1], conv_hidden or shape[1], noise, activation))
+        else:
+            daes.append(DenseDAE(shape[-1], hidden, noise, activation))
+        daes[-1].to(device=like.device, dtype=like.dtype)
+    return FortifiedModule(module, layers, daes)
+
+
+def _shapes(module: nn.Module, layers: Sequence[str], x: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shape of each layer's output; the module's mode is as before afterwards."""
+    found: dict[str, Any] = {}
+    modes = {part: part.training for part in module.modules()}
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+
+            def note(part: nn.Module, inputs: tuple[Any, ...], output: Any, layer: str = layer) -> None:
+                del part, inputs
+                found[layer] = output
+
+            stack.callback(module.get_submodule(layer).register_forward_hook(note).remove)
+        module.eval()
+        module(x)
+    for part, mode in modes.items():
+        part.training = mode
+    for layer in layers:
+        if layer not in found:
+            raise UsageError(f'fortify: layer "{layer}" is not run by a pass of the module. Choose another')
+        if not (isinstance(found[layer], Tensor) and 2 <= found[layer].ndim <= 4):
+            raise UsageError(f'fortify: layer "{layer}" must put out a tensor of 2 to 4 axes. Choose another')
+    return {layer: tuple(output.shape) for layer, output in found.items()}
+
+
+class Reconstruction(NamedTuple):
+    """The two losses of reconstruction, each summed over the fortified layers."""
+
+    rec: Float[Tensor, ""]
+    adv: Float[Tensor, ""]
+
+
+def reconstruction_losses(clean: Trace, adversarial: Trace | None, *, stop_gradient: bool = False) -> Reconstruction:
+    """L_rec and L_adv (arXiv 1804.02485, eqs. 4 and 5), as a mean over features and examples.
+
+    Per layer L_rec = |D(E(h + n)) - h|^2 and L_adv = |D(E(h~ + n)) - h|^2: both targets are the clean layer.
+    The paper writes a sum over features; the released code has the mean, to which its weights belong.
+
+    Args:
+        clean: the pass of the images themselves.
+        adversarial: the pass of the adversarial images, in the same order; None: L_adv is 0.
+        stop_gradient: hold the targets, so that the layers are not pulled towards what is easy to reconstruct.
+    """
+    targets = [upcast(h.detach() if stop_gradient else h) for h in clean.hidden]
+    zero = torch.zeros((), device=clean.output.device)
+
+    def error(trace: Trace) -> Tensor:
+        pairs = zip(trace.decoded, targets, strict=True)
+        return torch.stack([(upcast(decoded) - target).square().mean() for decoded, target in pairs]).sum()
+
+    if not targets:
+        return Reconstruction(zero, zero)
+    return Reconstruction(error(clean), zero if adversarial is None else error(adversarial))
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Half precision to float32; other dtypes as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

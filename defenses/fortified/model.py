@@ -1,0 +1,219 @@
+"""Fortified Networks as a defense: the released code's convolutional net with autoencoders on chosen layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+import torch
+from torch import nn
+
+from robench.defense import Defense
+from robench.errors import UsageError
+from robench.types import Images, Labels, Logits, PerExample
+
+from .dae import LEAK, Activation, check_dae
+from .fortify import fortify
+
+if TYPE_CHECKING:
+    from robench.train.recipe import Recipe
+
+TrainAttack = Literal["pgd", "fgsm"]
+
+LAYERS: Final = ("conv1", "conv2", "code")
+SMALLEST_SIDE: Final = 12
+
+
+def make_cnn(channels: int, num_classes: int = 10, side: int = 28, activation: Activation = "leaky_relu") -> nn.Module:
+    """The net `cnn` of the released code: three convolutions and a linear layer; 710,218 parameters at 1x28x28.
+
+    The third convolution takes in all that the second leaves (5x5 of 28x28 images, 6x6 of 32x32), so that the layer
+    `code` has 128 values for every image size.
+    """
+
+    def act() -> nn.Module:
+        return nn.LeakyReLU(LEAK) if activation == "leaky_relu" else nn.ReLU()
+
+    left = ((side - 2) // 2 + 1 - 6) // 2 + 1
+    blocks = OrderedDict[str, nn.Module](
+        conv1=nn.Sequential(nn.Conv2d(channels, 64, 8, stride=2, padding=3), act()),  # b c 28 28 -> b 64 14 14
+        conv2=nn.Sequential(nn.Conv2d(64, 128, 6, stride=2), act()),  # -> b 128 5 5
+        code=nn.Sequential(nn.Conv2d(128, 128, left), act(), nn.Flatten()),  # -> b 128
+        head=nn.Linear(128, num_classes),
+    )
+    return nn.Sequential(blocks)
+
+
+class Fortified(Defense):
+    """A net whose hidden layers are denoised by small autoencoders; randomized (noise is on at test, too).
+
+    A. Lamb et al. 2018, "Fortified Networks" (arXiv 1804.02485; thesis, chapter 2). After layer k the hidden h_k is
+    replaced by D_k(E_k(h_k + n_k)), n_k ~ N(0, noise^2 I), of a one-layer autoencoder with tied weights. It is trained
+    with the net, on images and on those of the training attack x~ (equation 6):
+
+        L = CE(x) + CE(x~) + lambda_rec sum_k |D(E(h_k + n)) - h_k|^2 + lambda_adv sum_k |D(E(h~_k + n)) - h_k|^2
+
+    Threat model: linf, the bound `train_eps`. No guarantee. All of it is differentiable, so `adaptive_forward` is
+    `forward`. Cost of a forward: 8.7 M multiply-adds at 1x28x28; the autoencoder adds 0.07 M.
+
+    Departures: squared errors are means over features, and the weights 2 are those of the released code for the mean
+    (the paper gives none); the net is trained with PGD by default, since with one-step images, as in the paper, it
+    learns to mask its gradient (`train_attack="fgsm"`); no label smoothing. One layer is fortified by default, the
+    last hidden one, as in all nets of the released code; `layers=()` is the same net without any, for comparison.
+    """
+
+    name = "fortified"
+    needs_weights = True
+
+    def __init__(  # noqa: PLR0913 - the hyperparameters of the paper
+        self,
+        channels: int = 1,
+        side: int = 28,
+        layers: Sequence[str] = ("code",),
+        hidden: int = 256,
+        noise: float = 0.1,
+        activation: Activation = "leaky_relu",
+        lambda_rec: float = 2.0,
+        lambda_adv: float = 2.0,
+        stop_gradient: bool = False,
+        train_attack: TrainAttack = "pgd",
+        train_eps: float = 0.1,
+        augment: bool = False,
+        num_classes: int = 10,
+    ) -> None:
+        """Builds an untrained net.
+
+        Args:
+            channels: image channels.
+            side: height and width of the images.
+            layers: which of `conv1`, `conv2` (5x5 convolutional autoencoders) and `code` (dense) are fortified.
+            hidden: length of the code of the dense autoencoder; a convolutional one has the channels of its layer.
+            noise: standard deviation of the noise before each autoencoder.
+            activation: of the net and of the autoencoders, `leaky_relu` (slope 0.2) or `relu`.
+            lambda_rec: weight of the reconstruction of clean images in training.
+            lambda_adv: weight of the reconstruction from adversarial images in training.
+            stop_gradient: hold the targets of both in training.
+            train_attack: `pgd` or `fgsm`; names the recipe, too.
+            train_eps: linf bound of the training attack.
+            augment: train on randomly shifted and mirrored images (photographs; never digits).
+            num_classes: classes.
+
+        Raises:
+            UsageError: an option is out of range.
+        """
+        super().__init__()
+        check_dae(hidden, noise, activation)
+        _check_options(layers, train_attack, side)
+        if not (lambda_rec >= 0 and lambda_adv >= 0 and 0 < train_eps <= 1):
+            raise UsageError(
+                "fortified: lambda_rec and lambda_adv must be at least 0, train_eps above 0 and at most 1; "
+                f"got {lambda_rec}, {lambda_adv} and {train_eps}"
+            )
+        self.num_classes = num_classes
+        self.input_shape = (channels, side, side)
+        self.lambda_rec, self.lambda_adv, self.stop_gradient = lambda_rec, lambda_adv, stop_gradient
+        self.train_attack, self.train_eps, self.augment = train_attack, train_eps, augment
+        self.randomized = bool(layers) and noise > 0
+        self.detection_scores = ("reconstruction",) if layers else ()
+        self.net = fortify(
+            make_cnn(channels, num_classes, side, activation),
+            layers,
+            input_shape=self.input_shape,
+            hidden=hidden,
+            noise=noise,
+            activation=activation,
+        )
+
+    @classmethod
+    def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+        """The constructor's options for a dataset of square images."""
+        channels, height, width = input_shape
+        if height != width or height < SMALLEST_SIDE:
+            raise UsageError(
+                f"fortified takes square images of side {SMALLEST_SIDE} or more; the dataset has {input_shape}"
+            )
+        return {"channels": channels, "side": height, "num_classes": num_classes}
+
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """What tells the weights from the usual ones, such as `plain`, `dae`, `rec`, `fgsm`, `plain-fgsm`.
+
+        `plain`: no autoencoder; `dae`: one, but neither loss; `rec`: L_rec alone. The bound of training is no part of
+        it (each dataset has its own), nor is what can be changed at test: the noise.
+        """
+        parts = [*_layers_variant(options), *_losses_variant(options)]
+        if options.get("hidden", 256) != 256:
+            parts.append(f"hidden{options['hidden']}")
+        if options.get("stop_gradient", False):
+            parts.append("stop")
+        if options.get("activation", "leaky_relu") != "leaky_relu":
+            parts.append(str(options["activation"]))
+        if options.get("train_attack", "pgd") != "pgd":
+            parts.append(str(options["train_attack"]))
+        return "-".join(parts)
+
+    def recipe(self, name: str | None = None) -> Recipe:
+        """The recipe of the option `train_attack`: `pgd` (the default) or `fgsm`, as in the paper."""
+        from .train import FortifiedRecipe
+
+        if name not in (None, self.train_attack):
+            raise UsageError(
+                f'fortified: the recipe follows the option train_attack, here "{self.train_attack}"; got "{name}". '
+                f"Choose among {', '.join(get_args(TrainAttack))} by --defense 'fortified(train_attack=fgsm)'"
+            )
+        return FortifiedRecipe(self)
+
+    def forward(self, x: Images) -> Logits:
+        """Classifies images in [0, 1] with fresh noise."""
+        return self.net(x)
+
+    def without_randomness(self) -> AbstractContextManager[None]:
+        """The noise at its mean, 0."""
+        return self.net.without_noise()
+
+    def detection_score(self, x: Images, kind: str | None = None) -> PerExample:
+        """The squared error of reconstruction, summed over features and layers; higher is more suspicious.
+
+        Raises:
+            UsageError: there is no such score, or no autoencoder.
+        """
+        self.check_score(kind)
+        return self.net.trace(x).error()
+
+    def diagnostics(self, x: Images, y: Labels) -> dict[str, float]:
+        """Of each fortified layer the share of its variance that the autoencoder restores, R2."""
+        del y
+        with torch.no_grad():
+            trace = self.net.trace(x)
+        return {
+            f"reconstruction_r2_{layer}": 1 - float((d - h).square().sum() / (h - h.mean(0)).square().sum())
+            for layer, h, d in zip(self.net.layers, trace.hidden, trace.decoded, strict=True)
+        }
+
+
+def _check_options(layers: Sequence[str], train_attack: str, side: int) -> None:
+    if isinstance(layers, str) or not set(layers) <= set(LAYERS):
+        raise UsageError(f'fortified: layers must be a list out of {", ".join(LAYERS)}, such as ["code"]; got {layers}')
+    if train_attack not in get_args(TrainAttack):
+        raise UsageError(
+            f'fortified: train_attack must be one of {", ".join(get_args(TrainAttack))}; got "{train_attack}"'
+        )
+    if side < SMALLEST_SIDE:
+        raise UsageError(f"fortified: side must be at least {SMALLEST_SIDE}; got {side}")
+
+
+def _layers_variant(options: Mapping[str, Any]) -> list[str]:
+    layers = options.get("layers", ("code",))
+    if not layers:
+        return ["plain"]
+    return [] if tuple(layers) == ("code",) else ["_".join(layers)]
+
+
+def _losses_variant(options: Mapping[str, Any]) -> list[str]:
+    weights = options.get("lambda_rec", 2.0), options.get("lambda_adv", 2.0)
+    if not options.get("layers", ("code",)) or weights == (2, 2):
+        return []
+    known = {(0, 0): "dae", (2, 0): "rec", (0, 2): "adv"}
+    return [known.get(weights, f"rec{weights[0]:g}_adv{weights[1]:g}")]
