@@ -1,0 +1,216 @@
+"""The tables of the thesis's chapter 2 (arXiv 1804.02485) that can be measured again; see `robench reproduce`.
+
+The paper trains a net for each attack and bound. Here each dataset has one bound of training, 0.3 for MNIST and 0.1 for
+Fashion-MNIST, and PGD by default; the rows with `train_attack=fgsm` are trained as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robench.data import load_dataset
+from robench.defense import Defense, wrap
+from robench.registry import load_attack, load_defense
+from robench.reproduce import Cell, Context, Figure
+from robench.rng import seeded
+from robench.settings import RANDOMIZED_REPEATS
+from robench.stats import mean_interval, paired_interval
+from robench.threat import ThreatModel
+from robench.types import Images, PerExample
+from robench.victim import Victim
+
+from .blackbox import Protocol, hand_over
+from .fortify import FortifiedModule, fortify, reconstruction_losses
+
+FULL: Final = "fortified"
+PLAIN: Final = "fortified(layers=[])"
+NO_LOSSES: Final = "fortified(lambda_rec=0, lambda_adv=0)"
+NO_ADV: Final = "fortified(lambda_adv=0)"
+FULL_FGSM: Final = "fortified(train_attack=fgsm)"
+PLAIN_FGSM: Final = "fortified(layers=[], train_attack=fgsm)"
+PGD: Final = "pgd(steps=40)"
+
+MLP_IMAGES: Final = 10_000
+MLP_ITERATIONS: Final = 400
+MLP_EPS: Final = 0.1
+CAPACITIES: Final = (4, 16, 64, 256)
+
+
+def blackbox_accuracy(context: Context, spec: str, eps: float) -> Figure:
+    """Accuracy in percent on what FGSM finds on a substitute (table 2.6), over images the attacker does not hold.
+
+    Raises:
+        UsageError: no weights or no data.
+    """
+    defense = load_defense(spec, "mnist").to(context.device)
+    held = Protocol().seeds
+    data = load_dataset("mnist", "test", context.n + held, context.seed, context.data_dir)
+    x, y = data.x.to(context.device), data.y.to(context.device)
+    with seeded(context.seed, "black box", spec, device=context.device):
+        order = torch.randperm(len(x)).to(context.device)
+        seeds, rest = order[:held], order[held:]
+        x_adv = hand_over(defense, x[seeds], x[rest], y[rest], eps)
+        repeats = RANDOMIZED_REPEATS if defense.randomized else 1
+        right = torch.stack([_answers(defense, x_adv) == y[rest] for _ in range(repeats)]).double().mean(0)
+    fractions = right.cpu().numpy()
+    low, high = mean_interval(fractions, repeats)
+    return Figure(100 * float(fractions.mean()), 100 * low, 100 * high, len(fractions))
+
+
+def _answers(defense: Defense, x: Images) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([defense(rows).argmax(1) for rows in x.split(defense.batch_rows or 512)])
+
+
+def error_ratio(context: Context, layer: str, capacity: int) -> Figure:
+    """Reconstruction error of adversarial over clean images (figure 2.4), for one autoencoder.
+
+    An MLP (784-512-512-10, ReLU) is trained with its autoencoder on 10,000 digits, for 400 batches of 128, by
+    cross-entropy and L_rec; the attack is PGD with 10 steps at linf 0.1 through both. The paper gives none of this.
+
+    Args:
+        context: data, device and seed.
+        layer: `pixels` for the input space, `hidden` for the last hidden layer.
+        capacity: length of the autoencoder's code.
+
+    Raises:
+        UsageError: the data is not at hand.
+    """
+    train = load_dataset("mnist", "train", MLP_IMAGES, context.seed, context.data_dir)
+    test = load_dataset("mnist", "test", context.n, context.seed, context.data_dir)
+    x, y = test.x.to(context.device), test.y.to(context.device)
+    with seeded(context.seed, "error ratio", layer, capacity, device=context.device):
+        net = _train_mlp(train.x.to(context.device), train.y.to(context.device), layer, capacity)
+        defense = wrap(net, num_classes=10, input_shape=(1, 28, 28), randomized=True, name="mlp")
+        attack = load_attack("pgd")
+        x_adv = attack(Victim(defense, attack.access, len(x)), x, y, ThreatModel("linf", MLP_EPS))
+        with torch.no_grad():
+            clean, adversarial = net.trace(x).error(), net.trace(x_adv).error()
+    return ratio_of_means(adversarial, clean)
+
+
+def ratio_of_means(above: PerExample, below: PerExample) -> Figure:
+    """Mean of `above` over mean of `below` on the same examples, with its 95 % interval (delta method)."""
+    first, second = below.double().cpu().numpy(), above.double().cpu().numpy()
+    ratio = float(second.mean() / first.mean())
+    _, low, high = paired_interval(ratio * first, second)
+    return Figure(ratio, ratio + low / float(first.mean()), ratio + high / float(first.mean()), len(first))
+
+
+def make_mlp() -> nn.Sequential:
+    """784-512-512-10 with ReLU; `pixels` is the flat image, `hidden` the last hidden layer."""
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](
+            pixels=nn.Flatten(),
+            first=nn.Sequential(nn.Linear(784, 512), nn.ReLU()),
+            hidden=nn.Sequential(nn.Linear(512, 512), nn.ReLU()),
+            head=nn.Linear(512, 10),
+        )
+    )
+
+
+def _train_mlp(x: Images, y: Tensor, layer: str, capacity: int) -> FortifiedModule:
+    net = fortify(make_mlp(), [layer], input_shape=(1, 28, 28), hidden=capacity).to(x.device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in range(MLP_ITERATIONS):
+        rows = torch.randint(len(x), (128,), device=x.device)
+        trace = net.trace(x[rows])
+        loss = functional.cross_entropy(trace.output, y[rows]) + 2 * reconstruction_losses(trace, None).rec
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def _accuracies(
+    table: str, dataset: str, attacks: dict[str, tuple[str, float]], rows: dict[str, tuple[str, list[float | None]]]
+) -> list[Cell]:
+    """One cell for each row and attack; a row is a defense with the published figures."""
+    on = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}[dataset]
+    return [
+        Cell(table, row, column, published, on, dataset, defense, attack, eps=eps, note=_note(defense, dataset, eps))
+        for row, (defense, figures) in rows.items()
+        for (column, (attack, eps)), published in zip(attacks.items(), figures, strict=True)
+    ]
+
+
+def _note(defense: str, dataset: str, eps: float) -> str:
+    bound = {"mnist": 0.3, "fashion_mnist": 0.1}[dataset]
+    attack = "FGSM" if "fgsm" in defense else "PGD"
+    return f"ours is trained with {attack} at {bound:g}" + ("" if eps == bound else f", attacked at {eps:g}")
+
+
+def _black_box() -> list[Cell]:
+    rows = {
+        "adversarial training": (PLAIN, 93.83, 98.95),
+        "fortified, no L_rec, no L_adv": (NO_LOSSES, 96.98, 99.17),
+        "fortified": (FULL, 97.82, 98.93),
+    }
+    note = "oracle trained with PGD at 0.3; 150 of the drawn test images are the attacker's"
+    cells = []
+    for row, (spec, attacked, clean) in rows.items():
+        measure = partial(blackbox_accuracy, spec=spec, eps=0.3)
+        cells += [
+            Cell("table 2.6", row, "black-box FGSM 0.3", attacked, "MNIST", "mnist", measure=measure, note=note),
+            Cell("table 2.6", row, "clean", clean, "MNIST", "mnist", spec),
+        ]
+    return cells
+
+
+TABLES: Final[list[Cell]] = [
+    *_accuracies(
+        "table 2.1",
+        "mnist",
+        {"FGSM 0.3": ("fgsm", 0.3)},
+        {
+            "adversarial training": (PLAIN, [96.36]),
+            "fortified, no L_rec": (NO_LOSSES, [96.47]),
+            "fortified, no L_adv": (NO_ADV, [96.46]),
+            "fortified": (FULL, [97.97]),
+        },
+    ),
+    *_accuracies(
+        "table 2.2",
+        "mnist",
+        {"PGD 0.1": (PGD, 0.1)},
+        {"adversarial training": (PLAIN, [96.98]), "fortified": (FULL, [98.09])},
+    ),
+    *_accuracies(
+        "table 2.5",
+        "fashion_mnist",
+        {"FGSM 0.1": ("fgsm", 0.1), "FGSM 0.3": ("fgsm", 0.3), "PGD 0.1": (PGD, 0.1)},
+        {
+            "adversarial training, LReLU": (PLAIN, [89.10, 88.80, 77.90]),
+            "fortified": (FULL, [89.86, 91.31, 79.54]),
+            "adversarial training, LReLU (one step)": (PLAIN_FGSM, [89.10, 88.80, None]),
+            "fortified (one step)": (FULL_FGSM, [89.86, 91.31, None]),
+        },
+    ),
+    *_black_box(),
+    *(
+        Cell(
+            "figure 2.4",
+            {"hidden": "hidden space", "pixels": "input space"}[layer],
+            f"capacity {capacity}",
+            None,
+            "MNIST (a curve)",
+            "mnist",
+            measure=partial(error_ratio, layer=layer, capacity=capacity),
+            note="ratio of errors, adversarial over clean",
+        )
+        for layer in ("hidden", "pixels")
+        for capacity in CAPACITIES
+    ),
+    *_accuracies(
+        "figure 2.5",
+        "fashion_mnist",
+        {f"PGD {eps:g}": (PGD, eps) for eps in (0.05, 0.2, 0.3, 0.5, 1.0)},
+        {"fortified": (FULL, [None] * 5)},
+    ),
+]
