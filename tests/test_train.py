@@ -31,6 +31,7 @@ from robench.cli import main
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
 from robench.defenses.convnet.model import ConvNet
+from robench.defenses.convnet_at import ConvNetAT
 from robench.defenses.shortrun import ShortRun, auto_sigma
 from robench.registry import resolve
 from robench.rng import seeded
@@ -141,6 +142,7 @@ def make(kind: str) -> Defense:
         "shortrun": ShortRun,
         "paper_literal": lambda: ShortRun(preset="paper_literal"),
         "convnet": ConvNet,
+        "convnet_at": lambda: ConvNetAT(width=8),
         "toy": resolve("defense", TOY),
     }
     with seeded("training test"):
@@ -150,7 +152,7 @@ def make(kind: str) -> Defense:
 # every stage lowers its objective
 
 
-@pytest.mark.parametrize("kind", ["shortrun", "paper_literal", "convnet"])
+@pytest.mark.parametrize("kind", ["shortrun", "paper_literal", "convnet", "convnet_at"])
 def test_every_stage_lowers_its_own_objective(kind: str, images: Dataset, tmp_path: Path) -> None:
     """Before and after each stage, on the same images with the same noise, not from the running average of batches.
 
@@ -230,7 +232,7 @@ class CutOffError(Exception):
 def run_recipe(kind: str, images: Dataset, folder: Path, *, cut: int = 0, resume: bool = False) -> str | None:
     """Trains for a few iterations; returns the weights' digest, None where it was cut off in iteration `cut`."""
     defense = make(kind)
-    iterations = {"first": 9, "second": 9, "clean": 9, "bptt": 2}
+    iterations = {"first": 9, "second": 9, "clean": 9, "bptt": 2, "adversarial": 3}
     recipe = Shortened(defense.recipe(), iterations, batch_size=3)
 
     def stop(number: int) -> None:
@@ -246,7 +248,8 @@ def run_recipe(kind: str, images: Dataset, folder: Path, *, cut: int = 0, resume
 
 
 @pytest.mark.parametrize(
-    ("kind", "cuts"), [("toy", [2, 8, 10, 15]), ("convnet", [5]), ("shortrun", [2, 4]), ("paper_literal", [4])]
+    ("kind", "cuts"),
+    [("toy", [2, 8, 10, 15]), ("convnet", [5]), ("convnet_at", [5, 11]), ("shortrun", [2, 4]), ("paper_literal", [4])],
 )
 def test_cut_off_training_ends_in_the_same_bits(
     kind: str, cuts: list[int], images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

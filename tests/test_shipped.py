@@ -1,0 +1,78 @@
+"""Every weights file that is shipped: it is the one of its card, small enough, and as accurate as the card says."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from robench import Defense, load_data
+from robench.defense import weights_digest
+from robench.registry import names, resolve
+from robench.rng import seeded
+from robench.weights import build_and_load, read_card, shipped_weights, weights_folder
+
+LARGEST, LARGEST_TOTAL = 4_000_000, 40_000_000
+IMAGES = 500
+SLOW = {"shortrun"}
+
+
+def shipped() -> list[tuple[type[Defense], Path]]:
+    classes = [resolve("defense", name) for name in names("defense")]
+    return [
+        (cls, weights_folder(cls) / f"{stem}.safetensors")
+        for cls in classes
+        if isinstance(cls, type)
+        for stem in shipped_weights(cls)
+    ]
+
+
+SHIPPED = shipped()
+
+
+def has_data(dataset: str) -> bool:
+    root = os.environ.get("ROBENCH_DATA")
+    return dataset == "fashion_mnist" or bool(root and (Path(root) / dataset).is_dir())
+
+
+def test_sizes() -> None:
+    sizes = {str(path): path.stat().st_size for _, path in SHIPPED}
+    assert len(sizes) >= 5
+    assert all(size <= LARGEST for size in sizes.values()), sizes
+    assert sum(sizes.values()) <= LARGEST_TOTAL
+
+
+@pytest.mark.parametrize(("cls", "path"), SHIPPED, ids=[f"{cls.name}-{path.stem}" for cls, path in SHIPPED])
+def test_card_tells_what_the_file_is(cls: type[Defense], path: Path) -> None:
+    card = read_card(path)
+    missing = {"recipe", "train_digest", "seed", "device", "wall_time_s", "test", "known_breakage"} - card.keys()
+    assert not missing, f"the card lacks {missing}"
+    assert card["defense"] == cls.name
+    assert path.stem.partition("-")[0] == card["dataset"]
+    defense = build_and_load(cls, None, path, {})
+    assert weights_digest(defense) == card["weights_digest"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "path"),
+    [
+        pytest.param(cls, path, id=f"{cls.name}-{path.stem}", marks=[pytest.mark.slow] if cls.name in SLOW else [])
+        for cls, path in SHIPPED
+    ],
+)
+def test_clean_accuracy_is_that_of_the_card(cls: type[Defense], path: Path) -> None:
+    """On 500 test images, within four standard errors of the two samples' difference."""
+    card = read_card(path)
+    if not has_data(card["dataset"]):
+        pytest.skip(f"{card['dataset']} is not at hand; name its folder in ROBENCH_DATA")
+    defense = build_and_load(cls, None, path, {}).freeze()
+    x, y = load_data(card["dataset"], n=IMAGES, seed=1)
+    with torch.no_grad(), seeded("shipped"):
+        logits = torch.cat([defense(rows) for rows in x.split(defense.batch_rows or 250)])
+    accuracy = (logits.argmax(1) == y).float().mean().item()
+    told = card["test"]["clean_accuracy"]
+    error = math.sqrt(told * (1 - told) * (1 / IMAGES + 1 / card["test"]["images"]))
+    assert abs(accuracy - told) <= 4 * error, f"{accuracy:.3f} here, {told} in the card"
