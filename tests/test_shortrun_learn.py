@@ -227,6 +227,27 @@ def test_more_labels_than_images_is_one_line(tmp_path: Path) -> None:
         train(model, recipe, data, tmp_path, TrainSettings(holdout=10))
 
 
+class BeforeStage3(ShortRunRecipe):
+    """The first two stages alone."""
+
+    def stages(self) -> list[Stage]:
+        return super().stages()[:2]
+
+
+@pytest.mark.slow
+def test_code_carries_information_before_stage_3(tmp_path: Path) -> None:
+    """A third of stages 1 and 2, on the embedded images: chains agree, and stage 2 is over three times chance."""
+    x, y = load_data("fashion_mnist", n=3000)
+    data = Dataset("embedded", "train", x, y, torch.arange(3000), tuple("0123456789"), digest_data(x, y))
+    with seeded("short training"):
+        model = ShortRun()
+    card = train(model, BeforeStage3(model), data, tmp_path, TrainSettings(holdout=200, scale=1 / 3))
+    held = card["held_out"]
+    assert held["generative"]["chain_icc"] > 0.005
+    assert held["generative"]["reconstruction_r2"] > 0.2
+    assert held["discriminative"]["accuracy_10_chains"] > 0.3
+
+
 # sigma
 
 

@@ -7,7 +7,7 @@ symmetric, so one forward-over-reverse sweep gives both products (Pearlmutter 19
 Hessian"): a is pushed forward through the generator, which is J a, and what comes out is pulled back.
 
 A step costs two passes through the generator, its sweep two more. Everything here takes the weights as constants; where
-they are to be learned, the chain is left to autograd (`ShortRun.step`).
+they are to be learned, see `learn`.
 """
 
 from __future__ import annotations

@@ -32,11 +32,11 @@ class ShortRunRecipe(Recipe):
 
     The thesis gives the optimizer (Ranger), the learning rates (5e-4, then 1e-4) and the schedule (flat, then cosine
     after 75 % of the classification stages), but neither batch size nor iterations. Here the rates are higher because
-    the training is short.
+    the training is short; on held-out images batches of 32 did better than twice the images in half the updates.
 
-    Departures: stage 3 also learns sigma, the weight of the data term, and holds the generator to its reconstructions
-    (`reconstruction`); chains in training are swept in bfloat16, which moves a gradient by 0.6 % (codes, losses
-    and weights stay in float32).
+    Departures: stages 2 and 3 take Adam, stage 3 an earlier cosine. Stage 3 also learns sigma, the weight of the data
+    term, and holds the generator to its reconstructions (`reconstruction`). Chains in training are swept in bfloat16,
+    which moves a gradient by 0.6 %; codes, losses and weights stay in float32.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ShortRunRecipe(Recipe):
         reconstruction: float = RECONSTRUCTION,
         labelled: int = 0,
         unlabelled: int = 0,
-        batch: int = 64,
+        batch: int = 32,
     ) -> None:
         """Keeps the model to train.
 
@@ -86,9 +86,9 @@ class ShortRunRecipe(Recipe):
         generator, classifier = list(model.generator.parameters()), list(model.classifier.parameters())
         everything = [*generator, *classifier, *([model.log_sigma] if model.preset == "repaired" else [])]
         stage = functools.partial(Stage, batch_size=self.batch)
-        first = stage("generative", 800, self.reconstruction_loss, generator, 1e-3, flat=1.0, optimizer=ranger)
+        first = stage("generative", 700, self.reconstruction_loss, generator, 1e-3, flat=1.0, optimizer=ranger)
         second = stage("discriminative", 200, self.label_loss, classifier, 2e-3)
-        third = stage("bptt", 1600, self.unrolled_loss, everything, 1e-3, flat=0.4, clip=5.0)
+        third = stage("bptt", 3000, self.unrolled_loss, everything, 1.5e-3, flat=0.3, clip=5.0)
         return [
             replace(first, images=self.unlabelled),
             replace(second, images=self.labelled),
