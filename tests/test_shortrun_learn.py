@@ -139,7 +139,7 @@ def test_stage_3_adds_the_misfit_of_the_same_code() -> None:
         codes = model.infer(x)
         expected = torch.nn.functional.cross_entropy(model.classifier(codes), y).item()
         misfit = (model.generate(codes) - (2 * x - 1)).square().sum().item() / 3
-    assert plain == pytest.approx(expected, rel=1e-4)
+    assert plain == pytest.approx(expected, rel=1e-3)
     assert held - plain == pytest.approx(4 * misfit / (2 * 0.4**2 * 784), rel=0.01)
 
 
@@ -171,6 +171,54 @@ def test_options_of_the_recipe_are_in_its_stages_and_facts() -> None:
 def test_wrong_recipe_is_one_line(spec: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"^shortrun.*{message}[^\n]*$"):
         make_recipe(ShortRun(), spec)
+
+
+def test_sigma_stays_above_a_floor_that_rises_with_each_roll_back() -> None:
+    x, y = load_data("fashion_mnist", n=60)
+    model = ShortRun(steps=1)
+    recipe = make_recipe(model, None)
+    recipe.prepare(x)
+    start, stage = auto_sigma(x), recipe.stages()[-1]
+    with torch.no_grad():
+        model.log_sigma.fill_(math.log(0.1))
+    recipe.unrolled_loss(x[:4], y[:4])
+    assert model.log_sigma.exp().item() == pytest.approx(0.8 * start, rel=1e-5)
+    recipe.roll_back(stage)
+    kept = recipe.state()
+    recipe.unrolled_loss(x[:4], y[:4])
+    assert model.log_sigma.exp().item() == pytest.approx(0.88 * start, rel=1e-5)
+    recipe.roll_back(stage)
+    recipe.load_state(kept)
+    assert recipe.floor == pytest.approx(0.88 * start, rel=1e-5)
+    assert stage.check_every > 0
+    assert recipe.facts()["sigma_floor"] == pytest.approx(0.88 * start, abs=1e-4)
+
+
+def test_check_is_wrong_where_the_classifier_no_longer_reads_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes that tell the label, then codes that tell another one, as when the chain blows up."""
+    model = make_model(torch.float32, steps=1).freeze()
+    x, y = load_data("fashion_mnist", n=40)
+    shift = 0
+    monkeypatch.setattr(model, "infer", lambda rows: rows.flatten(1)[:, :200])
+
+    class Reader(torch.nn.Module):
+        """Answers with the label, moved on by `shift`."""
+
+        def forward(self, _codes: Tensor) -> Tensor:
+            return 9.0 * torch.nn.functional.one_hot((y + shift) % 10, 10).float()
+
+    model.classifier = Reader()  # type: ignore[assignment]
+    recipe = make_recipe(model, None)
+    stage = Stage("bptt", 1, recipe.unrolled_loss, [], 1.0)
+    expected = math.log(1 + 9 * math.exp(-9))
+    figures, fine = recipe.check(stage, x, y)
+    assert figures["cross_entropy"] == pytest.approx(expected, rel=1e-3)
+    assert fine
+    shift = 1
+    figures, fine = recipe.check(stage, x, y)
+    assert figures["cross_entropy"] == pytest.approx(9 + expected, rel=1e-3)
+    assert not fine
+    assert recipe.state()["best"] == pytest.approx(expected, rel=1e-3)
 
 
 class Watched(Recipe):
