@@ -1,4 +1,4 @@
-"""JEM: the step, the loss and its sign by hand, gradients against finite differences, scores, options."""
+"""JEM: density and refinement by hand, gradients against finite differences, randomness, scores, options."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from scipy.special import logsumexp, softmax
 from torch import Tensor, nn
 
-from robench import UsageError, Victim
+from robench import Defense, UsageError, Victim
 from robench.defenses.jem import JEM, make_net
-from robench.defenses.jem.sgld import Sampler, climb, draw_gaussians, fit_gaussians, sample
+from robench.defenses.jem.sgld import Sampler, sample
 from robench.rng import seeded
+from robench.testing import DefenseContract
 
 
 def make_model(gain: float = 2.5, dtype: torch.dtype = torch.float64, **options: Any) -> JEM:
@@ -50,6 +51,17 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+class TestRefinedContract(DefenseContract):
+    """The contract of a model that refines, beside that of JEM-0, which the registry's contract tests run."""
+
+    def build(self) -> Defense:
+        model = JEM(width=4, refine_steps=2, n_chains=2)
+        with torch.no_grad():
+            for parameter in model.net.parameters():
+                parameter.mul_(2.5)
+        return model.freeze()
 
 
 class Linear(nn.Module):
@@ -89,27 +101,6 @@ def test_net_has_the_layers_that_it_says(channels: int, side: int, count: int) -
 
 
 # one step
-
-
-@pytest.mark.parametrize("clamp", [False, True])
-def test_one_step_is_ascent_with_noise(clamp: bool) -> None:
-    """For log p = -k |x - c|^2 / 2, the curvature k each image's own, the gradient is -k (x - c)."""
-    with seeded("step"):
-        x, centre = torch.randn(3, 1, 28, 28, dtype=torch.float64), torch.randn(1, 28, 28, dtype=torch.float64)
-    curvature = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
-
-    def log_density(at: Tensor) -> Tensor:
-        return -curvature * (at - centre).square().flatten(1).sum(1) / 2
-
-    with seeded("noise"):
-        noise = torch.randn_like(x)
-    with torch.no_grad(), seeded("noise"):
-        came = climb(log_density, x, Sampler(steps=1, step_size=0.3, noise=0.2, clamp=clamp))
-    expected = x - 0.3 * curvature[:, None, None, None] * (x - centre) + 0.2 * noise
-    torch.testing.assert_close(came, expected.clamp(-1, 1) if clamp else expected)
-    assert not came.requires_grad
-    if clamp:
-        assert not torch.equal(expected.clamp(-1, 1), expected)
 
 
 def test_density_and_its_gradient_of_a_linear_net() -> None:
@@ -291,40 +282,6 @@ def test_an_attacker_gets_a_gradient_in_each_mode() -> None:
         with seeded("victim"):
             grad = victim.gradient(x, torch.tensor([0, 1, 2])).grad
         assert bool((grad.flatten(1).norm(dim=1) > 0).all())
-
-
-# where chains start
-
-
-def test_gaussians_keep_mean_variance_and_the_largest_directions() -> None:
-    """Class 1 varies along two directions only: the covariance is theirs, and nothing is left to the pixels."""
-    with seeded("gaussians"):
-        first = 0.1 * torch.randn(50, 1, 28, 28, dtype=torch.float64) + 0.2
-        axes = 0.05 * torch.randn(2, 784, dtype=torch.float64)
-        second = (torch.randn(60, 2, dtype=torch.float64) @ axes - 0.3).view(60, 1, 28, 28)
-    x, y = torch.cat([first, second]), torch.tensor([0] * 50 + [1] * 60)
-    fitted = fit_gaussians(x, y, num_classes=3, rank=4)
-    for label, rows in enumerate([first, second, x]):  # a class without images gets the Gaussian of all
-        torch.testing.assert_close(fitted.mean[label], rows.mean(0))
-        variance = fitted.factors[label].square().sum(0) + fitted.spread[label].square()
-        torch.testing.assert_close(variance, rows.var(0))
-    directions = fitted.factors[1].flatten(1)
-    torch.testing.assert_close(directions.T @ directions, torch.cov(second.flatten(1).T), rtol=1e-8, atol=1e-12)
-    assert fitted.spread[1].max().item() < 1e-6
-    assert fitted.spread[0].min().item() > 0.01
-
-
-def test_draws_have_the_moments_of_the_gaussians() -> None:
-    with seeded("gaussians"):
-        x = 0.1 * torch.randn(40, 1, 28, 28) + 0.3
-        fitted = fit_gaussians(x, torch.zeros(40, dtype=torch.int64), num_classes=2, rank=3)
-        drawn = draw_gaussians(fitted, torch.zeros(2000, dtype=torch.int64))
-    assert (drawn.mean(0) - x.mean(0)).abs().max().item() < 0.02
-    assert (drawn.var(0) / x.var(0)).mean().item() == pytest.approx(1, abs=0.02)
-    wide = fitted._replace(spread=fitted.spread + 5)
-    with seeded("clamped"):
-        clamped = draw_gaussians(wide, torch.tensor([1]))
-    assert (clamped.min().item(), clamped.max().item()) == (-1, 1)
 
 
 # scores and pictures
