@@ -1,6 +1,6 @@
 """Accuracy of the Short Run classifier by number of chains and by aggregate, written into the model card.
 
-python benchmarks/shortrun_chains.py --n 500
+python benchmarks/shortrun_chains.py --dataset fashion_mnist --n 500
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ def main() -> None:
     """Measures and writes the card's entries `chains` and `stage_3_gain`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=500)
-    count = parser.parse_args().n
-    model = cast("ShortRun", robench.load_defense("shortrun", "fashion_mnist"))
-    x, y = robench.load_data("fashion_mnist", "test", count, seed=0)
+    parser.add_argument("--dataset", default="fashion_mnist")
+    options = parser.parse_args()
+    count, dataset = options.n, options.dataset
+    model = cast("ShortRun", robench.load_defense("shortrun", dataset))
+    x, y = robench.load_data(dataset, "test", count, seed=0)
     with torch.no_grad(), seeded(0, "chains"):
         codes = torch.stack([model.infer(x) for _ in range(max(CHAINS))])  # chains b 200
         logits = model.classifier(codes)  # chains b k
@@ -43,7 +45,7 @@ def main() -> None:
             "vote": votes,
         }
         content[str(chains)] = {name: _accuracy(answer, y) for name, answer in answers.items()}
-    path = weights_folder(ShortRun) / "fashion_mnist.json"
+    path = weights_folder(ShortRun) / f"{dataset}.json"
     card = json.loads(path.read_text(encoding="utf-8"))
     held = card["held_out"]
     last = card["stages"][-1]["name"]

@@ -107,7 +107,7 @@ def test_bfloat16_sweeps_barely_move_the_gradient() -> None:
         assert 0 < error < 0.05
 
 
-def test_only_training_sweeps_in_bfloat16() -> None:
+def test_only_training_sweeps_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = make_model(torch.float32), draw_images(2, dtype=torch.float32)
     seen: list[torch.dtype | None] = []
     infer = model.infer
@@ -116,7 +116,7 @@ def test_only_training_sweeps_in_bfloat16() -> None:
         seen.append(model.sweep_dtype)
         return infer(rows)
 
-    model.infer = note  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "infer", note)
     recipe = make_recipe(model, None)
     recipe.reconstruction_loss(x, torch.tensor([0, 1]))
     recipe.label_loss(x, torch.tensor([0, 1]))

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 FEW_CHANNELS: Final = 4
 """Up to this many output channels a transposed convolution is quicker as a matrix product and a fold."""
@@ -112,7 +113,7 @@ class Deconvolution:
 
     def weight_gradient(self, h: Tensor, c: Tensor) -> Tensor:
         """The gradient in the weights of <c, push(h)>."""
-        return nn.grad.conv2d_weight(c, self.weight.shape, h, self.stride, self.padding)
+        return conv2d_weight(c, self.weight.shape, h, self.stride, self.padding)
 
     def _fold(self, h: Tensor) -> Tensor:
         kernel = tuple(self.weight.shape[2:])

@@ -1,0 +1,61 @@
+"""The cells of the Short Run thesis: what was published, and what is measured beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from robench import UsageError, load_data, load_defense
+from robench.defenses.shortrun import ShortRun
+from robench.defenses.shortrun.figures import misfit, reconstruct
+from robench.defenses.shortrun.paper import TABLES, measure_mse, refuse_fid
+from robench.reproduce import Context, load_tables
+from robench.rng import seeded
+
+
+def test_published_figures_are_those_of_the_thesis() -> None:
+    found = {(cell.table, cell.row, cell.column): cell.published for cell in TABLES}
+    assert len(found) == len(TABLES) == 18
+    sizes = ("40,000", "80,000", "120,000")
+    assert [found["table 4.1", "MSE", size] for size in sizes] == [3.74, 3.74, 3.70]
+    assert [found["table 4.1", "FID", size] for size in sizes] == [66.76, 63.66, 59.81]
+    assert [found["table 4.2", "Short Run", size] for size in sizes] == [79.0, 80.0, 80.8]
+    assert found["table 4.2", "ConvNet", "labelled set"] == 86.5
+    assert {cell.published_on for cell in TABLES} == {"SVHN"}
+    assert load_tables("shortrun") == TABLES
+
+
+def test_each_attacked_cell_stands_in_both_readings_of_eps() -> None:
+    attacked = {(cell.defense, cell.column, cell.eps): cell.published for cell in TABLES if cell.attack}
+    assert attacked == {
+        (name, f"FGSM {eps:g}, eps in {scale}", eps * share): value
+        for name, eps, value in [
+            ("shortrun", 0.01, 68.4),
+            ("shortrun", 0.03, 48.4),
+            ("convnet", 0.01, 59.5),
+            ("convnet", 0.03, 30.6),
+        ]
+        for scale, share in (("[0, 1]", 1.0), ("[-1, 1]", 0.5))
+    }
+
+
+def test_mse_is_the_mean_over_images_of_the_summed_error(tmp_path: Path) -> None:
+    context = Context(6, 0, "cpu", None, tmp_path)
+    figure = measure_mse(context)
+    model = load_defense("shortrun")
+    assert isinstance(model, ShortRun)
+    x, _ = load_data("fashion_mnist", n=6, seed=0)
+    with torch.no_grad(), seeded(0, "reconstruction"):
+        errors = misfit(model, x, reconstruct(model, x)).double()
+    assert figure.n == 6
+    assert figure.value == pytest.approx(errors.mean().item(), rel=1e-9)
+    half = 1.96 * errors.std().item() / 6**0.5
+    assert (figure.low, figure.high) == pytest.approx((figure.value - half, figure.value + half))
+    assert measure_mse(context) == figure
+
+
+def test_fid_says_why_it_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^not measured: FID"):
+        refuse_fid(Context(6, 0, "cpu", None, tmp_path))
