@@ -141,13 +141,13 @@ def test_deconvolution_is_torchs(channels: int, geometry: tuple[Any, ...]) -> No
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("last_step_only", [False, True])
+@pytest.mark.parametrize("depth", [None, 1])
 @pytest.mark.parametrize(("preset", "channels"), PRESETS)
-def test_gradient_is_autograds(preset: str, channels: int, last_step_only: bool, recompute: bool) -> None:
+def test_gradient_is_autograds(preset: str, channels: int, depth: int | None, recompute: bool) -> None:
     x = draw_images(3, channels)
     options: dict[str, Any] = {"channels": channels, "preset": preset}
-    z, grad = code_and_gradient(make_model(recompute=recompute, **options), x, last_step_only=last_step_only)
-    z_autograd, expected = code_and_gradient(by_autograd(make_model(**options)), x, last_step_only=last_step_only)
+    z, grad = code_and_gradient(make_model(recompute=recompute, **options), x, depth=depth)
+    z_autograd, expected = code_and_gradient(by_autograd(make_model(**options)), x, depth=depth)
     assert expected.flatten(1).norm(dim=1).min().item() > 1e-4
     assert relative(z, z_autograd) < 1e-12
     assert relative(grad, expected) < 1e-10
@@ -314,7 +314,7 @@ def test_a_step_costs_two_passes_and_its_way_back_two_more(
     code_and_gradient(make_model(recompute=recompute), draw_images(1))
     assert passed == {"push": 4 * 2 * STEPS + extra, "pull": 4 * (2 * STEPS - 1) + extra}
     passed.clear()
-    code_and_gradient(make_model(recompute=recompute), draw_images(1), last_step_only=True)
+    code_and_gradient(make_model(recompute=recompute), draw_images(1), depth=1)
     assert passed == {"push": 4 * (STEPS + 1) + extra // STEPS, "pull": 4 * STEPS + extra // STEPS}
 
 

@@ -45,11 +45,11 @@ def draw_images(n: int, channels: int = 1, dtype: torch.dtype = torch.float64) -
         return torch.rand(n, channels, 28, 28, dtype=dtype)
 
 
-def gradients(model: ShortRun, x: Tensor, *, last_step_only: bool = False) -> list[Tensor]:
+def gradients(model: ShortRun, x: Tensor, *, depth: int | None = None) -> list[Tensor]:
     """Of a fixed weighting of the code, in the images and all that stage 3 learns."""
     leaf = x.clone().requires_grad_()
     with seeded("learning noise"):
-        codes = model.infer_differentiably(leaf, last_step_only=last_step_only)
+        codes = model.infer_differentiably(leaf, depth=depth)
     weights = torch.linspace(-1, 1, codes.numel(), dtype=x.dtype).view_as(codes)
     return list(torch.autograd.grad((codes * weights).sum(), [leaf, model.log_sigma, *model.generator.parameters()]))
 
@@ -59,14 +59,14 @@ def gradients(model: ShortRun, x: Tensor, *, last_step_only: bool = False) -> li
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("preset", ["repaired", "paper_literal"])
-@pytest.mark.parametrize("last_step_only", [False, True])
+@pytest.mark.parametrize("depth", [None, 1])
 def test_weight_gradients_are_those_of_autograd(
-    channels: int, preset: str, last_step_only: bool, monkeypatch: pytest.MonkeyPatch
+    channels: int, preset: str, depth: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = make_model(channels=channels, preset=preset), draw_images(2, channels)
-    by_hand = gradients(model, x, last_step_only=last_step_only)
+    by_hand = gradients(model, x, depth=depth)
     monkeypatch.setattr(model_module, "can_sweep", lambda _generator: False)
-    by_autograd = gradients(model, x, last_step_only=last_step_only)
+    by_autograd = gradients(model, x, depth=depth)
     names = ["x", "log_sigma", *dict(model.generator.named_parameters())]
     for name, came, expected in zip(names, by_hand, by_autograd, strict=True):
         assert expected.norm().item() > 1e-6, name
@@ -143,11 +143,29 @@ def test_stage_3_adds_the_misfit_of_the_same_code() -> None:
     assert held - plain == pytest.approx(4 * misfit / (2 * 0.4**2 * 784), rel=0.01)
 
 
+def test_truncated_part_differentiates_the_last_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(torch.float32)
+    seen: list[int | None] = []
+    infer = model.infer_differentiably
+
+    def note(x: Tensor, *, depth: int | None = None) -> Tensor:
+        seen.append(depth)
+        return infer(x, depth=depth)
+
+    monkeypatch.setattr(model, "infer_differentiably", note)
+    x, y = draw_images(2, dtype=torch.float32), torch.tensor([1, 2])
+    for spec in ("thesis(depth=2)", "thesis(depth=0)"):
+        for stage in make_recipe(model, spec).stages()[2:]:
+            stage.loss(x, y)
+    assert seen == [2, None, None]
+
+
 def test_options_of_the_recipe_are_in_its_stages_and_facts() -> None:
     recipe = make_recipe(ShortRun(), "thesis(labelled=100, unlabelled=400, batch=16, reconstruction=2)")
     assert {stage.name: stage.images for stage in recipe.stages()} == {
         "generative": 400,
         "discriminative": 100,
+        "bptt_truncated": 100,
         "bptt": 100,
     }
     assert {stage.batch_size for stage in recipe.stages()} == {16}
@@ -160,7 +178,7 @@ def test_options_of_the_recipe_are_in_its_stages_and_facts() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("thesis(labels=10)", "takes reconstruction, labelled, unlabelled, batch"),
+        ("thesis(labels=10)", "takes reconstruction, labelled, unlabelled, depth, batch"),
         ("thesis(labelled=1.5)", "labelled takes a whole number; got 1.5"),
         ("thesis(labelled=-1)", "at least 0"),
         ("thesis(batch=0)", "batch at least 1"),
@@ -260,7 +278,7 @@ def test_labelled_subset_is_stratified_and_no_other_image_is_seen_by_stages_2_an
     marks = {name: set(seen) for name, seen in recipe.seen.items()}
     assert len(marks["generative"]) == 80
     assert len(marks["discriminative"]) == 40
-    assert marks["discriminative"] == marks["bptt"]
+    assert marks["discriminative"] == marks["bptt_truncated"] == marks["bptt"]
     assert marks["discriminative"] < marks["generative"]
     counts = torch.bincount(torch.tensor([label for _, label in marks["bptt"]]), minlength=10)
     assert counts.tolist() == [4] * 10

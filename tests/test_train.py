@@ -162,7 +162,7 @@ def test_every_stage_lowers_its_own_objective(kind: str, images: Dataset, tmp_pa
     defense = make(kind)
     if isinstance(defense, ShortRun):
         defense.steps = 5
-    iterations = dict.fromkeys(["generative", "discriminative", "bptt", "bptt_anneal", "clean"], 14)
+    iterations = dict.fromkeys(["generative", "discriminative", "bptt", "bptt_truncated", "clean"], 14)
     recipe = Shortened(defense.recipe(), iterations, batch_size=8, watch=(images.x[:24], images.y[:24]))
     recipe.prepare(images.x)
     seen = [recipe.measure(images.x, images.y)]

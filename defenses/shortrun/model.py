@@ -188,7 +188,9 @@ class ShortRun(Defense):
     def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
         """The same chains, `attack_chains` of them, differentiable in x; `vote` is replaced by `mean_logits`."""
         mode = self.check_mode(mode)
-        codes = self.infer_differentiably(x.repeat(self.attack_chains, 1, 1, 1), last_step_only=mode == "last_step")
+        codes = self.infer_differentiably(
+            x.repeat(self.attack_chains, 1, 1, 1), depth=1 if mode == "last_step" else None
+        )
         return self._aggregate(codes, self.attack_chains, "mean_z" if self.aggregate == "mean_z" else "mean_logits")
 
     @contextlib.contextmanager
@@ -213,13 +215,17 @@ class ShortRun(Defense):
             z = self.step(z.detach(), x).detach()
         return z
 
-    def infer_differentiably(self, x: Images, *, last_step_only: bool = False) -> Tensor:
+    def infer_differentiably(self, x: Images, *, depth: int | None = None) -> Tensor:
         """Draws a code for each image, differentiable in x.
+
+        Args:
+            x: images in [0, 1].
+            depth: how many of the last steps are differentiated, the code before them taken as a constant; None: all.
 
         With frozen weights, as under attack, the chain is differentiated by hand (`Chain`). With weights to be learned
         autograd keeps the chain's graph, and the code is differentiable in all of them as well.
         """
-        depth = 1 if last_step_only else self.steps
+        depth = self.steps if depth is None else min(depth, self.steps)
         z = self.start(x)
         learned = any(parameter.requires_grad for parameter in (*self.generator.parameters(), self.log_sigma))
         if can_sweep(self.generator):
