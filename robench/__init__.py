@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robench.attack import Attack as Attack
+    from robench.audit import Audit as Audit
+    from robench.audit import audit as audit
     from robench.bpda import bpda as bpda
     from robench.data import load_data as load_data
     from robench.defense import Defense as Defense
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Attack": "attack",
+    "Audit": "audit",
     "DataError": "errors",
     "Defense": "defense",
     "Evaluation": "result",
@@ -41,6 +44,7 @@ _HOMES = {
     "ThreatModel": "threat",
     "UsageError": "errors",
     "Victim": "victim",
+    "audit": "audit",
     "bpda": "bpda",
     "evaluate": "evaluate",
     "load_attack": "registry",

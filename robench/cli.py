@@ -64,7 +64,7 @@ def _print_json(content: dict[str, Any]) -> None:
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str, typer.Argument(help="defenses, attacks, datasets or protocols; default all.")] = "all",
+    kind: Annotated[str, typer.Argument(help="defenses, attacks, datasets, protocols or checks.")] = "all",
     norm: Annotated[str | None, typer.Option(help="Only attacks that support this norm (imports them).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -157,6 +157,34 @@ def plot(
         _print_json({"plot": str(out), "curves": drawn})
     else:
         sys.stdout.write(f"{out}\n")
+
+
+@app.command()
+def audit(  # noqa: PLR0913 - each parameter is an option of the command line
+    defense: Annotated[str, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")],
+    dataset: Annotated[str, typer.Option(help="Dataset name, hf:org/name, or a Parquet file.")] = "fashion_mnist",
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    eps: Annotated[str | None, typer.Option(help="Bound of the claim, for example 8/255.")] = None,
+    n: Annotated[int | None, typer.Option(help="Images; default 128, fewer where the defense is slow.")] = None,
+    checks: Annotated[str | None, typer.Option(help="Only these: zero_gradients,square.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
+    eot: Annotated[int | None, typer.Option(help="Draws averaged in each gradient of a randomized defense.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and report; what is there is taken up.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Ask whether a defense's robustness can be believed: the published checks for gradient masking."""
+    from robench.command import AuditRequest, audit_command
+    from robench.report.audit import print_audit
+
+    request = AuditRequest(defense, dataset, norm, eps, n, checks, seed, eot, device, weights, out, data_dir)
+    folder, result = audit_command(request)
+    if as_json:
+        _print_json({**result.to_json(), "folder": str(folder)})
+    else:
+        print_audit(result, folder)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from robench.data import load_dataset
 from robench.data_names import KNOWN
@@ -24,6 +24,9 @@ from robench.store import RunStore
 from robench.threat import ThreatModel, parse_eps
 from robench.train import TrainSettings
 from robench.train.named import TrainJob, train_named
+
+if TYPE_CHECKING:
+    from robench.audit import Audit
 
 FULL_N = 1000
 
@@ -262,3 +265,59 @@ def _train_again(request: TrainRequest, folder: Path) -> str:
     words += ["--recipe", request.recipe] if request.recipe is not None else []
     words += ["--data-dir", str(request.data_dir)] if request.data_dir is not None else []
     return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class AuditRequest:
+    """The options of `robench audit` as given."""
+
+    defense: str
+    dataset: str
+    norm: str
+    eps: str | None
+    n: int | None
+    checks: str | None
+    seed: int
+    eot: int | None
+    device: str
+    weights: Path | None
+    out: Path | None
+    data_dir: Path | None
+
+
+def audit_command(request: AuditRequest) -> tuple[Path, Audit]:
+    """Audits as the command line asks for it and writes the report; returns the folder and the audit.
+
+    Raises:
+        RobenchError: see `audit`.
+        Interrupted: the message says how to go on.
+    """
+    from robench.audit import audit
+    from robench.report.audit import write_audit
+
+    ThreatModel(request.norm, 0.0)
+    text = default_eps(request.dataset, request.norm) if request.eps is None else request.eps
+    threat = ThreatModel(request.norm, parse_eps(text))
+    options = {} if request.weights is None else {"weights": str(request.weights.resolve())}
+    defense = load_defense(request.defense, request.dataset, **options)
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{request.defense}-{request.dataset}-{request.norm}-{text}").strip("-")
+    folder = request.out or Path("runs") / f"audit-{plain}-{request.n or 'default'}-{request.seed}"
+    try:
+        found = audit(
+            defense,
+            threat,
+            request.dataset,
+            n=request.n,
+            seed=request.seed,
+            checks=request.checks.split(",") if request.checks else None,
+            eot=request.eot,
+            device=request.device,
+            out=folder,
+            progress=True,
+            data_dir=request.data_dir,
+            defense_spec=request.defense,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; the same command with --out {folder} goes on where it stopped") from None
+    write_audit(found, folder)
+    return folder, found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from robench.check_names import QUESTIONS
 from robench.data_names import list_datasets
 from robench.errors import UsageError
 from robench.protocol import PROTOCOLS
 from robench.registry import names, resolve
 
-KINDS = ("defenses", "attacks", "datasets", "protocols")
+KINDS = ("defenses", "attacks", "datasets", "protocols", "checks")
 
 
 def list_all(kind: str, norm: str | None = None) -> dict[str, list[str]]:
@@ -28,6 +29,7 @@ def list_all(kind: str, norm: str | None = None) -> dict[str, list[str]]:
             for name, protocol in PROTOCOLS.items()
             for norm, attacks in protocol.attacks.items()
         ],
+        "checks": lambda: [f"{name}: {question}" for name, question in QUESTIONS.items()],
     }
     return {heading: makers[heading]() for heading in wanted}
 

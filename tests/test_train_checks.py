@@ -146,7 +146,7 @@ def test_roll_back_restores_weights_optimizer_and_recipe(images: Dataset, tmp_pa
     """With the pace at 0 after the roll-back, the weights only coast on the momentum they had at the last check."""
     defense = Mean()
     recipe = Watched(defense, bad_at=6)
-    recipe.roll_back = lambda stage: setattr(recipe, "pace", 0.0)  # type: ignore[method-assign, misc]
+    recipe.roll_back = lambda stage: setattr(recipe, "pace", 0.0)  # type: ignore[method-assign]
     train(defense, recipe, images, tmp_path, SETTINGS)
     reference = Mean()
     undisturbed = Watched(reference)
@@ -200,7 +200,7 @@ def test_resume_is_bit_equal(images: Dataset, tmp_path: Path, monkeypatch: pytes
 
 
 def test_tensorboard_writes_losses_and_figures(images: Dataset, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     defense = Mean()
     train(defense, Watched(defense), images, tmp_path, TrainSettings(holdout=32, tensorboard=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robench.errors import UsageError
+from robench.types import Images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +62,8 @@ def draw_exhibit(exhibit: Exhibit) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in DRAWN:
             (folder / name).unlink(missing_ok=True)  # of an earlier call with other options
-        _save(_draw_pictures(exhibit, Figure), folder / "pictures.png")
+        title = f"{exhibit.name} on {exhibit.request.dataset}"
+        _save(draw_rows(exhibit.pictures, title, Figure), folder / "pictures.png")
         _save(_draw_reliability(exhibit, Figure), folder / "reliability.png")
         if exhibit.scores:
             _save(_draw_scores(exhibit, Figure), folder / "scores.png")
@@ -72,10 +75,10 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_pictures(exhibit: Exhibit, new: type[Figure]) -> Figure:
-    rows = exhibit.pictures
+def draw_rows(rows: Mapping[str, Images], title: str, new: type[Figure]) -> Figure:
+    """Draws rows of images in [0, 1], each with its name before it."""
     most = max(len(images) for images in rows.values())
-    figure = new(figsize=(1.6 + 0.8 * most, 0.85 * len(rows) + 0.5), layout="constrained")
+    figure = new(figsize=(1.6 + 0.8 * most, 0.85 * len(rows) + (0.5 if title else 0)), layout="constrained")
     grid = figure.subplots(len(rows), most, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -83,7 +86,8 @@ def _draw_pictures(exhibit: Exhibit, new: type[Figure]) -> Figure:
         for axes, image in zip(line, images, strict=False):
             axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[0].text(-0.15, 0.5, name.replace("_", " "), transform=line[0].transAxes, ha="right", va="center")
-    figure.suptitle(f"{exhibit.name} on {exhibit.request.dataset}", fontsize="medium")
+    if title:
+        figure.suptitle(title, fontsize="medium")
     return figure
 
 

@@ -1,0 +1,193 @@
+"""The audit: can a robustness number be believed? Runs on the main path give evidence, one check a file judges it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robench.audit.checks import CHECKS
+from robench.audit.checks.base import Check, Outcome, not_run
+from robench.audit.checks.contract import remember
+from robench.audit.evidence import RUNS, SLOW, USUAL, Evidence
+from robench.audit.finding import Audit, Curve, Finding, Overall, Plot, Verdict
+from robench.data import Dataset, digest_data, load_dataset
+from robench.defense import Defense
+from robench.errors import PluginError, UsageError
+from robench.evaluate import Data, check_images
+from robench.settings import Settings
+from robench.threat import ThreatModel
+from robench.types import Images
+
+__all__ = ["CHECKS", "Audit", "Check", "Curve", "Finding", "Overall", "Plot", "Verdict", "audit"]
+
+DEFAULT_N = 128
+NORMS = ("linf", "l2")
+"""Those of FGSM and square; in l1 and l0 too few attacks are at hand for a comparison."""
+EXAMPLES = 10
+
+
+def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` takes too
+    defense: Defense,
+    threat: ThreatModel,
+    data: Data,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    checks: Sequence[str] | None = None,
+    eot: int | None = None,
+    device: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = False,
+    data_dir: str | Path | None = None,
+    defense_spec: str = "",
+) -> Audit:
+    """Asks of a defense whether its robustness in a threat model can be believed.
+
+    The runs that the checks need are planned first, each is done once on the main path, and is taken up again from
+    `out` if it was there before.
+
+    Args:
+        defense: see `load_defense` and `wrap`.
+        threat: norm (linf or l2) and bound of the claim.
+        data: a dataset's name, or images in [0, 1] and labels.
+        n: images; None: 128, fewer where the defense names a first look of its own, or all of a pair.
+        seed: seeds the draw of images and all randomness.
+        checks: names of the checks to make; None: all.
+        eot: draws in a gradient of a randomized defense; None: 10.
+        device: `auto`, `cpu` or `cuda`.
+        out: folder of the runs; None keeps them in memory.
+        progress: show progress on standard error.
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        defense_spec: how the command line finds the defense again.
+
+    Returns:
+        The Audit: the verdict `pass`, `suspect` or `masked`, and a finding for each check.
+
+    Raises:
+        UsageError: an unknown check or name, a norm without checks, data that does not fit.
+        PluginError: the defense broke the contract so that nothing can be measured.
+    """
+    started = time.monotonic()
+    chosen = [_find(name) for name in checks] if checks else list(CHECKS.values())
+    if threat.norm not in NORMS or threat.eps <= 0:
+        raise UsageError(f"the audit takes {', '.join(NORMS)} and an eps above 0; the threat model is {threat}")
+    effort = SLOW if defense.first_look else USUAL
+    effort = effort if eot is None else replace(effort, eot=eot)
+    defense.check_traits()
+    dataset = _load(data, n or defense.first_look.get("n"), seed, data_dir)
+    check_images(dataset.x, dataset.y, defense)
+    evidence = Evidence(
+        defense,
+        threat,
+        dataset,
+        seed,
+        Settings(device=device).resolve_device(),
+        effort,
+        folder=None if out is None else Path(out),
+        progress=progress,
+        spec=defense_spec,
+    )
+    try:
+        defense.to(evidence.device)
+        _run_all(chosen, evidence)
+        findings = tuple(_judge(check, evidence) for check in chosen)
+    finally:
+        defense.to("cpu")
+    return Audit(
+        defense.name,
+        dataset.name,
+        str(threat),
+        evidence.n,
+        seed,
+        findings,
+        _accuracies(evidence),
+        time.monotonic() - started,
+        _examples(evidence),
+    )
+
+
+def _find(name: str) -> Check:
+    if name not in CHECKS:
+        raise UsageError(f'there is no check "{name}"; there are: {", ".join(CHECKS)}')
+    return CHECKS[name]
+
+
+def _load(data: Data, n: int | None, seed: int, data_dir: str | Path | None) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, str):
+        return load_dataset(data, "test", n or DEFAULT_N, seed, Path(data_dir) if data_dir is not None else None)
+    x, y = data
+    if x.ndim != 4 or len(x) != len(y):
+        raise UsageError(f"data must be images b c h w and as many labels; got {tuple(x.shape)} and {tuple(y.shape)}")
+    x, y = x[:n].float().cpu(), y[:n].long().cpu()
+    names = tuple(str(number) for number in range(int(y.max()) + 1)) if len(y) else ()
+    return Dataset("", "", x, y, torch.arange(len(x)), names, digest_data(x, y))
+
+
+def _planned(checks: Iterable[Check], evidence: Evidence) -> list[str]:
+    """The runs that the checks need and that make sense for this defense, each once, in the order of the list."""
+    wanted = {"nothing", *(name for check in checks if not _excluded(check, evidence) for name in check.runs)}
+    return [name for name in RUNS if name in wanted and not evidence.applies(name)]
+
+
+def _run_all(checks: Sequence[Check], evidence: Evidence) -> None:
+    remember(evidence)
+    planned = _planned(checks, evidence)
+    for number, name in enumerate(planned, 1):
+        if evidence.progress:
+            sys.stderr.write(f"audit: run {number} of {len(planned)}: {name}\n")
+        evidence.run(name)
+
+
+def _excluded(check: Check, evidence: Evidence) -> str:
+    kind = "randomized" if evidence.defense.randomized else "deterministic"
+    return f"the defense is {kind}" if check.only not in ("", kind) else ""
+
+
+def _judge(check: Check, evidence: Evidence) -> Finding:
+    started = time.monotonic()
+    reason = _excluded(check, evidence)
+    try:
+        outcome: Outcome = not_run(reason) if reason else check.judge(evidence)
+    except PluginError as error:
+        outcome = not_run(str(error))
+    return Finding(
+        check.name,
+        outcome.verdict,
+        outcome.statistic,
+        outcome.threshold,
+        outcome.reason,
+        check.paper,
+        outcome.plot,
+        time.monotonic() - started,
+    )
+
+
+def _accuracies(evidence: Evidence) -> dict[str, tuple[float, float, float]]:
+    nothing = evidence.run("nothing")
+    found: dict[str, Any] = {"clean": nothing and nothing.clean_accuracy}
+    found |= {name: evidence.estimate(name) for name in evidence.results if name != "nothing"}
+    return {name: (100 * one.value, 100 * one.low, 100 * one.high) for name, one in found.items() if one is not None}
+
+
+def _examples(evidence: Evidence) -> dict[str, Images]:
+    """Some images that PGD broke (or the first ones), what it made of them, and the difference around grey."""
+    right = evidence.right("pgd") if "pgd" in evidence.results else None
+    if right is None:
+        return {}
+    result = evidence.run("pgd")
+    if result is None:
+        return {}
+    found = torch.from_numpy(result.images(result.spec.attacks[0].key))
+    broken = torch.from_numpy((evidence.clean > 0.5) & (right < 0.5)).nonzero()[:, 0]
+    rows = (broken if len(broken) else torch.arange(evidence.n))[:EXAMPLES]
+    x, x_adv = evidence.data.x[rows], found[rows]
+    spread = (x_adv - x).abs().amax().clamp_min(1e-12)
+    return {"original": x, "under PGD": x_adv, "difference": 0.5 + (x_adv - x) / (2 * spread)}

@@ -1,0 +1,46 @@
+"""Do attacks without gradients break what those with gradients do not?"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from robench.audit.checks.base import Check, Outcome, not_run
+from robench.audit.evidence import Evidence
+from robench.audit.statistics import compare
+
+TOLERANCE = 0.03
+WHITE_BOX = ("fgsm", "pgd", "pgd, margin loss")
+NAMES = {"square": "the score attack square", "noise": "random noise", "transfer": "transfer from another defense"}
+
+
+def white_box(evidence: Evidence) -> npt.NDArray[np.float64] | None:
+    """The lowest share of right answers of each image under the gradient attacks; None where all failed."""
+    found = [right for name in WHITE_BOX if (right := evidence.right(name)) is not None]
+    return np.min(found, axis=0) if found else None
+
+
+def _judge(evidence: Evidence, name: str) -> Outcome:
+    if reason := evidence.applies(name):
+        return not_run(reason)
+    black = evidence.right(name)
+    if black is None:
+        return not_run("the attack failed")
+    white = white_box(evidence)
+    if white is None:
+        white = evidence.clean  # gradient attacks break nothing where there are no gradients
+    gap = compare(white, np.minimum(white, black)) if not evidence.defense.randomized else compare(white, black)
+    reason = f"{NAMES[name]} breaks {gap} that FGSM and PGD (two losses) leave right{gap.power()}"
+    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
+
+
+def _make(name: str) -> Check:
+    return Check(
+        name,
+        "Athalye et al. 2018 (arXiv 1802.00420), section 3.1; Carlini et al. 2019 (arXiv 1902.06705)",
+        lambda evidence: _judge(evidence, name),
+        runs=(*WHITE_BOX, name),
+    )
+
+
+CHECKS = tuple(_make(name) for name in NAMES)

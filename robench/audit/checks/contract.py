@@ -1,0 +1,60 @@
+"""Does the defense answer as the contract says: finite logits, no softmax, each image on its own, no memory?"""
+
+from __future__ import annotations
+
+import torch
+
+from robench.audit.checks.base import Check, Outcome
+from robench.audit.evidence import Evidence
+from robench.rng import seeded
+from robench.types import Images, Logits
+
+TOLERANCE = 1e-3
+"""Relative to the largest logit: what the order of float32 sums may change with the batch."""
+FEW = 32
+FIRST = "first answers"
+
+
+def _ask(evidence: Evidence, x: Images) -> Logits:
+    with torch.no_grad(), seeded(evidence.seed, "audit", "contract", device=evidence.device):
+        return evidence.defense(x)
+
+
+def remember(evidence: Evidence) -> None:
+    """Asks for some images before any run, so that what the runs change in the defense shows."""
+    evidence.shared[FIRST] = _ask(evidence, evidence.x[:FEW])
+
+
+def judge(evidence: Evidence) -> Outcome:
+    """Asks for some images together, alone, and compares with the answers before all runs."""
+    if evidence.broken:
+        return Outcome("fail", None, None, evidence.broken)
+    x = evidence.x[:FEW]
+    logits = _ask(evidence, x)
+    if not bool(logits.isfinite().all()):
+        return Outcome("fail", None, None, "some logits are not finite")
+    sums = logits.sum(1)
+    if bool((logits >= -1e-5).all() and (logits <= 1 + 1e-5).all() and ((sums - 1).abs() < 1e-4).all()):
+        return Outcome("fail", None, None, "the logits are probabilities: the loss of an attack saturates on them")
+    if evidence.defense.randomized:
+        again = _ask(evidence, x)
+        if not torch.equal(logits, again):
+            return Outcome("fail", None, None, "one seed gives two answers: randomness beyond torch's generator")
+        return Outcome("pass", None, None, "logits are finite, no probabilities, and repeat under one seed")
+    scale = float(logits.abs().max()) or 1.0
+    alone = torch.cat([_ask(evidence, x[i : i + 1]) for i in range(min(8, len(x)))])
+    gap = float((logits[: len(alone)] - alone).abs().max()) / scale
+    if gap > TOLERANCE:
+        reason = f"an image alone and in a batch differ by {gap:.2g} of the largest logit: the answer is not its own"
+        return Outcome("fail", gap, TOLERANCE, reason)
+    drift = float((evidence.shared[FIRST] - logits).abs().max()) / scale
+    if drift > TOLERANCE:
+        return Outcome("fail", drift, TOLERANCE, "the same images get another answer later: the defense has a memory")
+    return Outcome("pass", gap, TOLERANCE, "logits are finite, no probabilities, and each image has its own answer")
+
+
+CHECK = Check(
+    "contract",
+    "Croce et al. 2020 (AutoAttack), checks.py; robench's contract",
+    judge,
+)

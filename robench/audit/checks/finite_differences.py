@@ -1,0 +1,58 @@
+"""Is the gradient the derivative of what is judged?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from robench.audit.checks.base import Check, Outcome, not_run, quantile_curve
+from robench.audit.evidence import Evidence
+from robench.audit.finding import Plot, Verdict
+from robench.errors import PluginError
+from robench.losses import margin
+
+STEPS = (0.02, 0.1)
+"""Lengths of the difference, as shares of eps: short ones drown in float32's rounding, long ones in curvature."""
+SUSPECT, FAIL = 0.5, 0.15
+
+
+def judge(evidence: Evidence) -> Outcome:
+    """Compares the rise of the margin along the gradient's steepest direction with what the gradient promises.
+
+    The rise is that of `forward`, measured by central differences, under the same draws on both sides. The statistic
+    is the better of two step lengths' median over the images of rise / promise, 1 for an exact gradient, negative for
+    a flipped one.
+    """
+    x, y, threat = evidence.x, evidence.y, evidence.threat
+    try:
+        grad = evidence.gradient(x, y, margin, purpose="difference").grad
+    except (PluginError, RuntimeError):
+        return not_run("the defense gives no gradient")
+    direction = threat.steepest(grad)
+    promised = (grad * direction).flatten(1).sum(1).double().cpu().numpy()
+    usable = np.isfinite(promised) & (promised > 0)
+    if usable.mean() < 0.5:
+        return not_run("the gradient is zero at most images")
+    ratios = []
+    for part in STEPS:
+        step = part * threat.eps
+        up, down = (
+            evidence.losses((x + sign * step * direction).clamp(0, 1), y, margin, purpose="difference")
+            for sign in (1, -1)
+        )
+        moved = (x + step * direction).clamp(0, 1) - (x - step * direction).clamp(0, 1)
+        expected = (grad * moved).flatten(1).sum(1).double().cpu().numpy()
+        kept = usable & (np.abs(expected) > 1e-12)
+        ratios.append((up - down)[kept] / expected[kept])
+    medians = [float(np.median(ratio)) for ratio in ratios]
+    best = min(medians, key=lambda value: abs(value - 1))
+    verdict: Verdict = "fail" if best < FAIL else "suspect" if best < SUSPECT or best > 1 / SUSPECT else "pass"
+    reason = f"along the gradient the margin rises {best:.2f} times as fast as the gradient says (median of the images)"
+    curve = quantile_curve("rise / promise", list(STEPS), ratios)
+    return Outcome(verdict, best, FAIL, reason, Plot("step / eps", "rise / promise", (curve,)))
+
+
+CHECK = Check(
+    "finite_differences",
+    "Athalye et al. 2018 (arXiv 1802.00420), shattered gradients; Carlini et al. 2019 (arXiv 1902.06705)",
+    judge,
+)

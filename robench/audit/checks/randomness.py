@@ -1,0 +1,89 @@
+"""Does the randomness hide the gradient, and do the draws of an attack suffice?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from robench.audit.checks.base import Check, Outcome, not_run, quantile_curve
+from robench.audit.evidence import Evidence
+from robench.audit.finding import Plot
+from robench.audit.statistics import compare
+from robench.errors import PluginError
+
+TOLERANCE = 0.10
+COSINE = 0.9
+SUSPECT_COSINE = 0.3
+PAPERS = "Athalye et al. 2018 (arXiv 1802.00420), section 4.2; Carlini et al. 2019 (arXiv 1902.06705)"
+
+
+def judge_draws(evidence: Evidence) -> Outcome:
+    """Fails where averaging over draws breaks far more than one draw: the accuracy rests on noise in the gradient."""
+    one, many = evidence.right("pgd, one draw"), evidence.right("pgd")
+    if one is None or many is None:
+        return not_run("an attack failed")
+    gap = compare(one, many)
+    reason = f"PGD with {evidence.effort.eot} draws breaks {gap} that PGD with one leaves right{gap.power()}"
+    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
+
+
+def judge_fixed(evidence: Evidence) -> Outcome:
+    """Fails where an attack that meets one and the same draw, a weaker one, breaks far more under fresh ones."""
+    fixed, fresh = evidence.right("pgd, fixed draws"), evidence.right("pgd")
+    if fixed is None or fresh is None:
+        return not_run("an attack failed")
+    gap = compare(fresh, fixed)
+    reason = f"images found under fixed draws break {gap} more under fresh ones than those found under fresh ones"
+    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason + gap.power())
+
+
+def judge_cosine(evidence: Evidence) -> Outcome:
+    """The cosine of two independent gradients of n draws each against n; suspect where it stays low at the attack's n.
+
+    A proposal without a published threshold: the draws needed are the least n with a median cosine of 0.9. Noise in the
+    gradient is no sign of masking by itself, so this check never fails a defense.
+    """
+    x, y = evidence.x[: 4 * evidence.effort.directions], evidence.y[: 4 * evidence.effort.directions]
+    counts = [1, 2, 4, 8, evidence.effort.eot, 2 * evidence.effort.eot]
+    counts = sorted({count for count in counts if count <= 2 * evidence.effort.eot})
+    rows = []
+    for count in counts:
+        try:
+            first, second = (
+                evidence.gradient(x, y, draws=count, purpose=f"cosine {count} {side}").grad.flatten(1)
+                for side in (0, 1)
+            )
+        except (PluginError, RuntimeError):
+            return not_run("the defense gives no gradient")
+        rows.append(torch.cosine_similarity(first, second, dim=1).nan_to_num(0.0).double().cpu().numpy())
+    medians = {count: float(np.median(row)) for count, row in zip(counts, rows, strict=True)}
+    enough = [count for count, value in medians.items() if value >= COSINE]
+    needed = f"{enough[0]} draws are enough for 0.9" if enough else f"{counts[-1]} draws are too few for 0.9"
+    value = medians[evidence.effort.eot]
+    plot = Plot("draws", "cosine", (quantile_curve("cosine", [float(c) for c in counts], rows),), log_x=True)
+    reason = f"two gradients of {evidence.effort.eot} draws have a median cosine of {value:.2f}; {needed}"
+    return Outcome("suspect" if value < SUSPECT_COSINE else "pass", value, None, reason, plot)
+
+
+CHECKS = (
+    Check(
+        "draws",
+        PAPERS,
+        judge_draws,
+        runs=("pgd, one draw", "pgd"),
+        only="randomized",
+    ),
+    Check(
+        "fixed_draws",
+        PAPERS,
+        judge_fixed,
+        runs=("pgd, fixed draws", "pgd"),
+        only="randomized",
+    ),
+    Check(
+        "gradient_noise",
+        "a proposal of robench; compare Athalye et al. 2018 (arXiv 1802.00420), section 4.2",
+        judge_cosine,
+        only="randomized",
+    ),
+)

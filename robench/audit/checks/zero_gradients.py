@@ -1,0 +1,41 @@
+"""Are there gradients at all?"""
+
+from __future__ import annotations
+
+import torch
+
+from robench.audit.checks.base import Check, Outcome, graded
+from robench.audit.evidence import Evidence
+from robench.errors import PluginError
+from robench.rng import seeded
+
+SUSPECT, FAIL = 0.02, 0.10
+
+
+def judge(evidence: Evidence) -> Outcome:
+    """The share of images at which the gradient of cross-entropy is missing, zero or not finite.
+
+    Taken at the images and at a random point of the ball around each, where an attack starts.
+    """
+    x, y = evidence.x, evidence.y
+    with seeded(evidence.seed, "audit", "start", device=evidence.device):
+        start = evidence.threat.random_start(x)
+    bad = []
+    for name, images in (("clean", x), ("start", start)):
+        try:
+            grad = evidence.gradient(images, y, purpose=f"zero {name}").grad
+        except (PluginError, RuntimeError) as error:
+            reason = f"the defense gives no gradient: {str(error).splitlines()[0]}"
+            return Outcome("fail", 1.0, FAIL, reason)
+        flat = grad.flatten(1)
+        bad.append(~flat.isfinite().all(1) | (flat == 0).all(1))
+    share = float(torch.stack(bad).any(0).float().mean())
+    reason = f"the gradient of cross-entropy is zero or not finite at {100 * share:.1f} % of the images"
+    return Outcome(graded(share, SUSPECT, FAIL), share, FAIL, reason)
+
+
+CHECK = Check(
+    "zero_gradients",
+    "Pintor et al. 2022 (arXiv 2106.09947), indicator 1; Croce et al. 2020 (arXiv 2003.01690)",
+    judge,
+)

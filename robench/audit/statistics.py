@@ -1,0 +1,89 @@
+"""When a difference between two runs on the same images is more than noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest, t
+
+from robench.audit.finding import Verdict
+
+LEVEL: Final = 0.005
+"""A check fails only at this one-sided level: with about 15 checks a sound defense fails by chance once in 14 audits
+if every null hypothesis held with equality, and the tolerance below makes it rarer."""
+HINT: Final = 0.05
+"""The level from which a check is suspect."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much larger one quantity is than another on the same images.
+
+    Attributes:
+        mean: the mean difference.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p: the one-sided level at which the difference is above 0.
+        n: images.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+    def verdict(self, tolerance: float) -> Verdict:
+        """`fail`: at least the tolerance and above 0 at `LEVEL`; `suspect`: half of it and `HINT`."""
+        if self.mean >= tolerance and self.p <= LEVEL:
+            return "fail"
+        return "suspect" if self.mean >= tolerance / 2 and self.p <= HINT else "pass"
+
+    def power(self) -> str:
+        """What gap so few images could not tell, and how many would tell one of 5 points; "" if these do."""
+        needed = math.ceil(math.log(LEVEL) / math.log(0.5))  # images that must differ, all in one direction
+        smallest = needed / self.n
+        if smallest <= 0.05:
+            return ""
+        return f"; {self.n} images cannot tell a gap under {100 * smallest:.0f} points, {20 * needed} would tell 5"
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} points [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def compare(larger: npt.NDArray[np.float64], smaller: npt.NDArray[np.float64]) -> Gap:
+    """Tests whether `larger` exceeds `smaller` on the same images, one value in [0, 1] for each.
+
+    Where all values are 0 or 1 the exact McNemar test of the images that differ, else Student's paired test. The
+    interval is Student's, with one pair in either direction added, so that it has a width where all pairs agree.
+    """
+    gaps = larger - smaller
+    n = len(gaps)
+    padded = np.concatenate([gaps, (-1.0, 1.0)]) if n else np.zeros(2)
+    half = float(t.ppf(0.975, max(n - 1, 1))) * float(padded.std(ddof=1)) / math.sqrt(len(padded))
+    mean = float(gaps.mean()) if n else 0.0
+    return Gap(mean, mean - half, mean + half, _level(gaps), n)
+
+
+def _level(gaps: npt.NDArray[np.float64]) -> float:
+    up, down = int((gaps > 0).sum()), int((gaps < 0).sum())
+    if up + down == 0:
+        return 1.0
+    if np.isin(gaps, (-1.0, 0.0, 1.0)).all():
+        return float(binomtest(up, up + down, 0.5, alternative="greater").pvalue)
+    error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    if error == 0:
+        return 0.0 if gaps.mean() > 0 else 1.0
+    return float(t.sf(float(gaps.mean()) / error, len(gaps) - 1))
+
+
+def share_interval(hits: npt.NDArray[np.bool_]) -> tuple[float, float, float]:
+    """The share of true values with its 95 % interval (Wilson)."""
+    from robench.stats import wilson
+
+    count = int(hits.sum())
+    return (count / len(hits), *wilson(count, len(hits))) if len(hits) else (0.0, 0.0, 1.0)

@@ -1,0 +1,33 @@
+"""The checks of the audit by name, in the order of the report. Imports nothing, so that listing them is fast."""
+
+from __future__ import annotations
+
+from typing import Final
+
+QUESTIONS: Final = {
+    "null_control": "Is the accuracy under an attack of bound 0 the clean one?",
+    "zero_gradients": "Is the gradient of cross-entropy there, finite and not zero?",
+    "finite_differences": "Is the gradient the derivative of the classifier that is judged?",
+    "loss_surface": "Does the loss rise along the gradient more than at random?",
+    "stability": "Do the answers near an image resemble those at the image?",
+    "inference_time": "Does an answer optimise, and can an attack differentiate that?",
+    "single_step": "Does PGD find at least what FGSM finds?",
+    "monotone": "Does a larger bound break at least as many images?",
+    "unbounded": "Does the accuracy fall to chance without a bound?",
+    "loss_choice": "Does cross-entropy lead as far as the margin?",
+    "square": "Does the score attack square break only what gradients break too?",
+    "noise": "Does random noise break only what gradients break too?",
+    "transfer": "Does transfer from another defense break only what gradients break too?",
+    "double_steps": "Does PGD with twice the steps break no more?",
+    "double_restarts": "Does PGD with twice the restarts break no more?",
+    "double_draws": "Does PGD with twice the draws break no more?",
+    "gradient_modes": "Is the gradient path that the defense calls strongest the strongest?",
+    "draws": "Does one draw lead as far as many?",
+    "fixed_draws": "Do fresh draws lead as far as fixed ones?",
+    "gradient_noise": "Do the draws of the attack give a gradient that repeats?",
+    "silent_success": "Does the attack keep what it finds on the way?",
+    "incomplete_optimisation": "Has the loss stopped rising?",
+    "break_point": "How soon does the loss rise?",
+    "binarisation": "Does PGD find adversarial examples that exist by construction?",
+    "contract": "Are the logits finite, no probabilities, and the image's own?",
+}

@@ -1,0 +1,112 @@
+"""The audit's report: a table on the terminal, `audit.json`, and a page with a plot for each check that has one."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from robench.audit import Audit
+from robench.audit.finding import Plot
+from robench.check_names import QUESTIONS
+from robench.errors import UsageError
+from robench.report.exhibit import draw_rows
+from robench.store import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEANING: Final = {
+    "pass": "No check found a sign of gradient masking. That does not prove that there is none.",
+    "suspect": "Some checks found signs that may be noise or have a harmless cause. Look at them before you trust the "
+    "robustness figure.",
+    "masked": "The gradients of this defense mislead the usual attacks: a robustness figure that rests on them cannot "
+    "be believed.",
+}
+
+
+def print_audit(audit: Audit, folder: Path | None) -> None:
+    """Prints the findings on standard output."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    title = f"audit of {audit.defense} on {audit.dataset or 'data of the caller'}, {audit.threat}, {audit.n} images"
+    table = Table(title=title, title_justify="left")
+    for heading in ("check", "verdict", "what was found"):
+        table.add_column(heading, overflow="fold")
+    for finding in audit.findings:
+        table.add_row(finding.check, finding.verdict, finding.reason)
+    console.print(table)
+    console.print(f"verdict: {audit.verdict}. {MEANING[audit.verdict]}")
+    if audit.failed:
+        console.print(f"failed: {', '.join(audit.failed)}")
+    if folder is not None:
+        console.print(f"report: {folder / 'audit.html'}   (and audit.json)")
+
+
+def write_audit(audit: Audit, folder: Path) -> None:
+    """Writes `audit.json` and `audit.html` into a folder.
+
+    Raises:
+        UsageError: Jinja2 or matplotlib is missing, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(audit.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomic(folder / "audit.json", (text + "\n").encode())
+        write_atomic(folder / "audit.html", render_audit(audit).encode())
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}. Choose another --out") from None
+
+
+def render_audit(audit: Audit) -> str:
+    """The page: one self-contained file, everything from outside escaped.
+
+    Raises:
+        UsageError: Jinja2 or matplotlib is missing.
+    """
+    try:
+        from jinja2 import Environment
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("the audit's page needs an extra: pip install 'robench[report]'") from None
+    template = importlib.resources.files("robench.report").joinpath("templates/audit.html").read_text(encoding="utf-8")
+    plots = {
+        finding.check: _encode(_draw(finding.plot, Figure), "svg")
+        for finding in audit.findings
+        if finding.plot is not None
+    }
+    grid = _encode(draw_rows(audit.examples, "", Figure), "png") if audit.examples else ""
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    return page.render(
+        audit=audit,
+        meaning=MEANING[audit.verdict],
+        plots=plots,
+        grid=grid,
+        questions=QUESTIONS,
+    )
+
+
+def _draw(plot: Plot, new: type[Figure]) -> Figure:
+    figure = new(figsize=(4.2, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    for number, curve in enumerate(plot.curves):
+        (line,) = axes.plot(curve.x, curve.y, marker="osD^"[number % 4], markersize=4, label=curve.label)
+        if curve.low:
+            axes.fill_between(curve.x, curve.low, curve.high, alpha=0.15, color=line.get_color(), linewidth=0)
+    if plot.log_x:
+        axes.set_xscale("log", base=2)
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _encode(figure: Figure, kind: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=120)
+    return base64.b64encode(buffer.getvalue()).decode()

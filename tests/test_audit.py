@@ -1,0 +1,327 @@
+"""The audit on toys with known answers: each planted fault is named by its check, a sound defense passes them all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_toys import Prototypes
+from torch import Tensor
+
+import robench
+from robench import Defense, ThreatModel, UsageError
+from robench.audit import CHECKS, Audit, audit, evidence
+from robench.audit.finding import Finding, overall
+from robench.audit.statistics import compare
+from robench.check_names import QUESTIONS
+from robench.cli import main
+from robench.data import Dataset, load_dataset
+from robench.report.audit import render_audit
+from robench.testing.decoys import PLANTED
+from robench.types import Images, Logits
+
+HERE = Path(__file__)
+THREAT = ThreatModel("linf", 0.05)
+NEEDS_A_NET = ("input noise", "resize and pad", "logit noise", "k-winners-take-all", "hash of the input")
+"""These do not hide a linear classifier's gradient, which is the same everywhere."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_dataset("fashion_mnist", "test", 64, 3)
+
+
+def look(defense: Defense, data: Dataset, *checks: str) -> Audit:
+    return audit(defense, THREAT, data, checks=checks)
+
+
+# planted faults, and a defense without
+
+
+@pytest.mark.parametrize("name", [name for name in PLANTED if name not in NEEDS_A_NET])
+def test_planted_fault_is_named(name: str, data: Dataset) -> None:
+    planted = PLANTED[name]
+    decoy = planted.make(Prototypes(), data.x, THREAT.eps)
+    found = look(decoy, data, *planted.checks)
+    assert found.verdict == "masked", [finding.reason for finding in found.findings]
+    assert set(found.failed) <= set(planted.checks)
+
+
+def test_sound_defense_passes_every_check(data: Dataset) -> None:
+    found = audit(Prototypes(), THREAT, data)
+    assert [finding.check for finding in found.findings] == list(QUESTIONS)
+    assert found.verdict == "pass", [(finding.check, finding.reason) for finding in found.findings]
+    ran = {finding.check for finding in found.findings if finding.verdict != "not run"}
+    assert set(QUESTIONS) - ran == {"double_draws", "gradient_modes", "draws", "fixed_draws", "gradient_noise"}
+    assert found.accuracies["pgd"][0] < found.accuracies["clean"][0]
+
+
+class Softmax(Prototypes):
+    """Answers probabilities."""
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x).softmax(1)
+
+
+class Crowd(Prototypes):
+    """Shifts its logits by the mean of the batch."""
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        return logits + logits.mean(0).roll(1)
+
+
+class Memory(Prototypes):
+    """Answers by the number of images it was asked about, which checks at the start do not see."""
+
+    asked = 0
+
+    def forward(self, x: Images) -> Logits:
+        self.asked += len(x)
+        logits = super().forward(x)
+        return logits.roll(1, dims=1) if self.asked > 120 else logits
+
+
+class Optimises(Prototypes):
+    """Takes a gradient of its own to answer, and says nothing of it."""
+
+    def forward(self, x: Images) -> Logits:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(super().forward(leaf).logsumexp(1).sum(), leaf)
+        return super().forward(x + 0.01 * grad)
+
+
+class Declares(Optimises):
+    """The same, with a path of its own."""
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        self.check_mode(mode)
+        return self(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "verdict", "words"),
+    [
+        (Softmax, "contract", "fail", "probabilities"),
+        (Crowd, "contract", "fail", "in a batch"),
+        (Memory, "contract", "fail", "later"),
+        (Prototypes, "contract", "pass", "own answer"),
+        (Optimises, "inference_time", "suspect", "says nothing"),
+        (Declares, "inference_time", "pass", "offers full"),
+        (Prototypes, "inference_time", "pass", "no gradient"),
+    ],
+)
+def test_contract_and_inference_time(cls: type[Defense], check: str, verdict: str, words: str, data: Dataset) -> None:
+    before = torch.autograd.grad
+    (finding,) = look(cls(), data, check).findings
+    assert (finding.verdict, words in finding.reason) == (verdict, True), finding.reason
+    assert torch.autograd.grad is before
+
+
+class NoisyDraw(Prototypes):
+    """Each pixel is seen by chance one time in twelve: one draw's gradient says little of the next one's."""
+
+    name = "noisy_draw"
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        seen = torch.rand(len(x), 1, 4, 4, device=x.device) < 1 / 4
+        cells = torch.nn.functional.avg_pool2d(x, 7)
+        return self.classify((0.4 + 4 * seen * (cells - 0.4)).flatten(1))
+
+
+def test_noise_in_the_gradient_is_told(data: Dataset) -> None:
+    """The more draws, the more two gradients agree; a deterministic defense has no such check."""
+    (finding,) = look(NoisyDraw(), data, "gradient_noise").findings
+    assert finding.plot is not None
+    (curve,) = finding.plot.curves
+    assert list(curve.y) == sorted(curve.y)
+    assert curve.y[0] < curve.y[-1]
+    (other,) = look(Prototypes(), data, "gradient_noise").findings
+    assert (other.verdict, other.reason) == ("not run", "the defense is deterministic")
+
+
+# statistics
+
+
+def test_compare_is_mcnemars_exact_test_on_answers() -> None:
+    """Eight images of 20 differ, seven one way: P(at least 7 of 8) = 9 / 256."""
+    larger, smaller = np.ones(20), np.ones(20)
+    smaller[:7], larger[7] = 0, 0
+    gap = compare(larger, smaller)
+    assert gap.mean == pytest.approx(6 / 20)
+    assert gap.p == pytest.approx(9 / 256)
+    assert gap.low < gap.mean < gap.high
+    assert gap.verdict(0.3) == "suspect"
+    assert compare(smaller, larger).verdict(0.3) == "pass"
+
+
+def test_compare_of_shares_is_students_paired_test() -> None:
+    from scipy.stats import ttest_rel
+
+    rng = np.random.Generator(np.random.PCG64(1))
+    first, second = rng.random(30), rng.random(30)
+    assert compare(first, second).p == pytest.approx(ttest_rel(first, second, alternative="greater").pvalue)
+
+
+def test_equal_answers_are_no_gap_and_few_images_say_so() -> None:
+    gap = compare(np.ones(20), np.ones(20))
+    assert (gap.mean, gap.p, gap.verdict(0.05)) == (0.0, 1.0, "pass")
+    assert gap.low < 0 < gap.high
+    assert "20 images cannot tell a gap under 40 points, 160 would tell 5" in gap.power()
+    assert compare(np.ones(160), np.ones(160)).power() == ""
+
+
+def test_a_large_gap_on_few_images_is_not_called_a_failure() -> None:
+    larger, smaller = np.ones(8), np.ones(8)
+    smaller[:4] = 0
+    assert compare(larger, smaller).verdict(0.1) == "pass"  # 4 of 4: 1 in 16 by chance
+    smaller[:8] = 0
+    assert compare(larger, smaller).verdict(0.1) == "fail"
+
+
+def test_overall_verdict() -> None:
+    def find(*verdicts: Any) -> list[Finding]:
+        return [Finding("check", verdict, None, None, "", "") for verdict in verdicts]
+
+    assert overall(find("pass", "suspect", "fail")) == "masked"
+    assert overall(find("pass", "suspect", "not run")) == "suspect"
+    assert overall(find("pass", "not run")) == "pass"
+    assert overall(find("not run")) == "suspect"
+
+
+# runs
+
+
+def test_runs_are_shared_and_taken_up_again(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    inner = evidence.evaluate
+
+    def count(defense: Defense, attack: str, *args: Any, **settings: Any) -> Any:
+        done.append(f"{attack} {'again' if settings.get('resume') else 'new'}")
+        return inner(defense, attack, *args, **settings)
+
+    monkeypatch.setattr(evidence, "evaluate", count)
+    wanted = ("single_step", "double_steps", "loss_choice")
+    first = audit(Prototypes(), THREAT, data, checks=wanted, out=tmp_path)
+    assert sorted(done) == [
+        "fgsm new",
+        "fgsm new",  # of bound 0
+        "pgd(steps=20) new",
+        "pgd(steps=20, loss='margin') new",
+        "pgd(steps=40) new",
+    ]
+    done.clear()
+    again = audit(Prototypes(), THREAT, data, checks=wanted, out=tmp_path)
+    assert all(one.endswith("again") for one in done)
+    assert [one.statistic for one in again.findings] == [one.statistic for one in first.findings]
+
+
+def test_the_seed_decides(data: Dataset) -> None:
+    def statistic(seed: int) -> float | None:
+        return audit(Prototypes(), THREAT, data, seed=seed, checks=["stability"]).findings[0].statistic
+
+    assert statistic(1) == statistic(1)
+    assert statistic(1) != statistic(2)
+
+
+def test_public_name_is_the_function(data: Dataset) -> None:
+    found = robench.audit(Prototypes(), THREAT, (data.x, data.y), n=10, checks=["zero_gradients"])
+    assert (found.n, found.verdict) == (10, "pass")
+    assert set(CHECKS) == set(QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    ("threat", "checks", "message"),
+    [
+        (ThreatModel("l1", 3), None, "the audit takes linf, l2 "),
+        (ThreatModel("linf", 0), None, "an eps above 0"),
+        (THREAT, ["sqare"], 'there is no check "sqare"'),
+    ],
+)
+def test_wrong_input(threat: ThreatModel, checks: list[str] | None, message: str, data: Dataset) -> None:
+    with pytest.raises(UsageError, match=message):
+        audit(Prototypes(), threat, data, checks=checks)
+
+
+def test_l2(data: Dataset) -> None:
+    found = audit(Prototypes(), ThreatModel("l2", 0.5), data, checks=["zero_gradients", "unbounded", "loss_surface"])
+    assert found.verdict == "pass", [finding.reason for finding in found.findings]
+    assert found.accuracies["pgd, unbounded"][0] == 0
+
+
+# command and report
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["robench", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_command_writes_json_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = f"{HERE.with_name('engine_toys.py')}:Prototypes"
+    words = ("audit", "--defense", toy, "--n", 20, "--checks", "pgd,stability", "--out", tmp_path)
+    assert call(monkeypatch, *words) == 2
+    assert "there is no check" in capsys.readouterr().err
+    words = ("audit", "--defense", toy, "--n", 20, "--checks", "double_steps,loss_surface", "--out", tmp_path)
+    assert call(monkeypatch, *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "pass"
+    assert [finding["check"] for finding in found["findings"]] == ["double_steps", "loss_surface"]
+    stored = json.loads((tmp_path / "audit.json").read_text())
+    assert stored["findings"] == found["findings"]
+    page = (tmp_path / "audit.html").read_text()
+    assert page.count("data:image/svg+xml") == 1
+    assert "data:image/png" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+    assert call(monkeypatch, *words) == 0
+    out = capsys.readouterr().out
+    assert "verdict: pass" in out
+    assert "audit.html" in out
+
+
+def test_page_escapes_what_comes_from_outside(data: Dataset) -> None:
+    hostile = Prototypes()
+    hostile.name = "<script>alert(1)</script>"
+    page = render_audit(look(hostile, data, "zero_gradients"))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **settings: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence, "evaluate", stop)
+    toy = f"{HERE.with_name('engine_toys.py')}:Prototypes"
+    assert call(monkeypatch, "audit", "--defense", toy, "--n", 10, "--out", tmp_path) == 130
+    assert f"the same command with --out {tmp_path} goes on" in capsys.readouterr().err
+
+
+def test_attack_that_fails_leaves_its_checks_not_run(data: Dataset) -> None:
+    """Without any gradient the gradient attacks fail; what rests on them says so, and what finds it fails."""
+    decoy = PLANTED["thermometer code"].make(Prototypes(), data.x, THREAT.eps)
+    found = look(decoy, data, "single_step", "zero_gradients", "unbounded")
+    verdicts = {finding.check: finding.verdict for finding in found.findings}
+    assert verdicts == {"single_step": "not run", "zero_gradients": "fail", "unbounded": "not run"}
