@@ -6,6 +6,7 @@ spec -> units -> for each unit: clean pass, attacks, judge -> store -> Evaluatio
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -217,14 +218,22 @@ def check_answers(defense: Defense, x: Images, spec: RunSpec) -> None:
     """Asks the defense for two answers, so that one that breaks the contract is refused before any work.
 
     Raises:
-        PluginError: training mode, logits of the wrong shape, not finite, or random although declared deterministic.
+        PluginError: training mode, an error of its own, logits of the wrong shape, not finite, or random although
+            declared deterministic.
     """
     if defense.training:
         raise PluginError(f'defense "{defense.name}" is in training mode; call its freeze() (or eval()) first')
     few = x[: min(4, len(x))].to(spec.device)
     defense.to(spec.device)
     with torch.no_grad(), seeded(spec.seed, "check", device=spec.device):
-        answer(defense, few)
+        try:
+            answer(defense, few)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise PluginError(
+                f'defense "{defense.name}": forward raised {type(error).__name__} at '
+                f"{Path(frame.filename).name}:{frame.lineno}: {error}"
+            ) from error
         if not defense.randomized and not torch.equal(defense(few), defense(few)):
             raise PluginError(
                 f'defense "{defense.name}" is declared deterministic, but two calls on the same images differ. '

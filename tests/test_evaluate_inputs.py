@@ -15,6 +15,7 @@ from robench.errors import PluginError, UsageError
 from robench.evaluate import evaluate
 from robench.registry import load_attack
 from robench.threat import ThreatModel
+from robench.types import Images, Logits
 
 LINF = ThreatModel("linf", 0.1)
 
@@ -139,3 +140,18 @@ def test_a_defense_that_draws_in_secret_is_refused() -> None:
     defense.randomized = False
     with pytest.raises(PluginError, match=r"declared deterministic, but two calls .* Set randomized = True"):
         evaluate(defense, "fgsm", LINF, grid_images(2))
+
+
+class Falls(Linear):
+    """Cannot take four images."""
+
+    name = "falls"
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x.view(1, -1))
+
+
+def test_a_forward_that_raises_is_one_line_that_says_where() -> None:
+    message = r'defense "falls": forward raised RuntimeError at engine_toys.py:\d+: mat1'
+    with pytest.raises(PluginError, match=message):
+        evaluate(Falls(), "fgsm", LINF, grid_images(8))
