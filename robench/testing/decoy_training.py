@@ -1,7 +1,6 @@
-"""Decoys that have to be trained: distilled at a high temperature, and adversarially trained on one step alone.
+"""Decoys that have to be trained: distilled at a high temperature, k-winners-take-all, adversarial on one step alone.
 
-robench train --defense robench.testing.decoy_training:Distilled --dataset fashion_mnist
-robench train --defense robench.testing.decoy_training:OneStep --dataset fashion_mnist
+Train one with `robench train --defense robench.testing.decoy_training:Distilled --dataset fashion_mnist`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 from robench.defenses.convnet import ConvNet
 from robench.defenses.convnet_at import ConvNetAT
 from robench.defenses.convnet_at.train import AdversarialRecipe
+from robench.testing.decoys import select_largest
 from robench.train.adversarial import Inner
 from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels, Logits
 
 WIDTH: Final = 16
 TEMPERATURE: Final = 50.0
+SHARE: Final = 0.1
 
 
 class Distilled(ConvNet):
@@ -86,6 +87,20 @@ class DistillationRecipe(Recipe):
         with torch.no_grad():
             nets = {"teacher": self.teacher.to(x.device), "student": self.defense}
             return {name: round((net(x).argmax(1) == y).float().mean().item(), 4) for name, net in nets.items()}
+
+
+class Winners(ConvNet):
+    """k-winners-take-all (Xiao et al. 2020, arXiv 1905.10510): an image's largest tenth of each layer's values is kept.
+
+    The classifier jumps wherever a winner changes, so its gradient says little of what lies a step away.
+    """
+
+    name = "decoy_winners"
+
+    def __init__(self, channels: int = 1, width: int | None = WIDTH, side: int = 28) -> None:
+        """Builds an untrained net with the selection behind every activation."""
+        super().__init__(channels, width, side)
+        select_largest(self.net, SHARE)
 
 
 class OneStep(ConvNetAT):

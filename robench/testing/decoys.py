@@ -96,9 +96,14 @@ class WinnersTakeAll(Decoy):
     def __init__(self, base: Defense, share: float = 0.35) -> None:
         """Puts the selection behind every activation of a copy of the base."""
         super().__init__(copy.deepcopy(base))
-        for layer in self.base.modules():
-            if isinstance(layer, nn.Mish | nn.ReLU | nn.LeakyReLU):
-                layer.register_forward_hook(lambda _layer, _inputs, out: _keep_largest(out, share))
+        select_largest(self.base, share)
+
+
+def select_largest(net: nn.Module, share: float) -> None:
+    """Puts behind every activation of a net a selection of each image's largest share of values."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Mish | nn.ReLU | nn.LeakyReLU):
+            layer.register_forward_hook(lambda _layer, _inputs, out: _keep_largest(out, share))
 
 
 def _keep_largest(values: Tensor, share: float) -> Tensor:
