@@ -275,7 +275,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     else:
         print_outcomes(outcomes, request.protocol)
         sys.stdout.write(f"{request.folder / 'tables.csv'}\n")
-    if any(outcome.ours is None for outcome in outcomes):
+    if any(outcome.problem for outcome in outcomes):
         raise typer.Exit(1)
 
 

@@ -83,7 +83,8 @@ class Cell:
         attack: an attack as on the command line; "" is clean accuracy.
         norm: of the threat model.
         eps: its bound, images in [0, 1].
-        measure: measures a figure that is no accuracy; defense and attack are not used then.
+        measure: measures a figure that is no accuracy; defense and attack are not used then. None from it says that
+            robench does not measure this on purpose, for the reason in `note`.
         note: what differs from the paper.
     """
 
@@ -97,7 +98,7 @@ class Cell:
     attack: str = ""
     norm: str = "linf"
     eps: float = 0.0
-    measure: Callable[[Context], Figure] | None = None
+    measure: Callable[[Context], Figure | None] | None = None
     note: str = ""
 
     def __post_init__(self) -> None:

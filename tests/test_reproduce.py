@@ -132,6 +132,19 @@ def test_a_cell_that_cannot_be_measured_says_why(
     assert "Prototypes" in out
 
 
+def test_what_is_not_measured_on_purpose_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_out = Cell(
+        "table 1", "FID", "all", 66.8, "SVHN", "fashion_mnist", measure=lambda context: None, note="grey images"
+    )
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: [left_out])
+    assert call(monkeypatch, "toy", "--out", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "not measured" in out
+    assert "grey images" in out
+
+
 def test_wrong_names_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
