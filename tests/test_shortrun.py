@@ -389,8 +389,8 @@ def test_option_out_of_range_is_one_line(options: dict[str, Any]) -> None:
 
 
 def test_wrong_data_is_one_line() -> None:
-    with pytest.raises(UsageError, match=r"^shortrun takes 28x28 images of 10 classes; .*32, 32.*$"):
-        ShortRun.options_for((3, 32, 32), 10)
+    with pytest.raises(UsageError, match=r"^shortrun takes square images of side 28 or more.*32, 24.*$"):
+        ShortRun.options_for((3, 32, 24), 10)
     assert ShortRun.options_for((3, 28, 28), 10) == {"channels": 3}
 
 

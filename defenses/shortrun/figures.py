@@ -38,7 +38,7 @@ def reconstruct(model: ShortRun, x: Images, steps: int = DESCENT_STEPS) -> Tenso
     Neither prior nor noise. The thesis gives neither the steps nor their size; the size is half that of the chain's
     data term, at which the descent is stable wherever the chain is.
     """
-    sweeps, target = Sweeps(model.generator), 2 * x - 1
+    sweeps, target = Sweeps(model.generator), model.target(x)
     size = model.step_size / (2 * (2 * model.log_sigma).exp())
     z = torch.randn(len(x), model.latent, device=x.device, dtype=x.dtype)
     for _ in range(steps):
@@ -58,12 +58,15 @@ def draw_pictures(model: ShortRun, x: Images) -> dict[str, Images]:
         "chain": model.infer(x),
         "sample": torch.randn(len(x), model.latent, device=x.device, dtype=x.dtype),
     }
-    return {"original": x, **{name: (model.generate(z) + 1) / 2 for name, z in codes.items()}}
+    made = {name: (model.generate(z) + 1) / 2 for name, z in codes.items()}
+    if x.shape[-1] != made["chain"].shape[-1]:
+        made = {name: nn.functional.interpolate(images, size=x.shape[-1]) for name, images in made.items()}
+    return {"original": x, **made}
 
 
 def misfit(model: ShortRun, x: Images, codes: Tensor) -> Tensor:
     """|x - g(z)|^2 of each image, summed over pixels, in the model's scale [-1, 1]."""
-    return (model.generate(codes) - (2 * x - 1)).square().flatten(1).sum(1)
+    return (model.generate(codes) - model.target(x)).square().flatten(1).sum(1)
 
 
 @torch.no_grad()
@@ -77,7 +80,7 @@ def measure_chains(model: ShortRun, x: Images, y: Labels, chains: int = CHAINS) 
         f"accuracy_{chains}_chains_mean_z": model.classifier(codes.mean(0)),
         f"accuracy_{chains}_chains_vote": votes,
     }
-    target = 2 * x - 1
+    target = model.target(x)
     spread = (target - target.mean(0)).square().sum()
     return {
         "accuracy_1_chain": round((logits.argmax(-1) == y).float().mean().item(), 4),
@@ -92,11 +95,11 @@ def measure_chains(model: ShortRun, x: Images, y: Labels, chains: int = CHAINS) 
 def diagnose(model: ShortRun, x: Images, y: Labels) -> Mapping[str, float]:
     """The figures of `measure_chains`, and R2 and MSE of the thesis's reconstruction (scale [-1, 1])."""
     summed = misfit(model, x, reconstruct(model, x)).mean().item()
-    target = 2 * x - 1
+    target = model.target(x)
     spread = (target - target.mean(0)).square().flatten(1).sum(1).mean().item()
     return {
         **measure_chains(model, x, y),
         "descent_r2": round(1 - summed / spread, 4),
         "descent_mse_summed": round(summed, 3),
-        "descent_mse_per_pixel": round(summed / x[0].numel(), 5),
+        "descent_mse_per_pixel": round(summed / target[0].numel(), 5),
     }

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from robench.train.recipe import Recipe
 
 LATENT: Final = 200
+SIDE: Final = 28
+"""Height and width of what the generator makes."""
 CHAIN_ROWS: Final = 128
 """Chains that one pass through the generator carries at most on a CPU; larger batches only fall out of the cache."""
 GPU_CHAIN_ROWS: Final = 8192
@@ -100,6 +102,7 @@ class ShortRun(Defense):
         steps: int = 20,
         step_size: float = 0.015,
         recompute: bool = False,
+        side: int = SIDE,
     ) -> None:
         """Builds an untrained model.
 
@@ -115,11 +118,14 @@ class ShortRun(Defense):
             steps: Langevin steps.
             step_size: s above.
             recompute: repeat each step on the way back of a gradient rather than keep its activations; see `Chain`.
+            side: height and width of the images; larger ones than 28 are shrunk inside, as the thesis shrinks SVHN's.
 
         Raises:
             UsageError: an option is out of range.
         """
         super().__init__()
+        if side < SIDE:
+            raise UsageError(f"shortrun: side must be at least {SIDE}; got {side}")
         _check_options(
             preset, aggregate, min(n_chains, attack_chains, steps, channels), sigma=sigma, step_size=step_size
         )
@@ -130,7 +136,7 @@ class ShortRun(Defense):
         self.steps, self.step_size, self.recompute = steps, step_size, recompute
         self.forward_cost = n_chains / attack_chains
         self.num_classes = 10
-        self.input_shape = (channels, 28, 28)
+        self.input_shape = (channels, side, side)
         self.generator = make_generator(channels, preset)
         self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.classifier = make_classifier(self.num_classes, preset)
@@ -152,10 +158,14 @@ class ShortRun(Defense):
 
     @classmethod
     def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-        """The constructor's options for a dataset; the generator makes 28x28 images of 10 classes."""
-        if input_shape[1:] != (28, 28) or num_classes != 10:
-            raise UsageError(f"shortrun takes 28x28 images of 10 classes; the dataset has {input_shape}, {num_classes}")
-        return {"channels": input_shape[0]}
+        """The constructor's options for a dataset of square images of 10 classes, 28x28 or larger."""
+        channels, height, width = input_shape
+        if height != width or height < SIDE or num_classes != 10:
+            raise UsageError(
+                f"shortrun takes square images of side {SIDE} or more and 10 classes; "
+                f"the dataset has {input_shape}, {num_classes}"
+            )
+        return {"channels": channels} if height == SIDE else {"channels": channels, "side": height}
 
     @classmethod
     def weights_variant(cls, options: Mapping[str, Any]) -> str:
@@ -210,7 +220,7 @@ class ShortRun(Defense):
     def _infer_rows(self, x: Images) -> Tensor:
         z = self.start(x)
         if can_sweep(self.generator):
-            return self._chain().run(z, 2 * x - 1)
+            return self._chain().run(z, self.target(x))
         for _ in range(self.steps):
             z = self.step(z.detach(), x).detach()
         return z
@@ -229,7 +239,7 @@ class ShortRun(Defense):
         z = self.start(x)
         learned = any(parameter.requires_grad for parameter in (*self.generator.parameters(), self.log_sigma))
         if can_sweep(self.generator):
-            chain, target = self._chain(), 2 * x - 1
+            chain, target = self._chain(), self.target(x)
             if learned:
                 return run_to_learn(chain, z, target, self.generator, self.log_sigma, depth=depth)
             return chain.run_differentiably(z, target, depth=depth, recompute=self.recompute)
@@ -252,10 +262,16 @@ class ShortRun(Defense):
         precision = (-2 * self.log_sigma).exp()
         with torch.enable_grad():
             z = z if z.requires_grad else z.requires_grad_()
-            misfit = (self.generate(z) - (2 * x - 1)).square().sum() / 2
+            misfit = (self.generate(z) - self.target(x)).square().sum() / 2
             (pull,) = torch.autograd.grad(misfit, z, create_graph=keep_graph)
         noise = self.temperature * math.sqrt(2 * self.step_size) * torch.randn_like(z)
         return z - self.step_size * (z + precision * pull) + noise
+
+    def target(self, x: Images) -> Tensor:
+        """What the generator is to make of the images: in [-1, 1], and larger ones shrunk to 28x28 (bilinearly)."""
+        if x.shape[-1] != SIDE:
+            x = nn.functional.interpolate(x, size=SIDE, mode="bilinear", antialias=True, align_corners=False)
+        return 2 * x - 1
 
     def generate(self, z: Tensor) -> Images:
         """The generator's image for each code, in the model's scale [-1, 1]."""

@@ -89,7 +89,9 @@ class ShortRunRecipe(Recipe):
         """Fits sigma to the images (`auto_sigma`) where the model asks for it."""
         if self.defense.fits_sigma:
             with torch.no_grad():
-                self.defense.log_sigma.fill_(math.log(auto_sigma(x, self.defense.step_size)))
+                self.defense.log_sigma.fill_(
+                    math.log(auto_sigma((self.defense.target(x) + 1) / 2, self.defense.step_size))
+                )
         self.sigma_start = self.defense.log_sigma.exp().item()
         self.floor = LEAST_SIGMA * self.sigma_start
 
@@ -136,13 +138,13 @@ class ShortRunRecipe(Recipe):
             codes = self.defense.infer_differentiably(x, depth=depth)
         loss = nn.functional.cross_entropy(self.defense.classifier(codes), y)
         if self.reconstruction:
-            loss = loss + self.reconstruction / x[0].numel() * self._misfit(x, codes)
+            loss = loss + self.reconstruction / self.defense.target(x[:1]).numel() * self._misfit(x, codes)
         return loss
 
     def _misfit(self, x: Images, codes: Tensor) -> Tensor:
         with autocast(x):
             images = self.defense.generate(codes)
-        summed = (images.to(x.dtype) - (2 * x - 1)).square().flatten(1).sum(1)
+        summed = (images.to(x.dtype) - self.defense.target(x)).square().flatten(1).sum(1)
         return summed.mean() / (2 * (2 * self.defense.log_sigma.detach()).exp())
 
     @contextmanager
@@ -164,7 +166,7 @@ class ShortRunRecipe(Recipe):
         """
         del stage
         x, y = x[:CHECKED], y[:CHECKED]
-        target = 2 * x - 1
+        target = self.defense.target(x)
         with torch.no_grad():
             codes = self.defense.infer(x)
             loss = nn.functional.cross_entropy(self.defense.classifier(codes), y).item()

@@ -1,0 +1,85 @@
+"""Short Run on larger images, as the thesis's SVHN: shrunk inside, differentiable, trained from the hub's layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from robench import UsageError
+from robench.data import load_dataset
+from robench.defenses.shortrun import ShortRun
+from robench.rng import seeded
+from robench.train import TrainSettings, train
+
+
+@pytest.fixture(scope="module")
+def svhn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training split of 48 images in SVHN's layout on the hub; each class has its own grey."""
+    folder = tmp_path_factory.mktemp("hub") / "svhn" / "cropped_digits"
+    folder.mkdir(parents=True)
+    rng = np.random.Generator(np.random.PCG64(0))
+    cells = []
+    for number in range(48):
+        pixels = rng.integers(0, 60, (32, 32, 3)) + 19 * (number % 10)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(cells, kind), "label": [number % 10 for number in range(48)]})
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    return folder.parent.parent
+
+
+def test_images_are_shrunk_and_pictures_are_not() -> None:
+    model = ShortRun(channels=3, side=32, steps=2, n_chains=1).freeze()
+    x = torch.rand(2, 3, 32, 32)
+    assert model.target(x).shape == (2, 3, 28, 28)
+    grey = torch.full((1, 3, 32, 32), 0.25)
+    assert torch.allclose(model.target(grey), torch.full((1, 3, 28, 28), -0.5), atol=1e-6)
+    assert {row.shape for row in model.pictures(x).values()} == {x.shape}
+    same = ShortRun(channels=3).target(x[:, :, :28, :28])
+    assert torch.equal(same, 2 * x[:, :, :28, :28] - 1)
+
+
+def test_gradient_reaches_the_large_image() -> None:
+    """Against finite differences along a random direction, in float64 with frozen noise."""
+    with seeded("svhn"):
+        model = ShortRun(channels=3, side=32, steps=3).double().freeze()
+        x, direction = torch.rand(1, 3, 32, 32).double(), torch.randn(1, 3, 32, 32).double()
+
+    def value(images: torch.Tensor) -> torch.Tensor:
+        with seeded("svhn", "noise"):
+            return model.adaptive_forward(images)[0, 0]
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(value(leaf), leaf)
+    expected = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+    assert (grad * direction).sum().item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_recipe_runs_from_the_hubs_layout(svhn: Path, tmp_path: Path) -> None:
+    data = load_dataset("svhn", "train", data_dir=svhn)
+    model = ShortRun(**ShortRun.options_for((3, 32, 32), 10))
+    recipe = model.recipe()
+    inner = recipe.stages
+    recipe.stages = lambda: [  # type: ignore[method-assign]
+        dataclasses.replace(stage, iterations=1, batch_size=4, check_every=0) for stage in inner()
+    ]
+    card = train(model, recipe, data, tmp_path, TrainSettings(holdout=8))
+    assert card["dataset"] == "svhn"
+    assert {"generative", "discriminative", "bptt"} <= card["held_out"].keys()
+
+
+def test_small_images_are_refused() -> None:
+    with pytest.raises(UsageError, match="side must be at least 28"):
+        ShortRun(side=20)
+    with pytest.raises(UsageError, match="side 28 or more"):
+        ShortRun.options_for((3, 16, 16), 10)
