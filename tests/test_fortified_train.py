@@ -164,7 +164,7 @@ def test_check_fails_where_one_step_and_twenty_differ(monkeypatch: pytest.Monkey
     recipe, x, y = FortifiedRecipe(make()), torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.int64)
     stage = recipe.stages()[-1]
     assert stage.check_every > 0
-    for pgd, fine in ((0.65, True), (0.55, False)):
+    for pgd, fine in ((0.37, True), (0.35, False)):
         figures = {"accuracy": 0.95, "fgsm": 0.9, "pgd20": pgd}
         monkeypatch.setattr(recipe, "measure", lambda _x, _y, figures=figures: figures)
         assert recipe.check(stage, x, y) == (figures, fine)

@@ -23,8 +23,10 @@ from .model import Fortified
 MOST_SHIFT: Final = 3
 CHECK_EVERY: Final = 400
 PGD: Final = Inner(2, 0.75)
-GAP: Final = 0.3
-"""Where one step and twenty differ by more in accuracy, the net has overfitted to the training attack."""
+OVERFITTED: Final = 0.4
+"""Where twenty steps leave less than this share of what one step leaves, the net has overfitted to its attack.
+
+A net for MNIST at 0.3 is at 0.55 after 400 iterations (71.6 and 39.4 %): far from robust yet, not overfitted."""
 
 
 class FortifiedRecipe(Recipe):
@@ -115,13 +117,13 @@ class FortifiedRecipe(Recipe):
         return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
-        """Accuracy after one step and after twenty; more than 0.3 apart, the net has overfitted to its attack.
+        """Accuracy after one step and after twenty: far apart, the net has overfitted to its training attack.
 
         Training with `fgsm` goes on all the same: the breakage is what it is there to show.
         """
         del stage
         figures = self.measure(x, y)
-        return figures, self.name == "fgsm" or figures["fgsm"] - figures["pgd20"] <= GAP
+        return figures, self.name == "fgsm" or figures["pgd20"] >= OVERFITTED * figures["fgsm"]
 
     def roll_back(self, stage: Stage) -> None:
         """Takes one step more in the training attack from now on."""
