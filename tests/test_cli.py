@@ -8,10 +8,10 @@ import json
 import os
 import pickle
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,13 +134,20 @@ def assert_one_line(outcome: Outcome, *parts: str) -> None:
 # quick without torch
 
 
+def processor_time() -> float:
+    """Seconds of processor time of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "--help"]], ids=" ".join)
 def test_help_and_list_take_less_than_half_a_second(arguments: list[str]) -> None:
+    """Of processor time, which other programs on the machine disturb less than the clock on the wall."""
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = processor_time()
         done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=60)
-        times.append(time.perf_counter() - started)
+        times.append(processor_time() - started)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert "run" in done.stdout or "shortrun" in done.stdout
@@ -453,8 +460,8 @@ def test_bad_weights(call: Call, tmp_path: Path, place: Path, kind: str, name: s
 
 
 def test_no_weights_for_the_dataset(call: Call, place: Path) -> None:
-    outcome = call("run", "--defense", "convnet", "--attack", "pgd", "--dataset", "mnist")
-    assert_one_line(outcome, 'no weights "mnist" of defense "convnet"', "robench train", "--weights")
+    outcome = call("run", "--defense", "convnet", "--attack", "pgd", "--dataset", "svhn")
+    assert_one_line(outcome, 'no weights "svhn" of defense "convnet"', "robench train", "--weights")
     assert [*place.iterdir()] == []
 
 
