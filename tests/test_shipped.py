@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -33,9 +32,10 @@ def shipped() -> list[tuple[type[Defense], Path]]:
 SHIPPED = shipped()
 
 
-def has_data(dataset: str) -> bool:
-    root = os.environ.get("ROBENCH_DATA")
-    return dataset == "fashion_mnist" or bool(root and (Path(root) / dataset).is_dir())
+def marks(cls: type[Defense], path: Path) -> list[pytest.MarkDecorator]:
+    """Slow where a pass is, and with data that may not be at hand."""
+    slow = [pytest.mark.slow] if cls.name in SLOW else []
+    return slow if path.stem.startswith("fashion_mnist") else [*slow, pytest.mark.data]
 
 
 def test_sizes() -> None:
@@ -58,16 +58,11 @@ def test_card_tells_what_the_file_is(cls: type[Defense], path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cls", "path"),
-    [
-        pytest.param(cls, path, id=f"{cls.name}-{path.stem}", marks=[pytest.mark.slow] if cls.name in SLOW else [])
-        for cls, path in SHIPPED
-    ],
+    [pytest.param(cls, path, id=f"{cls.name}-{path.stem}", marks=marks(cls, path)) for cls, path in SHIPPED],
 )
 def test_clean_accuracy_is_that_of_the_card(cls: type[Defense], path: Path) -> None:
     """On 500 test images, within four standard errors of the two samples' difference."""
     card = read_card(path)
-    if not has_data(card["dataset"]):
-        pytest.skip(f"{card['dataset']} is not at hand; name its folder in ROBENCH_DATA")
     defense = build_and_load(cls, None, path, {}).freeze()
     x, y = load_data(card["dataset"], n=IMAGES, seed=1)
     with torch.no_grad(), seeded("shipped"):
