@@ -45,7 +45,8 @@ class Figure:
     n: int
 
     def __str__(self) -> str:
-        digits = 1 if abs(self.value) >= 10 else 2 if abs(self.value) >= 1 else 3
+        largest = max(abs(self.low), abs(self.value), abs(self.high))
+        digits = 1 if largest >= 10 else 2 if largest >= 1 else 3
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 

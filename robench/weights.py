@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,9 +61,16 @@ def _locate(
         shipped = ", ".join(shipped_weights(cls)) or "none"
         raise UsageError(
             f'no weights "{stem}" of defense "{cls.name}" (shipped: {shipped}). '
-            f"Train them with 'robench train --defense {cls.name} --dataset {dataset}' or pass --weights FILE"
+            f"Train them with 'robench train --defense {_spec(cls, options)} --dataset {dataset}' "
+            "or pass --weights FILE"
         )
     return path
+
+
+def _spec(cls: type[Defense], options: dict[str, Any]) -> str:
+    """The defense as the command line takes it, quoted for a shell where it has options."""
+    written = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return shlex.quote(f"{cls.name}({written})") if written else cls.name
 
 
 def weights_stem(cls: type[Defense], dataset: str, options: dict[str, Any]) -> str:

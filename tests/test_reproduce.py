@@ -112,6 +112,20 @@ def test_command_prints_tables_and_writes_csv(
     assert rows[1]["standard"] == ""
 
 
+def test_one_dataset_under_two_names_is_comparable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = Cell("table 1", "same", "ratio", 1.0, "Fashion-MNIST", "fashion_mnist", measure=ten)
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: [same])
+    assert call(monkeypatch, "toy", "--out", tmp_path) == 0
+    assert "not comparable" not in capsys.readouterr().out
+
+
+def test_a_figure_shows_the_digits_of_its_interval() -> None:
+    assert str(Figure(0.0, 0.0, 10.718, 32)) == "0.0 [0.0, 10.7]"
+    assert str(Figure(0.12345, 0.1, 0.2, 32)) == "0.123 [0.100, 0.200]"
+
+
 def test_json_and_the_choice_of_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

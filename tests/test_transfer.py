@@ -117,7 +117,7 @@ def plain(shape: tuple[int, int, int], classes: int) -> Defense:
     ("source", "target", "dataset", "message"),
     [
         ("conwnet", plain((1, 28, 28), 10), "fashion_mnist", 'there is no defense "conwnet"; did you mean "convnet'),
-        ("convnet", plain((3, 32, 32), 10), "cifar10", 'no weights "cifar10" of defense "convnet"'),
+        ("convnet", plain((3, 32, 32), 10), "svhn", 'no weights "svhn" of defense "convnet"'),
         ("convnet", plain((3, 28, 28), 10), "fashion_mnist", r"input_shape \(1, 28, 28\); the defense \"target\" has"),
         ("convnet", plain((1, 28, 28), 3), "", 'num_classes 10; the defense "target" has 3. Choose another source'),
     ],

@@ -238,3 +238,8 @@ def test_save_replaces_weights_in_one_step_or_not_at_all(saved: Path, monkeypatc
         save_weights(other, saved, {})
     assert saved.read_bytes() == before
     assert sorted(path.name for path in saved.parent.iterdir()) == ["good.json", "good.safetensors"]
+
+
+def test_missing_weights_name_the_training_that_makes_them() -> None:
+    with pytest.raises(UsageError, match=r"robench train --defense 'convnet\(width=8\)' --dataset fashion_mnist"):
+        load_defense("convnet(width=8)", "fashion_mnist")

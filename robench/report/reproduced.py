@@ -63,7 +63,7 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
     lines = []
     for outcome in outcomes:
         cell = outcome.cell
-        if cell.published_on != cell.dataset:
+        if _plain(cell.published_on) != _plain(cell.dataset):
             lines.append(f"{cell.row}: the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable")
         if outcome.problem:
             lines.append(f"{cell.row}, {cell.column}: {outcome.problem}")
@@ -72,6 +72,11 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
         if outcome.ours:
             lines.append(f"95 % intervals; n = {outcome.ours.n}")
     return lines
+
+
+def _plain(name: str) -> str:
+    """A dataset's name as papers and robench both write it: Fashion-MNIST and fashion_mnist are one."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:

@@ -31,6 +31,8 @@ class Inner:
 def perturb(loss: Callable[[Images], Tensor], x: Images, threat: ThreatModel, inner: Inner) -> Images:
     """Images within the threat model that raise the loss; no gradient reaches the weights' `.grad`.
 
+    Works under `torch.no_grad`.
+
     Args:
         loss: maps images to the scalar to raise.
         x: images in [0, 1].
@@ -41,6 +43,7 @@ def perturb(loss: Callable[[Images], Tensor], x: Images, threat: ThreatModel, in
     x_adv = threat.project(x, start)
     for _ in range(inner.steps):
         leaf = x_adv.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(loss(leaf), leaf)
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(loss(leaf), leaf)
         x_adv = threat.project(x, x_adv + inner.step * threat.eps * threat.steepest(grad))
     return x_adv.detach()
