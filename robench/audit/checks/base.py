@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from robench.audit.evidence import Evidence
 from robench.audit.finding import Curve, Plot, Verdict
+from robench.audit.statistics import compare
 from robench.check_names import QUESTIONS
 from robench.result import Estimate
 
@@ -52,6 +53,23 @@ class Check:
 def not_run(reason: str) -> Outcome:
     """The outcome of a check that could not be made."""
     return Outcome("not run", None, None, reason)
+
+
+def compare_runs(evidence: Evidence, larger: str, smaller: str, tolerance: float, reason: str) -> Outcome:
+    """The outcome of a paired test whether more images are right after the run `larger` than after `smaller`.
+
+    Args:
+        evidence: has the runs.
+        larger: the run after which, where something is wrong, more is right.
+        smaller: the other one.
+        tolerance: the gap from which the check fails, where it is beyond noise.
+        reason: the sentence, with `{gap}` for the gap.
+    """
+    first, second = evidence.right(larger), evidence.right(smaller)
+    if first is None or second is None:
+        return not_run("an attack failed")
+    gap = compare(first, second)
+    return Outcome(gap.verdict(tolerance), gap.mean, tolerance, reason.format(gap=gap) + gap.power())
 
 
 def graded(value: float, suspect: float, fail: float, *, high_is_bad: bool = True) -> Verdict:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from robench.audit.checks.base import Check, Outcome, not_run
+from robench.audit.checks.base import Check, Outcome, compare_runs, not_run
 from robench.audit.evidence import Evidence
-from robench.audit.statistics import compare
 
 TOLERANCE = 0.10
 DOUBLED = {"steps": "pgd, double steps", "restarts": "pgd, double restarts", "draws": "pgd, double draws"}
@@ -14,12 +13,7 @@ def _judge(evidence: Evidence, what: str) -> Outcome:
     name = DOUBLED[what]
     if reason := evidence.applies(name):
         return not_run(reason)
-    once, twice = evidence.right("pgd"), evidence.right(name)
-    if once is None or twice is None:
-        return not_run("an attack failed")
-    gap = compare(once, twice)
-    reason = f"PGD with twice the {what} breaks {gap} more{gap.power()}"
-    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
+    return compare_runs(evidence, "pgd", name, TOLERANCE, f"PGD with twice the {what} breaks {{gap}} more")
 
 
 def _make(what: str) -> Check:

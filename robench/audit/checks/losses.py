@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from robench.audit.checks.base import Check, Outcome, not_run
+from robench.audit.checks.base import Check, Outcome, compare_runs
 from robench.audit.evidence import Evidence
-from robench.audit.statistics import compare
 
 TOLERANCE = 0.10
 
 
 def judge(evidence: Evidence) -> Outcome:
     """Fails where the margin breaks far more than cross-entropy: the softmax hides the gradient."""
-    plain, margin = evidence.right("pgd"), evidence.right("pgd, margin loss")
-    if plain is None or margin is None:
-        return not_run("an attack failed")
-    gap = compare(plain, margin)
-    reason = f"PGD on the margin breaks {gap} that PGD on cross-entropy leaves right{gap.power()}"
-    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
+    reason = "PGD on the margin breaks {gap} that PGD on cross-entropy leaves right"
+    return compare_runs(evidence, "pgd", "pgd, margin loss", TOLERANCE, reason)
 
 
 CHECK = Check(

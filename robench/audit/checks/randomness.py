@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from robench.audit.checks.base import Check, Outcome, not_run, quantile_curve
+from robench.audit.checks.base import Check, Outcome, compare_runs, not_run, quantile_curve
 from robench.audit.evidence import Evidence
 from robench.audit.finding import Plot
-from robench.audit.statistics import compare
 from robench.errors import PluginError
 
 TOLERANCE = 0.10
@@ -19,22 +18,14 @@ PAPERS = "Athalye et al. 2018 (arXiv 1802.00420), section 4.2; Carlini et al. 20
 
 def judge_draws(evidence: Evidence) -> Outcome:
     """Fails where averaging over draws breaks far more than one draw: the accuracy rests on noise in the gradient."""
-    one, many = evidence.right("pgd, one draw"), evidence.right("pgd")
-    if one is None or many is None:
-        return not_run("an attack failed")
-    gap = compare(one, many)
-    reason = f"PGD with {evidence.effort.eot} draws breaks {gap} that PGD with one leaves right{gap.power()}"
-    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
+    reason = f"PGD with {evidence.effort.eot} draws breaks {{gap}} that PGD with one leaves right"
+    return compare_runs(evidence, "pgd, one draw", "pgd", TOLERANCE, reason)
 
 
 def judge_fixed(evidence: Evidence) -> Outcome:
     """Fails where an attack that meets one and the same draw, a weaker one, breaks far more under fresh ones."""
-    fixed, fresh = evidence.right("pgd, fixed draws"), evidence.right("pgd")
-    if fixed is None or fresh is None:
-        return not_run("an attack failed")
-    gap = compare(fresh, fixed)
-    reason = f"images found under fixed draws break {gap} more under fresh ones than those found under fresh ones"
-    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason + gap.power())
+    reason = "images found under fixed draws break {gap} more under fresh ones than those found under fresh ones"
+    return compare_runs(evidence, "pgd", "pgd, fixed draws", TOLERANCE, reason)
 
 
 def judge_cosine(evidence: Evidence) -> Outcome:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from robench.audit.checks.base import Check, Outcome, not_run
+from robench.audit.checks.base import Check, Outcome, compare_runs
 from robench.audit.evidence import Evidence
-from robench.audit.statistics import compare
 
 TOLERANCE = 0.05
 
 
 def judge(evidence: Evidence) -> Outcome:
     """Fails where FGSM leaves a lower accuracy than PGD."""
-    one, many = evidence.right("fgsm"), evidence.right("pgd")
-    if one is None or many is None:
-        return not_run("an attack failed")
-    gap = compare(many, one)
-    reason = f"PGD leaves {gap} more right than FGSM, where it should leave less{gap.power()}"
-    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
+    reason = "PGD leaves {gap} more right than FGSM, where it should leave less"
+    return compare_runs(evidence, "pgd", "fgsm", TOLERANCE, reason)
 
 
 CHECK = Check(
