@@ -6,16 +6,12 @@ import functools
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import Tensor, nn
 
-from robench.attack import Attack
-from robench.registry import load_attack
 from robench.threat import ThreatModel
-from robench.train.adversarial import Inner, perturb
+from robench.train.adversarial import Inner, measure_attacked, perturb
 from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels, Logits
-from robench.victim import Victim
 
 from .model import ConvNetAT
 
@@ -104,14 +100,7 @@ class AdversarialRecipe(Recipe):
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy on clean images, after one step and after twenty: far apart, the net has overfitted to one step."""
-        rows = {"accuracy": x}
-        for name, attack in {"fgsm": "fgsm", "pgd20": "pgd(steps=20)"}.items():
-            rows[name] = self._attacked(load_attack(attack), x, y)
-        with torch.no_grad():
-            return {
-                name: round((self.defense(found).argmax(1) == y).float().mean().item(), 4)
-                for name, found in rows.items()
-            }
+        return measure_attacked(self.defense, x, y, self.threat)
 
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
         """Looks for catastrophic overfitting on a part of the held-out images: PGD breaks what one step does not."""
@@ -144,9 +133,6 @@ class AdversarialRecipe(Recipe):
             "inner_steps": self.inner.steps,
             "inner_step": round(self.inner.step, 4),
         }
-
-    def _attacked(self, attack: Attack, x: Images, y: Labels) -> Images:
-        return attack(Victim(self.defense, attack.access, len(x)), x, y, self.threat)
 
 
 def _divergence(log_clean: Tensor, logits: Logits) -> Tensor:

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robench.registry import load_attack
 from robench.threat import ThreatModel
-from robench.train.adversarial import Inner, perturb
+from robench.train.adversarial import Inner, measure_attacked, perturb
 from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels
-from robench.victim import Victim
 
 from .fortify import Trace, reconstruction_losses, upcast
 from .model import Fortified
@@ -140,15 +138,7 @@ class FortifiedRecipe(Recipe):
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy on clean images, after one step and after twenty of the white-box attack at `train_eps`."""
-        threat, rows = ThreatModel("linf", self.defense.train_eps), {"accuracy": x}
-        for name, spec in {"fgsm": "fgsm", "pgd20": "pgd(steps=20)"}.items():
-            attack = load_attack(spec)
-            rows[name] = attack(Victim(self.defense, attack.access, len(x)), x, y, threat)
-        with torch.no_grad():
-            return {
-                name: round((self.defense(found).argmax(1) == y).float().mean().item(), 4)
-                for name, found in rows.items()
-            }
+        return measure_attacked(self.defense, x, y, ThreatModel("linf", self.defense.train_eps))
 
     def facts(self) -> dict[str, object]:
         """The training attack as it ended."""

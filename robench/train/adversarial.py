@@ -1,4 +1,4 @@
-"""The inner maximisation of adversarial training: a short PGD against the weights of the moment."""
+"""What adversarial recipes share: the inner maximisation, a short PGD, and the figures that watch over it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robench.defense import Defense
+from robench.registry import load_attack
 from robench.threat import ThreatModel
-from robench.types import Images
+from robench.types import Images, Labels
+from robench.victim import Victim
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,16 @@ def perturb(loss: Callable[[Images], Tensor], x: Images, threat: ThreatModel, in
             (grad,) = torch.autograd.grad(loss(leaf), leaf)
         x_adv = threat.project(x, x_adv + inner.step * threat.eps * threat.steepest(grad))
     return x_adv.detach()
+
+
+def measure_attacked(defense: Defense, x: Images, y: Labels, threat: ThreatModel) -> dict[str, float]:
+    """Accuracy on clean images (`accuracy`), after one step (`fgsm`) and after twenty (`pgd20`).
+
+    One step and twenty far apart say that the net has overfitted to one step.
+    """
+    rows = {"accuracy": x}
+    for name, spec in {"fgsm": "fgsm", "pgd20": "pgd(steps=20)"}.items():
+        attack = load_attack(spec)
+        rows[name] = attack(Victim(defense, attack.access, len(x)), x, y, threat)
+    with torch.no_grad():
+        return {name: round((defense(found).argmax(1) == y).float().mean().item(), 4) for name, found in rows.items()}
