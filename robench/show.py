@@ -22,7 +22,7 @@ from robench.result import Estimate
 from robench.rng import seeded
 from robench.settings import Settings
 from robench.stats import wilson
-from robench.types import Images, Logits, PerExample
+from robench.types import Images, PerExample
 
 SHOWN = 10
 """Images in a row of pictures."""
@@ -179,5 +179,5 @@ def _scores(defense: Defense, inside: Images, outside: Images) -> list[Scores]:
     return found
 
 
-def _batches(x: Images, defense: Defense) -> Iterable[Images | Logits]:
+def _batches(x: Images, defense: Defense) -> Iterable[Images]:
     return x.split(defense.batch_rows or 256)
