@@ -17,14 +17,51 @@ import torch
 from robench import Defense, ThreatModel, load_defense
 from robench.audit import Audit, audit
 from robench.data import load_dataset
-from robench.testing.decoys import PLANTED, InputNoise
+from robench.testing.decoy_training import Trades
+from robench.testing.decoys import PLANTED, TRAINED, InputNoise
+from robench.types import Images, Logits
 
 BASE = "convnet(width=16)"
+DECOYS = {**PLANTED, **TRAINED}
 EPS = 0.1
 COLUMNS = ("defense", "kind", "n", "seed", "verdict", "failed", "suspect", "named", "clean", "pgd", "seconds")
+
+
+class Linear(Defense):
+    """Softmax regression on the training images: its gradient is the same everywhere."""
+
+    name = "linear"
+    num_classes, input_shape = 10, (1, 28, 28)
+
+    def __init__(self, images: int = 5000) -> None:
+        """Fits it."""
+        super().__init__()
+        data = load_dataset("fashion_mnist", "train", images, 0)
+        self.layer = torch.nn.Linear(784, 10)
+        torch.nn.init.zeros_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
+        optimizer = torch.optim.LBFGS(self.layer.parameters(), max_iter=100)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(self(data.x), data.y) + 1e-3 * self.layer.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        self.freeze()
+
+    def forward(self, x: Images) -> Logits:
+        """Logits of the flat image."""
+        logits: Logits = self.layer(x.flatten(1))
+        return logits
+
+
 HONEST: dict[str, Callable[[], Defense]] = {
     "undefended": lambda: load_defense(BASE),
     "adversarially trained": lambda: load_defense("convnet_at(width=16)"),
+    "TRADES": Trades.load,
+    "linear model": Linear,
     "adversarially trained, input noise": lambda: InputNoise(load_defense("convnet_at(width=16)"), sigma=0.05),
     "short run": lambda: load_defense("shortrun"),
 }
@@ -42,7 +79,7 @@ def main() -> None:
     rows = _read(arguments.out)
     done = {(row["defense"], row["n"], row["seed"]) for row in rows}
     for seed in arguments.seeds:
-        for name in arguments.only or [*HONEST, *PLANTED]:
+        for name in arguments.only or [*HONEST, *DECOYS]:
             if (name, str(arguments.n), str(seed)) in done:
                 continue
             rows.append(_look(name, arguments.n, seed))
@@ -57,7 +94,7 @@ def _look(name: str, n: int, seed: int) -> dict[str, str]:
     if name in HONEST:
         defense, wanted = HONEST[name](), ()
     else:
-        defense, wanted = PLANTED[name].make(load_defense(BASE), data.x, EPS), PLANTED[name].checks
+        defense, wanted = DECOYS[name].make(load_defense(BASE), data.x, EPS), DECOYS[name].checks
     found = audit(defense, ThreatModel("linf", EPS), data, seed=seed)
     return _row(name, n, found, wanted)
 

@@ -24,6 +24,7 @@ QUESTIONS: Final = {
     "gradient_modes": "Is the gradient path that the defense calls strongest the strongest?",
     "draws": "Does one draw lead as far as many?",
     "fixed_draws": "Do fresh draws lead as far as fixed ones?",
+    "retries": "Does the accuracy stand if each image may be tried five times?",
     "gradient_noise": "Do the draws of the attack give a gradient that repeats?",
     "silent_success": "Does the attack keep what it finds on the way?",
     "incomplete_optimisation": "Has the loss stopped rising?",

@@ -84,14 +84,16 @@ class Answers:
         return Estimate(won / len(self.labels), *wilson(won, len(self.labels)))
 
     def best_of(self, tries: int) -> Estimate:
-        """Accuracy if the attacker may ask `tries` times and needs one error: the unbiased estimate from the repeats.
+        """Accuracy if the attacker may ask `tries` times and needs one error: unbiased, from the repeats."""
+        fractions = self.all_right(tries)
+        return Estimate(float(fractions.mean()), *mean_interval(fractions, self.repeats))
 
-        The fraction of all choices of `tries` draws out of the repeats in which every answer is right.
-        """
+    def all_right(self, tries: int) -> npt.NDArray[np.float64]:
+        """Of each example, the fraction of all choices of `tries` of its answers in which every answer is right."""
         fractions = np.ones(len(self.labels))
         for step in range(tries):
             fractions *= np.clip(self.right - step, 0, None) / (self.repeats - step)
-        return Estimate(float(fractions.mean()), *mean_interval(fractions, self.repeats))
+        return fractions
 
 
 class Evaluation:

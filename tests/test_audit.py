@@ -28,7 +28,7 @@ from robench.types import Images, Logits
 
 HERE = Path(__file__)
 THREAT = ThreatModel("linf", 0.05)
-NEEDS_A_NET = ("input noise", "resize and pad", "logit noise", "k-winners-take-all", "hash of the input")
+NEEDS_A_NET = ("input noise", "resize and pad", "logit noise", "hash of the input")
 """These do not hide a linear classifier's gradient, which is the same everywhere."""
 
 
@@ -66,7 +66,14 @@ def test_sound_defense_passes_every_check(data: Dataset) -> None:
     assert [finding.check for finding in found.findings] == list(QUESTIONS)
     assert found.verdict == "pass", [(finding.check, finding.reason) for finding in found.findings]
     ran = {finding.check for finding in found.findings if finding.verdict != "not run"}
-    assert set(QUESTIONS) - ran == {"double_draws", "gradient_modes", "draws", "fixed_draws", "gradient_noise"}
+    assert set(QUESTIONS) - ran == {
+        "double_draws",
+        "gradient_modes",
+        "draws",
+        "fixed_draws",
+        "retries",
+        "gradient_noise",
+    }
     assert found.accuracies["pgd"][0] < found.accuracies["clean"][0]
 
 
@@ -154,6 +161,35 @@ def test_noise_in_the_gradient_is_told(data: Dataset) -> None:
     assert curve.y[0] < curve.y[-1]
     (other,) = look(Prototypes(), data, "gradient_noise").findings
     assert (other.verdict, other.reason) == ("not run", "the defense is deterministic")
+
+
+class Coin(Prototypes):
+    """Answers with the logits of the next class by chance, `wrong` of the time."""
+
+    randomized = True
+    wrong = 0.1
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        return torch.where(torch.rand(len(x), 1, device=x.device) < self.wrong, logits.roll(1, dims=1), logits)
+
+
+class Rare(Coin):
+    """The same, once in five hundred."""
+
+    wrong = 0.002
+
+
+def test_answers_that_a_retry_changes_are_told(data: Dataset) -> None:
+    """Of images that are right nine times of ten, five tries leave 0.9 ** 5 = 59 %."""
+    (finding,) = look(Coin(), data, "retries").findings
+    clean = look(Prototypes(), data, "null_control").accuracies["clean"][0] / 100
+    assert finding.verdict == "fail"
+    assert finding.statistic == pytest.approx(clean * (0.9 - 0.9**5), abs=0.06)
+    (rare,) = look(Rare(), data, "retries").findings
+    assert rare.verdict == "pass"
+    (other,) = look(Prototypes(), data, "retries").findings
+    assert other.verdict == "not run"
 
 
 # statistics
@@ -287,16 +323,16 @@ def test_command_writes_json_and_page(
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "pass"
     assert [finding["check"] for finding in found["findings"]] == ["double_steps", "loss_surface"]
-    stored = json.loads((tmp_path / "audit.json").read_text())
+    stored = json.loads((tmp_path / "audit-partial.json").read_text())
     assert stored["findings"] == found["findings"]
-    page = (tmp_path / "audit.html").read_text()
+    page = (tmp_path / "audit-partial.html").read_text()
     assert page.count("data:image/svg+xml") == 1
     assert "data:image/png" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
     assert call(monkeypatch, *words) == 0
     out = capsys.readouterr().out
     assert "verdict: pass" in out
-    assert "audit.html" in out
+    assert "audit-partial.html" in out
 
 
 def test_page_escapes_what_comes_from_outside(data: Dataset) -> None:

@@ -108,6 +108,7 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
         findings,
         _accuracies(evidence),
         time.monotonic() - started,
+        _facts(evidence),
         _examples(evidence),
     )
 
@@ -168,6 +169,24 @@ def _judge(check: Check, evidence: Evidence) -> Finding:
         outcome.plot,
         time.monotonic() - started,
     )
+
+
+def _facts(evidence: Evidence) -> dict[str, Any]:
+    """By which a leaderboard row finds its audit."""
+    result = evidence.run("nothing")
+    if result is None:
+        return {}
+    spec = result.spec
+    return {
+        "norm": evidence.threat.norm,
+        "eps": evidence.threat.eps,
+        "eot": evidence.effort.eot,
+        "weights_digest": spec.weights_digest,
+        "data_digest": spec.data_digest,
+        "device": spec.device,
+        "robench_version": spec.robench_version,
+        "torch_version": spec.torch_version,
+    }
 
 
 def _accuracies(evidence: Evidence) -> dict[str, tuple[float, float, float]]:

@@ -175,10 +175,10 @@ class Evidence:
         answers = self.answers(name)
         return None if answers is None else answers.right / answers.repeats
 
-    def answers(self, name: str) -> Answers | None:
-        """The judge's answers after a run; None where the attack failed."""
+    def answers(self, name: str, key: str = "") -> Answers | None:
+        """The judge's answers after a run (on the images of `key`, default the attack's); None where it failed."""
         result = self.run(name)
-        return None if result is None else result.answers(result.spec.attacks[0].key)
+        return None if result is None else result.answers(key or result.spec.attacks[0].key)
 
     def estimate(self, name: str) -> Estimate | None:
         """Accuracy after a run; None where the attack failed."""
@@ -192,8 +192,7 @@ class Evidence:
         Raises:
             PluginError: the defense broke the contract at once.
         """
-        result = self.run("nothing")
-        answers = None if result is None else result.answers(CLEAN)
+        answers = self.answers("nothing", CLEAN)
         if answers is None:
             raise PluginError(self.broken or "the clean pass failed")
         return answers.right / answers.repeats

@@ -113,6 +113,7 @@ class Audit:
         findings: of each check, in the order of the list of checks.
         accuracies: clean accuracy and that under each run of the audit, in percent: value, low, high.
         seconds: wall time.
+        facts: what else identifies the audit: norm, eps, eot, digests of data and weights, versions.
         examples: rows of images `b c h w` for the report: originals, what PGD made of them, the difference.
     """
 
@@ -124,6 +125,7 @@ class Audit:
     findings: tuple[Finding, ...]
     accuracies: Mapping[str, tuple[float, float, float]]
     seconds: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, Images] = field(default_factory=dict, repr=False)
 
     @property
@@ -144,6 +146,7 @@ class Audit:
             "threat": self.threat,
             "n": self.n,
             "seed": self.seed,
+            **self.facts,
             "verdict": self.verdict,
             "failed": self.failed,
             "findings": [finding.to_json() for finding in self.findings],

@@ -45,22 +45,28 @@ def print_audit(audit: Audit, folder: Path | None) -> None:
     if audit.failed:
         console.print(f"failed: {', '.join(audit.failed)}")
     if folder is not None:
-        console.print(f"report: {folder / 'audit.html'}   (and audit.json)")
+        console.print(f"report: {folder / report_stem(audit)}.html   (and .json)")
 
 
 def write_audit(audit: Audit, folder: Path) -> None:
-    """Writes `audit.json` and `audit.html` into a folder.
+    """Writes `audit.json` and `audit.html` into a folder; some checks alone do not overwrite the report of all.
 
     Raises:
         UsageError: Jinja2 or matplotlib is missing, or the folder cannot be written.
     """
+    stem = report_stem(audit)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(audit.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomic(folder / "audit.json", (text + "\n").encode())
-        write_atomic(folder / "audit.html", render_audit(audit).encode())
+        write_atomic(folder / f"{stem}.json", (text + "\n").encode())
+        write_atomic(folder / f"{stem}.html", render_audit(audit).encode())
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}. Choose another --out") from None
+
+
+def report_stem(audit: Audit) -> str:
+    """The report's file name without its ending: `audit`, or `audit-partial` where only some checks were asked for."""
+    return "audit" if len(audit.findings) == len(QUESTIONS) else "audit-partial"
 
 
 def render_audit(audit: Audit) -> str:

@@ -1,12 +1,14 @@
-"""Decoys that have to be trained: distilled at a high temperature, k-winners-take-all, adversarial on one step alone.
+"""Controls of the audit that have to be trained: three decoys, and TRADES as an honest one.
 
-Train one with `robench train --defense robench.testing.decoy_training:Distilled --dataset fashion_mnist`.
+Their weights for Fashion-MNIST come from
+`robench train --defense robench.testing.decoy_training:Distilled --dataset fashion_mnist` and the like.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from robench.defenses.convnet import ConvNet
 from robench.defenses.convnet_at import ConvNetAT
 from robench.defenses.convnet_at.train import AdversarialRecipe
-from robench.testing.decoys import select_largest
 from robench.train.adversarial import Inner
 from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels, Logits
@@ -41,6 +42,12 @@ class Distilled(ConvNet):
         """Teacher, then student."""
         del name
         return DistillationRecipe(self)
+
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """The decoy, since all share a folder."""
+        del options
+        return "distilled"
 
 
 class DistillationRecipe(Recipe):
@@ -100,7 +107,15 @@ class Winners(ConvNet):
     def __init__(self, channels: int = 1, width: int | None = WIDTH, side: int = 28) -> None:
         """Builds an untrained net with the selection behind every activation."""
         super().__init__(channels, width, side)
-        select_largest(self.net, SHARE)
+        for layer in self.net:
+            if isinstance(layer, nn.Mish):
+                layer.register_forward_hook(lambda _layer, _inputs, out: _keep_largest(out))
+
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """The decoy, since all share a folder."""
+        del options
+        return "winners"
 
 
 class OneStep(ConvNetAT):
@@ -124,6 +139,12 @@ class OneStep(ConvNetAT):
         del name
         return OneStepRecipe(self, "fgsm")
 
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """The decoy, since all share a folder."""
+        del options
+        return "onestep"
+
 
 class OneStepRecipe(AdversarialRecipe):
     """The recipe `fgsm` without its random start and without its watch for overfitting."""
@@ -138,7 +159,41 @@ class OneStepRecipe(AdversarialRecipe):
         return super().check(stage, x, y)[0], True
 
 
+class Trades(ConvNetAT):
+    """No decoy: adversarially trained under the loss of TRADES (Zhang et al. 2019, arXiv 1901.08573)."""
+
+    name = "control_trades"
+
+    def __init__(
+        self,
+        channels: int = 1,
+        width: int | None = WIDTH,
+        side: int = 28,
+        train_eps: float = 0.1,
+        train_norm: str = "linf",
+    ) -> None:
+        """Builds an untrained net."""
+        super().__init__(channels, width, side, train_eps, train_norm)
+
+    @classmethod
+    def weights_variant(cls, options: Mapping[str, Any]) -> str:
+        """The control, since all share a folder."""
+        del options
+        return "trades"
+
+    def recipe(self, name: str | None = None) -> Recipe:
+        """That of TRADES."""
+        del name
+        return AdversarialRecipe(self, "trades")
+
+
 def _logits(net: ConvNet, x: Images) -> Logits:
     with autocast(x):
         logits = net(x)
     return logits.float()
+
+
+def _keep_largest(values: Tensor) -> Tensor:
+    flat = values.flatten(1)
+    least = flat.topk(max(int(SHARE * flat.shape[1]), 1), dim=1).values[:, -1:]
+    return torch.where(flat >= least, flat, 0.0).view_as(values)

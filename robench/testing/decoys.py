@@ -7,7 +7,6 @@ robustness: what an attack cannot find through it, another finds.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -15,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from robench.defense import Defense
+from robench.registry import load_defense
 from robench.types import Images, Logits
 
 
@@ -90,34 +90,15 @@ class JpegLike(Decoy):
             return back.permute(0, 1, 2, 4, 3, 5).reshape(x.shape).clamp(0, 1)
 
 
-class WinnersTakeAll(Decoy):
-    """After each activation only the largest third of an image's values is kept (Xiao et al. 2020, k-WTA)."""
-
-    def __init__(self, base: Defense, share: float = 0.35) -> None:
-        """Puts the selection behind every activation of a copy of the base."""
-        super().__init__(copy.deepcopy(base))
-        select_largest(self.base, share)
-
-
-def select_largest(net: nn.Module, share: float) -> None:
-    """Puts behind every activation of a net a selection of each image's largest share of values."""
-    for layer in net.modules():
-        if isinstance(layer, nn.Mish | nn.ReLU | nn.LeakyReLU):
-            layer.register_forward_hook(lambda _layer, _inputs, out: _keep_largest(out, share))
-
-
-def _keep_largest(values: Tensor, share: float) -> Tensor:
-    flat = values.flatten(1)
-    least = flat.topk(max(int(share * flat.shape[1]), 1), dim=1).values[:, -1:]
-    return torch.where(flat >= least, flat, 0.0).view_as(values)
-
-
 class InputNoise(Decoy):
-    """Gaussian noise on the images that the base was never trained with."""
+    """Gaussian noise on the images that the base was never trained with.
+
+    Large enough that answers change from draw to draw; noise of 0.1 or less changes few, hides nothing and is no decoy.
+    """
 
     randomized = True
 
-    def __init__(self, base: Defense, sigma: float = 0.15) -> None:
+    def __init__(self, base: Defense, sigma: float = 0.25) -> None:
         """Puts the noise before the base."""
         super().__init__(base)
         self.sigma = sigma
@@ -254,30 +235,41 @@ class Planted:
     """A decoy and what must find it.
 
     Attributes:
-        make: builds it from a trained classifier and the images of the audit.
+        make: builds it from a trained classifier, the images of the audit and its eps; a net of its own needs none.
         checks: the checks of which at least one must not pass.
     """
 
-    make: Callable[[Defense, Images, float], Decoy]
+    make: Callable[[Defense, Images, float], Defense]
     checks: tuple[str, ...]
 
 
+def _trained(cls: str) -> Callable[[Defense, Images, float], Defense]:
+    return lambda base, x, eps: load_defense(f"robench.testing.decoy_training:{cls}")
+
+
 GRADIENT: Final = ("zero_gradients", "loss_surface", "finite_differences")
+DRAWS: Final = ("draws", "fixed_draws", "retries", "gradient_noise")
 PLANTED: Final[dict[str, Planted]] = {
     "saturated logits": Planted(lambda base, x, eps: Saturated(base), ("zero_gradients", "loss_choice")),
     "rounding": Planted(lambda base, x, eps: Rounded(base), GRADIENT),
     "thermometer code": Planted(lambda base, x, eps: Thermometer(base), GRADIENT),
     "zero-gradient step": Planted(lambda base, x, eps: Stairs(base), GRADIENT),
     "JPEG-like": Planted(lambda base, x, eps: JpegLike(base), GRADIENT),
-    "k-winners-take-all": Planted(
-        lambda base, x, eps: WinnersTakeAll(base), ("finite_differences", "loss_surface", "square", "stability")
-    ),
-    "input noise": Planted(lambda base, x, eps: InputNoise(base), ("draws", "fixed_draws", "gradient_noise")),
-    "resize and pad": Planted(lambda base, x, eps: ResizePad(base), ("draws", "fixed_draws", "gradient_noise")),
-    "logit noise": Planted(lambda base, x, eps: LogitNoise(base), ("draws", "fixed_draws", "gradient_noise")),
+    "input noise": Planted(lambda base, x, eps: InputNoise(base), DRAWS),
+    "resize and pad": Planted(lambda base, x, eps: ResizePad(base), DRAWS),
+    "logit noise": Planted(lambda base, x, eps: LogitNoise(base), DRAWS),
     "flipped gradient": Planted(lambda base, x, eps: FlippedGradient(base), ("finite_differences", "loss_surface")),
     "logit snap": Planted(lambda base, x, eps: Snapped(base), GRADIENT),
     "detached purification": Planted(lambda base, x, eps: Purified(base), GRADIENT),
     "hash of the input": Planted(lambda base, x, eps: Hashed(base), ("stability", "finite_differences", "noise")),
     "out-of-ball answers": Planted(OutOfBall, ("unbounded",)),
 }
+"""Put on a trained classifier."""
+TRAINED: Final[dict[str, Planted]] = {
+    "distillation": Planted(_trained("Distilled"), ("zero_gradients", "loss_choice")),
+    "one-step training": Planted(_trained("OneStep"), ("single_step", "finite_differences", "loss_surface", "noise")),
+    "k-winners-take-all": Planted(
+        _trained("Winners"), ("finite_differences", "loss_surface", "square", "stability", "transfer")
+    ),
+}
+"""Nets of their own for Fashion-MNIST, trained to be masked; see `decoy_training`."""

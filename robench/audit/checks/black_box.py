@@ -29,9 +29,11 @@ def _judge(evidence: Evidence, name: str) -> Outcome:
     white = white_box(evidence)
     if white is None:
         white = evidence.clean  # gradient attacks break nothing where there are no gradients
-    gap = compare(white, np.minimum(white, black)) if not evidence.defense.randomized else compare(white, black)
-    reason = f"{NAMES[name]} breaks {gap} that FGSM and PGD (two losses) leave right{gap.power()}"
-    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
+    if evidence.defense.randomized:  # the lower of two draws would be lower by chance
+        gap, said = compare(white, black), "the accuracy under FGSM and PGD (two losses) less that under"
+    else:
+        gap, said = compare(white, np.minimum(white, black)), "images that FGSM and PGD (two losses) leave to"
+    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, f"{said} {NAMES[name]}: {gap}{gap.power()}")
 
 
 def _make(name: str) -> Check:

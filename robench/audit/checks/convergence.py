@@ -13,7 +13,9 @@ def _judge(evidence: Evidence, what: str) -> Outcome:
     name = DOUBLED[what]
     if reason := evidence.applies(name):
         return not_run(reason)
-    return compare_runs(evidence, "pgd", name, TOLERANCE, f"PGD with twice the {what} breaks {{gap}} more")
+    return compare_runs(
+        evidence, "pgd", name, TOLERANCE, f"the accuracy under PGD less that with twice the {what}: {{gap}}"
+    )
 
 
 def _make(what: str) -> Check:

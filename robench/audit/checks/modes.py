@@ -25,7 +25,7 @@ def judge(evidence: Evidence) -> Outcome:
             worst, which = gap, mode
     if worst is None:
         return not_run("an attack failed")
-    reason = f"PGD along {which} breaks {worst} that PGD along {modes[0]} leaves right{worst.power()}"
+    reason = f"the accuracy under PGD along {modes[0]} less that along {which}: {worst}{worst.power()}"
     return Outcome(worst.verdict(TOLERANCE), worst.mean, TOLERANCE, reason)
 
 

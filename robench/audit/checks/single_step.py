@@ -10,7 +10,7 @@ TOLERANCE = 0.05
 
 def judge(evidence: Evidence) -> Outcome:
     """Fails where FGSM leaves a lower accuracy than PGD."""
-    reason = "PGD leaves {gap} more right than FGSM, where it should leave less"
+    reason = "the accuracy under PGD less that under FGSM, which should not be above 0: {gap}"
     return compare_runs(evidence, "pgd", "fgsm", TOLERANCE, reason)
 
 
