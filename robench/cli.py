@@ -25,6 +25,7 @@ leaderboard_app = typer.Typer(help="Leaderboard rows from finished runs.", no_ar
 app.add_typer(leaderboard_app, name="leaderboard")
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of <name>/{train,test}-*.parquet; default ROBENCH_DATA.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code of a defense that is not one of robench's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
@@ -189,15 +190,16 @@ def audit(  # noqa: PLR0913 - each parameter is an option of the command line
 
 @app.command()
 def verify(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN|EVIDENCE", help="A run folder, or a row's evidence.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     data_dir: DataDir = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Re-judge a run's saved adversarial images under fresh randomness: does its claim still hold?"""
-    from robench.verify import verify_run
+    """Re-judge saved adversarial images under fresh randomness: does the claim still hold?"""
+    from robench.verify import verify as verify_folder
 
-    report = verify_run(run_folder, device=device, data_dir=data_dir)
+    report = verify_folder(folder, device=device, data_dir=data_dir, trust=trust)
     if as_json:
         _print_json(report.to_json())
     else:
@@ -324,15 +326,14 @@ def new(
 
 @leaderboard_app.command("add")
 def leaderboard_add(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, and folders of audits.")],
     folder: Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")] = Path("leaderboards"),
     as_json: Json = False,
 ) -> None:
-    """Add the rows of finished runs to leaderboards/<dataset>-<norm>-<eps>.csv."""
-    from robench.leaderboard import add_run
-    from robench.result import Evaluation
+    """Add the rows of finished runs, with their audits and evidence, to leaderboards/<dataset>-<norm>-<eps>.csv."""
+    from robench.publish import publish
 
-    written = [path for one in runs for path in add_run(Evaluation.load(one), folder)]
+    written = publish(folders, folder)
     if as_json:
         _print_json({"leaderboards": [str(path) for path in written]})
     else:

@@ -6,9 +6,9 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import DataError, UsageError
 from robench.store import write_atomic
@@ -75,8 +75,17 @@ Row = dict[str, str]
 """A row as it stands in the CSV; the attacks' columns lie between HEAD and TAIL."""
 
 
-def make_row(result: Evaluation, eps: float) -> Row:
-    """The row of a run at one of its bounds. A number that is not known is empty, and then the row gets no rank."""
+def make_row(
+    result: Evaluation, eps: float, audit: Mapping[str, Any] | None = None, evidence: str | None = None
+) -> Row:
+    """The row of a run at one of its bounds. A number that is not known is empty, and then the row gets no rank.
+
+    Args:
+        result: the run.
+        eps: the bound.
+        audit: the findings, as `Audit.to_json` gives them; None: there was no audit.
+        evidence: the digest of the row's bundle; None: that of the run's spec.
+    """
     spec = result.spec
     robust = result.robust_at(eps) if result.complete else None
     majority = result.answers(WORST, eps)
@@ -93,8 +102,8 @@ def make_row(result: Evaluation, eps: float) -> Row:
         "majority_acc": _number(majority.majority().value if majority and result.complete else None),
         "worst_attack": result.worst_attack(eps),
         **{key: _number(estimate.value if estimate else None) for key, estimate in attacks.items()},
-        "audit_verdict": "not run",
-        "audit_failed_checks": "",
+        "audit_verdict": "not run" if audit is None else str(audit["verdict"]),
+        "audit_failed_checks": "" if audit is None else " ".join(audit["failed"]),
         "n": str(spec.n),
         "eot": str(spec.eot),
         "judge_repeats": str(spec.judge_repeats),
@@ -106,7 +115,7 @@ def make_row(result: Evaluation, eps: float) -> Row:
         "robench_version": spec.robench_version,
         "torch_version": spec.torch_version,
         "data_digest": spec.data_digest[:16],
-        "evidence": spec.digest()[:16],
+        "evidence": spec.digest()[:16] if evidence is None else evidence,
         "date": result.created,
     }
 
@@ -130,22 +139,33 @@ def is_complete(row: Row) -> bool:
     return all(row.get(name, "") for name in _NUMBERS) and all(row[key] for key in row if key not in (*HEAD, *TAIL))
 
 
+def is_masked(row: Row) -> bool:
+    """True if the audit says that the row's robustness cannot be believed."""
+    return row["audit_verdict"] == "masked"
+
+
+def _place(row: Row) -> tuple[bool, float]:
+    return is_masked(row), float(row["robust_low"])
+
+
 def rank_rows(rows: Sequence[Row]) -> list[Row]:
     """Orders rows by the lower end of the robust interval and ranks them; equal ends share a rank.
 
     Each protocol has its own ranks, since a weaker one leaves more accuracy standing; the protocols come in reverse
-    order of their names (thorough, standard, quick, free lists). Rows that miss a number come last and have no rank.
-    The order depends on the rows alone, not on how they came.
+    order of their names (thorough, standard, quick, free lists). Rows whose audit says `masked` rank below all others
+    of their protocol. Rows that miss a number come last and have no rank. The order depends on the rows alone, not on
+    how they came.
     """
     complete = sorted(
-        (row for row in rows if is_complete(row)), key=lambda row: (-float(row["robust_low"]), _order(row))
+        (row for row in rows if is_complete(row)),
+        key=lambda row: (is_masked(row), -float(row["robust_low"]), _order(row)),
     )
     complete.sort(key=lambda row: row["protocol"], reverse=True)  # stable: the order within a protocol stays
     partial = sorted((row for row in rows if not is_complete(row)), key=_order)
-    ends: dict[str, list[str]] = {}
+    places: dict[str, list[tuple[bool, float]]] = {}
     for row in complete:
-        ends.setdefault(row["protocol"], []).append(row["robust_low"])
-    ranked = [{**row, "rank": str(ends[row["protocol"]].index(row["robust_low"]) + 1)} for row in complete]
+        places.setdefault(row["protocol"], []).append(_place(row))
+    ranked = [{**row, "rank": str(places[row["protocol"]].index(_place(row)) + 1)} for row in complete]
     return [*ranked, *({**row, "rank": ""} for row in partial)]
 
 
@@ -215,35 +235,29 @@ def _restore(cell: str) -> str:
     return cell[1:] if cell[:1] == "'" and cell[1:2] in _DEFUSED else cell
 
 
-def board_name(result: Evaluation, eps: float) -> str:
-    """The file of a run's leaderboard: `fashion_mnist-linf-0.1.csv`, `cifar10-linf-8_255.csv`.
+def board_name(dataset: str, norm: str, eps: float) -> str:
+    """The file of a threat model's leaderboard: `fashion_mnist-linf-0.1.csv`, `cifar10-linf-8_255.csv`.
 
     What has no place in a file name, as in `hf:org/name` or a path, becomes an underscore.
     """
-    name = f"{result.spec.dataset}-{result.spec.norm}-{format_eps(eps, result.spec.norm)}.csv"
+    name = f"{dataset}-{norm}-{format_eps(eps, norm)}.csv"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
 
 
-def add_run(result: Evaluation, folder: Path) -> list[Path]:
-    """Adds a run's rows (one for each bound) to the leaderboards in `folder`; returns the files.
+def add_row(row: Row, path: Path) -> list[Row]:
+    """Adds a row to the leaderboard at `path`, which need not be there; returns the rows that it replaced.
 
     A row of the same defense, protocol and weights is replaced, so that adding twice changes nothing.
 
     Raises:
-        UsageError: the run's data has no name, or the folder cannot be written.
-        DataError: a leaderboard is damaged.
+        UsageError: the folder cannot be written.
+        DataError: the leaderboard is damaged.
     """
-    if not result.spec.dataset:
-        raise UsageError("a leaderboard needs a named dataset; this run was on tensors handed over by the caller")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from None
-    written = []
-    for eps in result.spec.eps:
-        path = folder / board_name(result, eps)
-        row = result.row(eps)
-        kept = [old for old in (read_rows(path) if path.exists() else []) if _identity(old)[:3] != _identity(row)[:3]]
-        write_atomic(path, rows_csv(rank_rows([*kept, row])).encode())
-        written.append(path)
-    return written
+        raise UsageError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+    rows = read_rows(path) if path.exists() else []
+    replaced = [old for old in rows if _identity(old)[:3] == _identity(row)[:3]]
+    write_atomic(path, rows_csv(rank_rows([*(old for old in rows if old not in replaced), row])).encode())
+    return replaced

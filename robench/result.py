@@ -107,6 +107,7 @@ class Evaluation:
         created: the day of the run.
         seconds: wall time of all units, where known.
         failures: tracebacks of attacks that failed, by attack (of a stored run, by file name).
+        units: the units' tables, joined, as Arrow, with the adversarial images.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Evaluation:
         """Keeps the units' tables, joined; use `evaluate` or `load`."""
         self.spec, self.folder, self.created, self.seconds = spec, folder, created, seconds
         self.failures = dict(failures or {})
-        self._units = units
+        self.units = units
         frame: pd.DataFrame = units.drop_columns(["x_adv"]).to_pandas()
         votes = np.stack(frame["votes"].tolist())
         repeats, right = votes.sum(1), votes[np.arange(len(frame)), frame["label"].to_numpy()]
@@ -171,7 +172,7 @@ class Evaluation:
 
     def _unit_table(self, start: int, stop: int) -> pa.Table:
         order = self.table.groupby(["eps", "attack"], sort=False).cumcount().to_numpy()
-        return self._units.filter((order >= start) & (order < stop))
+        return self.units.filter((order >= start) & (order < stop))
 
     def answers(self, attack: str, eps: float | None = None) -> Answers | None:
         """The judge's answers on an attack's images (or `clean`, `worst`); None if the attack failed anywhere."""
@@ -179,6 +180,12 @@ class Evaluation:
         if not len(rows) or (rows["status"] == "failed").any():
             return None
         return Answers(np.stack(rows["votes"].tolist()).astype(np.int64), rows["label"].to_numpy())
+
+    @property
+    def indices(self) -> npt.NDArray[np.int64]:
+        """The position of each image of the run in the dataset."""
+        found: npt.NDArray[np.int64] = self._rows(CLEAN, None)["index"].to_numpy()
+        return found
 
     def images(self, attack: str, eps: float | None = None) -> npt.NDArray[np.float32]:
         """The adversarial images of an attack, `n c h w`; those of `worst` are each taken from the chosen attack.
@@ -188,7 +195,7 @@ class Evaluation:
         """
         rows = self._rows(attack, eps)
         keys = rows["chosen"] if attack == WORST else rows["attack"]
-        blobs = self._units.column("x_adv")
+        blobs = self.units.column("x_adv")
         lookup = {
             key: row
             for row, key in enumerate(zip(self.table["eps"], self.table["attack"], self.table["index"], strict=True))

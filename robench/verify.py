@@ -1,4 +1,4 @@
-"""`robench verify`: judges a run's saved adversarial images again under fresh randomness and checks the claim."""
+"""`robench verify`: judges saved adversarial images again under fresh randomness and checks the claim."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from robench.data import load_dataset
+from robench.bundle import MANIFEST, read_bundle
+from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
-from robench.errors import UsageError
+from robench.errors import DataError, UsageError
 from robench.judge import check_bounds, judge
-from robench.registry import load_defense
+from robench.leaderboard import Row
+from robench.plan import RunSpec
+from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Answers, Estimate, Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
@@ -56,6 +59,13 @@ class Report:
         return "\n".join([*self.lines, f"{self.folder}: {verdict}"])
 
 
+def verify(path: Path, *, device: str = "auto", data_dir: Path | None = None, trust: bool = False) -> Report:
+    """Verifies a run folder or an evidence bundle; see `verify_run` and `verify_evidence`."""
+    if (path / MANIFEST).exists():
+        return verify_evidence(path, device=device, data_dir=data_dir, trust=trust)
+    return verify_run(path, device=device, data_dir=data_dir)
+
+
 def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = None) -> Report:
     """Re-judges a run: digests, box and eps, and every accuracy under fresh randomness.
 
@@ -67,18 +77,79 @@ def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = No
         DataError: the run folder is damaged or incomplete.
     """
     result = Evaluation.load(folder)
-    spec = result.spec
+    report = Report(folder)
+    data = _load_data(result.spec, folder, data_dir)
+    _verify(report, result, data, device)
+    return report
+
+
+def verify_evidence(
+    folder: Path, *, row: Row | None = None, device: str = "auto", data_dir: Path | None = None, trust: bool = False
+) -> Report:
+    """Re-judges the bundle of a leaderboard row: its files, its row, and then as `verify_run` does.
+
+    Args:
+        folder: the bundle.
+        row: the row as published; None checks the bundle alone.
+        device: `auto`, `cpu` or `cuda`.
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        trust: run the defense's code also where it comes from a file or a package that is not robench's.
+
+    Raises:
+        UsageError: something that the check needs is missing; the message says what.
+    """
+    report = Report(folder)
+    try:
+        bundle = read_bundle(folder)
+        published = bundle.row()
+    except DataError as error:
+        report.check("files are those that were published", held=False, detail=str(error))
+        return report
+    report.check("files are those that were published", held=True, detail=f"digest {bundle.digest}")
+    if row is not None:
+        changed = [
+            f"{key} {row.get(key, '')!r}, not {value!r}"
+            for key, value in published.items()
+            if key != "rank" and row.get(key, "") != value
+        ]
+        report.check("row is that of the evidence", not changed, ", ".join(changed) or f"{len(published)} cells")
+    name = bundle.spec.defense
+    if not trust and name and parse_spec(name)[0] not in builtin_names("defense"):
+        raise UsageError(
+            f'{folder} cannot be checked: defense "{name}" is not one of robench\'s. --trust runs its code'
+        )
+    data = _load_data(bundle.spec, folder, data_dir)
+    if data.digest == bundle.spec.data_digest:  # else _verify says so, and the images would not fit the originals
+        try:
+            result = bundle.result(data.x)
+        except (ValueError, KeyError) as error:
+            report.check("images can be read", held=False, detail=str(error))
+            return report
+    else:
+        result = bundle.figures
+    _verify(report, result, data, device)
+    return report
+
+
+def _load_data(spec: RunSpec, folder: Path, data_dir: Path | None) -> Dataset:
     if not spec.defense or not spec.dataset:
         raise UsageError(f"{folder} cannot be checked: it names no defense or no dataset to load")
-    report = Report(folder)
+    return load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
+
+
+def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> None:
+    spec = result.spec
     device = Settings(device=device).resolve_device()
     defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
     digest = weights_digest(defense)
     report.check("weights are those of the run", digest == spec.weights_digest, f"digest {digest[:16]}")
-    data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
     report.check("images are those of the run", data.digest == spec.data_digest, f"digest {data.digest[:16]}")
+    clean = result.answers(CLEAN)
+    if clean is not None:
+        wrong = int((clean.labels != data.y.numpy()).sum()) if len(clean.labels) == len(data.y) else len(data.y)
+        report.check("labels are those of the data", wrong == 0, f"{wrong} of {len(data.y)} differ")
     if report.failures:
-        return report
+        return
     defense.to(device)
 
     def fresh(x: torch.Tensor) -> Answers:
@@ -86,7 +157,7 @@ def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = No
         return Answers(torch.cat(parts).numpy(), data.y.numpy())
 
     with seeded(spec.seed, "verify", device=device):
-        claims = [("clean accuracy", result.answers(CLEAN), data.x)]
+        claims = [("clean accuracy", clean, data.x)]
         for eps in spec.eps:
             claim, stored = f"robust accuracy at eps {eps:g}", result.answers(WORST, eps)
             claims.append((claim, stored, data.x))
@@ -104,7 +175,6 @@ def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = No
                 report.check(claim, held=False, detail="an attack failed, so there is no claim")
                 continue
             _compare(report, claim, stored, fresh(x))
-    return report
 
 
 def _compare(report: Report, claim: str, stored: Answers, fresh: Answers) -> None:
@@ -118,4 +188,4 @@ def _compare(report: Report, claim: str, stored: Answers, fresh: Answers) -> Non
 
 
 def _text(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.2f} %"
+    return f"{100 * estimate.value:.2f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
-from robench.leaderboard import HEAD, TAIL, Row, add_run, board_name, rank_rows, read_rows, row_csv, rows_csv
+from robench.leaderboard import HEAD, TAIL, Row, add_row, board_name, rank_rows, read_rows, row_csv, rows_csv
 from robench.result import Evaluation
 from robench.threat import ThreatModel
 
@@ -51,7 +51,15 @@ def result() -> Evaluation:
 def named(result: Evaluation, defense: str = "noisy", dataset: str = "toys", **fields: object) -> Evaluation:
     """The same result under other names."""
     spec = dataclasses.replace(result.spec, defense_name=defense, dataset=dataset, **fields)  # type: ignore[arg-type]
-    return Evaluation(spec, result._units, folder=None, created="2026-01-02")
+    return Evaluation(spec, result.units, folder=None, created="2026-01-02")
+
+
+def add(result: Evaluation, folder: Path) -> list[Path]:
+    """Adds the rows of a result at all its bounds."""
+    paths = [folder / board_name(result.spec.dataset, result.spec.norm, eps) for eps in result.spec.eps]
+    for path, eps in zip(paths, result.spec.eps, strict=True):
+        add_row(result.row(eps), path)
+    return paths
 
 
 # the row
@@ -99,7 +107,7 @@ def test_row_is_what_the_run_found(result: Evaluation) -> None:
 def test_each_bound_has_a_row_of_its_own(tmp_path: Path) -> None:
     bounds = [ThreatModel("linf", eps) for eps in (0.0, 0.6)]
     result = named(evaluate(Linear(), "fgsm,pgd(steps=3)", bounds, grid_images(9)))
-    paths = add_run(result, tmp_path)
+    paths = add(result, tmp_path)
     assert [path.name for path in paths] == ["toys-linf-0.csv", "toys-linf-0.6.csv"]
     first, second = (read_rows(path)[0] for path in paths)
     assert first["robust_acc"] == "1.0000"
@@ -118,28 +126,28 @@ def test_each_bound_has_a_row_of_its_own(tmp_path: Path) -> None:
         ("/data/../my.parquet", "linf", 0.1, "_data_.._my.parquet-linf-0.1.csv"),
     ],
 )
-def test_board_name(result: Evaluation, dataset: str, norm: str, eps: float, name: str) -> None:
-    assert board_name(named(result, dataset=dataset, norm=norm), eps) == name
+def test_board_name(dataset: str, norm: str, eps: float, name: str) -> None:
+    assert board_name(dataset, norm, eps) == name
 
 
 # adding
 
 
 def test_adding_twice_changes_nothing(result: Evaluation, tmp_path: Path) -> None:
-    (path,) = add_run(named(result), tmp_path)
+    (path,) = add(named(result), tmp_path)
     once = path.read_bytes()
     assert once.count(b"\n") == 2
-    assert add_run(named(result), tmp_path) == [path]
+    assert add(named(result), tmp_path) == [path]
     assert path.read_bytes() == once
 
 
 def test_a_newer_run_of_the_same_defense_protocol_and_weights_replaces_the_old(
     result: Evaluation, tmp_path: Path
 ) -> None:
-    add_run(named(result), tmp_path)
-    add_run(named(result, protocol="quick-1"), tmp_path)
-    add_run(named(result, weights_digest="f" * 64), tmp_path)
-    (path,) = add_run(named(result, seed=7), tmp_path)
+    add(named(result), tmp_path)
+    add(named(result, protocol="quick-1"), tmp_path)
+    add(named(result, weights_digest="f" * 64), tmp_path)
+    (path,) = add(named(result, seed=7), tmp_path)
     rows = read_rows(path)
     assert sorted((row["protocol"], row["weights_digest"][:1] == "f", row["seed"]) for row in rows) == [
         ("", False, "7"),
@@ -157,19 +165,14 @@ def test_the_order_of_adding_does_not_matter(
     folder = tmp_path_factory.getbasetemp() / "boards"
     shutil.rmtree(folder, ignore_errors=True)
     for number in order:
-        (path,) = add_run(runs[number], folder)
+        (path,) = add(runs[number], folder)
     assert path.read_text() == rows_csv(rank_rows([run.row() for run in runs]))
-
-
-def test_a_run_on_nameless_data_is_refused(result: Evaluation, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs a named dataset"):
-        add_run(result, tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_the_user_s_to_fix(result: Evaluation, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot make the folder"):
-        add_run(named(result), tmp_path / "file" / "boards")
+        add(named(result), tmp_path / "file" / "boards")
 
 
 # ranks
@@ -192,11 +195,31 @@ def test_a_row_that_misses_a_number_has_no_rank_and_comes_last(missing: str) -> 
     assert [(row["rank"], row["defense"]) for row in ranked] == [("1", "z"), ("", "a")]
 
 
+@given(order=st.permutations(range(5)))
+@settings(max_examples=10)
+def test_masked_rows_rank_below_all_others(order: list[int]) -> None:
+    rows = [
+        make_row("a", "0.9000", audit_verdict="masked"),
+        make_row("b", "0.5000", audit_verdict="suspect"),
+        make_row("c", "0.3000", audit_verdict="not run"),
+        make_row("d", "0.3000", audit_verdict="masked"),
+        make_row("e", "0.9500", robust_acc=""),
+    ]
+    ranked = rank_rows([rows[number] for number in order])
+    assert [(row["defense"], row["rank"]) for row in ranked] == [
+        ("b", "1"),
+        ("c", "2"),
+        ("a", "3"),
+        ("d", "4"),
+        ("e", ""),
+    ]
+
+
 def test_a_failed_attack_takes_the_rank_also_after_reading(tmp_path: Path) -> None:
     whole = evaluate(Linear(gain=1.0), [Still()], LINF, grid_images(4))
     broken = evaluate(Linear(), [Still(), Bad()], LINF, grid_images(4))
-    add_run(named(broken, "broken"), tmp_path)
-    (path,) = add_run(named(whole, "whole"), tmp_path)
+    add(named(broken, "broken"), tmp_path)
+    (path,) = add(named(whole, "whole"), tmp_path)
     assert [(row["rank"], row["defense"], row["robust_acc"]) for row in read_rows(path)] == [
         ("1", "whole", "1.0000"),
         ("", "broken", ""),
@@ -296,10 +319,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_board_is_not_overwritten(result: Evaluation, tmp_path: Path) -> None:
-    (path,) = add_run(named(result), tmp_path)
+    (path,) = add(named(result), tmp_path)
     path.write_text("rank,defense\n")
     with pytest.raises(DataError, match=str(path)):
-        add_run(named(result), tmp_path)
+        add(named(result), tmp_path)
     assert path.read_text() == "rank,defense\n"
 
 

@@ -1,0 +1,126 @@
+"""Adversarial images on disk: in as few bytes as leave every answer of the defense as it is.
+
+`uint8`: the image in steps of 1/255, rounded so that it stays within the bound. `float16`: the difference from the
+original in half precision, rounded toward zero. `float32`: the image as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from robench.judge import judge
+from robench.result import Evaluation
+from robench.rng import seeded
+from robench.stats import differ
+from robench.threat import ThreatModel
+from robench.unit_table import WORST
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from robench.defense import Defense
+    from robench.types import Images, Mask
+
+ENCODINGS: Final = ("uint8", "float16", "float32")
+LARGEST_DRIFT: Final = 0.01
+"""Change of a randomized defense's accuracy that rounding may seem to cause; what is beyond noise it may not."""
+LEVEL: Final = 0.05
+
+
+def encode(result: Evaluation, eps: float, x: Images, defense: Defense | None) -> tuple[pa.Table, dict[str, int]]:
+    """The images of the worst case as a table, and how many are stored in which way.
+
+    Each image of a deterministic defense takes the shortest encoding under which its answer is the one of the run. Of a
+    randomized one all images take the shortest under which the accuracy is that of the run within noise.
+
+    Args:
+        result: the run.
+        eps: the bound.
+        x: the originals.
+        defense: None stores all as float32.
+
+    Returns:
+        Columns `index` (in the dataset), `encoding`, `pixels`; without rows where the worst case is not known.
+    """
+    import pyarrow as pa
+
+    if result.answers(WORST, eps) is None:  # an attack failed
+        return pa.table({"index": pa.array([], pa.int64()), "encoding": pa.array([], pa.string()), "pixels": []}), {}
+    x_adv = torch.from_numpy(result.images(WORST, eps))
+    threat = ThreatModel(result.spec.norm, eps)
+    chosen = np.full(len(x), "float32", dtype=object)
+    if defense is not None:
+        for encoding in reversed(ENCODINGS[:-1]):
+            chosen[_harmless(result, eps, x, _round(encoding, x, x_adv, threat), defense)] = encoding
+    blobs = [_bytes(str(kind), x[row], x_adv[row], threat) for row, kind in enumerate(chosen)]
+    table = pa.table({"index": result.indices, "encoding": pa.array(chosen, pa.string()), "pixels": blobs})
+    return table, {kind: int((chosen == kind).sum()) for kind in ENCODINGS if (chosen == kind).any()}
+
+
+def decode(table: pa.Table, x: Images, shape: tuple[int, ...]) -> Images:
+    """The images of a table, float32 in [0, 1], given the originals of its rows.
+
+    Raises:
+        ValueError: an encoding is not known, or the bytes are not those of an image of this shape.
+    """
+    rows = zip(table["encoding"].to_pylist(), table["pixels"].to_pylist(), x.numpy(), strict=True)
+    found = []
+    for encoding, blob, original in rows:
+        if encoding not in ENCODINGS:
+            raise ValueError(f'unknown encoding "{encoding}"')
+        values = np.frombuffer(blob, dtype=np.dtype(encoding).newbyteorder("<")).reshape(shape).astype(np.float32)
+        found.append(original + values if encoding == "float16" else values / 255 if encoding == "uint8" else values)
+    return torch.from_numpy(np.stack(found)) if found else torch.zeros(0, *shape)
+
+
+def _harmless(result: Evaluation, eps: float, x: Images, rounded: Images, defense: Defense) -> Mask:
+    """Which images may be stored so."""
+    threat = ThreatModel(result.spec.norm, eps)
+    stored = result.answers(WORST, eps)
+    kept = threat.contains(x, rounded) & ((rounded >= 0) & (rounded <= 1)).flatten(1).all(1)
+    if stored is None:
+        return torch.zeros_like(kept)
+    with seeded(result.spec.seed, "bundle"):
+        parts = [judge(defense, rows, result.spec.judge_repeats) for rows in rounded.split(result.spec.unit_size)]
+    votes = torch.cat(parts).numpy()
+    if not defense.randomized:
+        return kept & torch.from_numpy((votes == stored.votes).all(1))
+    before = stored.right / stored.repeats
+    after = votes[np.arange(len(votes)), stored.labels] / stored.repeats
+    moved = differ(before, after, LEVEL) or abs(float((after - before).mean())) > LARGEST_DRIFT
+    return torch.full_like(kept, bool(kept.all()) and not moved)
+
+
+def _round(encoding: str, x: Images, x_adv: Images, threat: ThreatModel) -> Images:
+    """What comes back of images that are stored so."""
+    if encoding == "float16":
+        return x + torch.from_numpy(_half_toward_zero((x_adv - x).numpy()).astype(np.float32))
+    return _steps(x, x_adv, threat).float() / 255
+
+
+def _steps(x: Images, x_adv: Images, threat: ThreatModel) -> torch.Tensor:
+    if threat.norm == "linf":
+        low, high = (255 * (x - threat.eps) - 1e-3).ceil(), (255 * (x + threat.eps) + 1e-3).floor()
+        rounded = (255 * x_adv).round().maximum(low).minimum(high)
+    else:  # rounding lengthens a difference by the length of what is rounded off, at right angles to it
+        rounded = (255 * (x + 0.99 * (x_adv - x))).round() if threat.norm == "l2" else (255 * x_adv).round()
+    return rounded.clamp(0, 255).to(torch.uint8)
+
+
+def _bytes(encoding: str, x: Images, x_adv: Images, threat: ThreatModel) -> bytes:
+    if encoding == "uint8":
+        return _steps(x, x_adv, threat).numpy().tobytes()
+    values: npt.NDArray[Any] = (
+        _half_toward_zero((x_adv - x).numpy()) if encoding == "float16" else x_adv.numpy().astype("<f4")
+    )
+    return values.astype(values.dtype.newbyteorder("<")).tobytes()
+
+
+def _half_toward_zero(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    half = values.astype(np.float16)
+    longer = np.abs(half.astype(np.float32)) > np.abs(values)
+    return np.where(longer, np.nextafter(half, np.float16(0)), half).astype(np.float16)

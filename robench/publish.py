@@ -1,0 +1,141 @@
+"""From finished runs and audits to rows with their evidence, and from published rows back to what can be checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from robench.bundle import MANIFEST, write_bundle
+from robench.check_names import QUESTIONS
+from robench.defense import Defense, weights_digest
+from robench.errors import DataError, RobenchError, UsageError
+from robench.leaderboard import Row, add_row, board_name, read_rows
+from robench.plan import RunSpec
+from robench.registry import load_defense
+from robench.result import Evaluation
+from robench.store import SPEC_FILE
+
+EVIDENCE: Final = "evidence"
+"""The folder of all bundles, beside the CSV files."""
+AUDIT_FILE: Final = "audit.json"
+
+
+def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
+    """Adds the rows of runs, with their evidence, to the leaderboards; returns the CSV files that were written.
+
+    Args:
+        folders: run folders, and folders of audits. An audit goes with the runs of the same weights, data and bound.
+        leaderboards: the folder of the CSV files.
+
+    Raises:
+        UsageError: a folder is neither, a run has no named data, an audit is of some checks only or fits no run.
+        DataError: a run, an audit or a leaderboard is damaged.
+    """
+    runs = [Evaluation.load(folder) for folder in folders if (folder / SPEC_FILE).exists()]
+    audits = {folder: read_audit(folder) for folder in folders if not (folder / SPEC_FILE).exists()}
+    used: set[Path] = set()
+    written: dict[Path, None] = {}
+    for result in runs:
+        defense = _defense_of(result.spec)
+        for eps in result.spec.eps:
+            fitting = [folder for folder, audit in audits.items() if _fits(audit, result.spec, eps)]
+            if len(fitting) > 1:
+                raise UsageError(f"two audits fit {result.folder}: {fitting[0]} and {fitting[1]}. Name one")
+            used.update(fitting)
+            audit = audits[fitting[0]] if fitting else None
+            bundle = write_bundle(result, eps, leaderboards / EVIDENCE, audit, defense)
+            path = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps)
+            for old in add_row(bundle.row(), path):
+                _remove(leaderboards, old["evidence"], keep=bundle.digest)
+            written[path] = None
+    for folder in audits.keys() - used:
+        raise UsageError(f"the audit in {folder} fits no run that was named: it is of other weights, data or bounds")
+    return list(written)
+
+
+def read_audit(folder: Path) -> dict[str, Any]:
+    """The findings of a finished audit.
+
+    Raises:
+        UsageError: there is no whole audit in the folder.
+        DataError: it cannot be read.
+    """
+    path = folder / AUDIT_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} is not a run folder, nor one of an audit: it has no {SPEC_FILE} and no {AUDIT_FILE}"
+        )
+    try:
+        audit: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        made = [finding["check"] for finding in audit["findings"]]
+        _ = audit["verdict"], audit["failed"], audit["weights_digest"], audit["norm"], audit["eps"], audit["dataset"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}). Run the audit again") from None
+    missing = [name for name in QUESTIONS if name not in made]
+    if missing:
+        raise UsageError(f"the audit in {folder} lacks the check {missing[0]}; a row needs all of them")
+    return audit
+
+
+def _fits(audit: dict[str, Any], spec: RunSpec, eps: float) -> bool:
+    told = audit["weights_digest"], audit["dataset"], audit["norm"], audit["eps"]
+    return told == (spec.weights_digest, spec.dataset, spec.norm, eps)
+
+
+def _defense_of(spec: RunSpec) -> Defense | None:
+    """The defense of a run, to see which rounding it bears; None where it cannot be loaded by name.
+
+    Raises:
+        UsageError: what is loaded has other weights than the run had.
+    """
+    if not spec.defense:
+        return None
+    defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    if weights_digest(defense) != spec.weights_digest:
+        raise UsageError(f'the weights of "{spec.defense}" are no longer those of the run. Run it again')
+    return defense
+
+
+def _remove(leaderboards: Path, digest: str, keep: str) -> None:
+    """Removes the bundle of a row that was replaced, where no other row points to it."""
+    folder = leaderboards / EVIDENCE / digest
+    if digest in ("", keep) or not (folder / MANIFEST).exists():
+        return
+    if all(row["evidence"] != digest for _, row in all_rows(leaderboards)):
+        shutil.rmtree(folder)
+
+
+def boards(leaderboards: Path) -> list[Path]:
+    """The CSV files of a folder of leaderboards, by name."""
+    return sorted(leaderboards.glob("*.csv"))
+
+
+def all_rows(leaderboards: Path) -> Iterator[tuple[Path, Row]]:
+    """Each row with the file that it is in.
+
+    Raises:
+        DataError: a leaderboard is damaged.
+    """
+    for path in boards(leaderboards):
+        for row in read_rows(path):
+            yield path, row
+
+
+def verify_boards(
+    leaderboards: Path, rows: Iterable[tuple[Path, Row]], *, device: str, data_dir: Path | None, trust: bool
+) -> Iterator[tuple[Path, Row, str, str]]:
+    """Verifies rows one after another: the file, the row, `holds`, `does not hold` or `cannot be checked`, and why."""
+    from robench.verify import verify_evidence
+
+    for path, row in rows:
+        try:
+            report = verify_evidence(
+                leaderboards / EVIDENCE / row["evidence"], row=row, device=device, data_dir=data_dir, trust=trust
+            )
+        except RobenchError as error:
+            yield path, row, "cannot be checked", str(error)
+            continue
+        yield path, row, "holds" if report.holds else "does not hold", "; ".join(report.failures)

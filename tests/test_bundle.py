@@ -1,0 +1,359 @@
+"""Evidence bundles: what is published with a row can be read, judged again, and not be changed unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from engine_toys import Prototypes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robench import Defense, ThreatModel, pixels
+from robench.audit import audit
+from robench.bundle import AUDIT, EXAMPLES, IMAGES, MANIFEST, read_bundle, size
+from robench.check_names import QUESTIONS
+from robench.errors import DataError, RobenchError, UsageError
+from robench.evaluate import evaluate
+from robench.leaderboard import read_rows, rows_csv
+from robench.publish import EVIDENCE, all_rows, publish, verify_boards
+from robench.result import Evaluation
+from robench.types import Images
+from robench.unit_table import WORST
+from robench.verify import verify, verify_evidence
+
+HERE = Path(__file__)
+TOY = f"{HERE.with_name('engine_toys.py')}:Prototypes"
+EPS = 0.03
+N = 24
+
+
+def run(folder: Path, defense: str = TOY, attack: str = "fgsm,pgd(steps=3)", **settings: Any) -> Evaluation:
+    from robench.registry import load_defense
+
+    threat = ThreatModel(settings.pop("norm", "linf"), settings.pop("eps", EPS))
+    return evaluate(
+        load_defense(defense), attack, threat, "fashion_mnist", n=N, out=folder, defense_spec=defense, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder / "run")
+    content = audit(Prototypes(), ThreatModel("linf", EPS), "fashion_mnist", n=N, checks=["zero_gradients"]).to_json()
+    named = {finding["check"]: finding for finding in content["findings"]}
+    content["findings"] = [named.get(name, {**named["zero_gradients"], "check": name}) for name in QUESTIONS]
+    (folder / "audit").mkdir()
+    (folder / "audit" / "audit.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def boards(finished: Path, tmp_path: Path) -> Path:
+    publish([finished / "run", finished / "audit"], tmp_path / "boards")
+    return tmp_path / "boards"
+
+
+def bundle_of(boards: Path) -> Path:
+    (found,) = (boards / EVIDENCE).iterdir()
+    return found
+
+
+def outcomes(boards: Path) -> list[tuple[str, str]]:
+    found = verify_boards(boards, all_rows(boards), device="cpu", data_dir=None, trust=True)
+    return [(verdict, why) for _, _, verdict, why in found]
+
+
+# publishing
+
+
+def test_a_published_row_holds(boards: Path) -> None:
+    (path,) = boards.glob("*.csv")
+    (row,) = read_rows(path)
+    assert (row["rank"], row["audit_verdict"], row["audit_failed_checks"]) == ("1", "pass", "")
+    assert row["evidence"] == bundle_of(boards).name
+    assert {one.name for one in bundle_of(boards).iterdir()} == {MANIFEST, EXAMPLES, IMAGES, AUDIT}
+    assert outcomes(boards) == [("holds", "")]
+    report = verify(bundle_of(boards), device="cpu", trust=True)
+    assert report.holds
+    assert len(report.lines) == 7
+
+
+def test_publishing_twice_changes_no_byte(finished: Path, boards: Path) -> None:
+    before = {path: path.read_bytes() for path in boards.rglob("*") if path.is_file()}
+    publish([finished / "audit", finished / "run"], boards)
+    assert {path: path.read_bytes() for path in boards.rglob("*") if path.is_file()} == before
+
+
+def test_a_row_that_is_replaced_takes_its_evidence_with_it(boards: Path, tmp_path: Path) -> None:
+    run(tmp_path / "other", seed=3)
+    before = bundle_of(boards)
+    publish([tmp_path / "other"], boards)
+    assert bundle_of(boards) != before
+    assert outcomes(boards) == [("holds", "")]
+
+
+def test_the_row_is_the_run_s(finished: Path, boards: Path) -> None:
+    row = Evaluation.load(finished / "run").row()
+    (published,) = (row for _, row in all_rows(boards))
+    differing = {key for key in row if row[key] != published[key]}
+    assert differing == {"rank", "audit_verdict", "evidence"}
+
+
+def test_each_bound_has_its_bundle(tmp_path: Path) -> None:
+    from robench.registry import load_defense
+
+    threats = [ThreatModel("linf", eps) for eps in (0.01, EPS)]
+    evaluate(load_defense(TOY), "pgd(steps=3)", threats, "fashion_mnist", n=N, out=tmp_path / "run", defense_spec=TOY)
+    written = publish([tmp_path / "run"], tmp_path / "boards")
+    assert [path.name for path in written] == ["fashion_mnist-linf-0.01.csv", "fashion_mnist-linf-0.03.csv"]
+    assert outcomes(tmp_path / "boards") == [("holds", ""), ("holds", "")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights_digest": "0"}, "fits no run that was named"),
+        ({"eps": 0.5}, "fits no run that was named"),
+        ({"findings": []}, "lacks the check null_control"),
+    ],
+)
+def test_an_audit_that_does_not_fit_is_refused(
+    change: dict[str, Any], message: str, finished: Path, tmp_path: Path
+) -> None:
+    content = json.loads((finished / "audit" / "audit.json").read_text())
+    (tmp_path / "audit.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(UsageError, match=message):
+        publish([finished / "run", tmp_path], tmp_path / "boards")
+
+
+def test_what_is_neither_run_nor_audit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a run folder, nor one of an audit"):
+        publish([tmp_path], tmp_path / "boards")
+    (tmp_path / "audit.json").write_text("{")
+    with pytest.raises(DataError, match="Run the audit again"):
+        publish([tmp_path], tmp_path / "boards")
+
+
+def test_a_run_whose_attack_failed_is_published_without_images(tmp_path: Path) -> None:
+    bad = f"{HERE.with_name('engine_toys.py')}:Bad"
+    run(tmp_path / "some", attack=f"fgsm,{bad}")
+    publish([tmp_path / "some"], tmp_path / "some boards")
+    ((_, row),) = all_rows(tmp_path / "some boards")
+    assert (row["rank"], row["robust_acc"]) == ("", "")
+    assert outcomes(tmp_path / "some boards") == [("holds", "")]  # what the other attack left
+    run(tmp_path / "run", attack=bad)
+    publish([tmp_path / "run"], tmp_path / "boards")
+    ((verdict, why),) = outcomes(tmp_path / "boards")
+    assert verdict == "does not hold"
+    assert "an attack failed" in why
+
+
+# what was changed is found
+
+
+@pytest.mark.parametrize("name", [MANIFEST, EXAMPLES, IMAGES, AUDIT])
+@pytest.mark.parametrize("seed", range(5))
+def test_one_bit_in_any_file_is_found(name: str, seed: int, boards: Path) -> None:
+    path = bundle_of(boards) / name
+    content = bytearray(path.read_bytes())
+    place = random.Random(seed).randrange(8 * len(content))
+    content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+    ((verdict, why),) = outcomes(boards)
+    assert verdict == "does not hold"
+    assert name in why
+
+
+@pytest.mark.parametrize("name", [MANIFEST, EXAMPLES, IMAGES, AUDIT])
+def test_a_missing_file_is_named(name: str, boards: Path) -> None:
+    (bundle_of(boards) / name).unlink()
+    ((verdict, why),) = outcomes(boards)
+    assert verdict == "cannot be checked"
+    assert name in why
+
+
+def test_every_cell_of_the_row_is_checked(boards: Path) -> None:
+    ((path, row),) = all_rows(boards)
+    for key in row.keys() - {"rank", "evidence"}:
+        changed = {**row, key: f"{row[key]}1"}
+        if not changed[key].replace(".", "").isdigit() and key.endswith(("_low", "_high", "_acc")):
+            continue
+        report = verify_evidence(boards / EVIDENCE / row["evidence"], row=changed, device="cpu", trust=True)
+        assert not report.holds, key
+        assert any(key in failure for failure in report.failures), report.failures
+    path.write_text(rows_csv([{**row, "evidence": "0" * 16}]))
+    assert outcomes(boards)[0][0] == "cannot be checked"
+
+
+def forge(folder: Path, change: Any) -> Path:
+    """A bundle whose digests all fit after a change of its tables or manifest: only judging again finds it."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    tables = {name: pq.read_table(folder / name).to_pydict() for name in (EXAMPLES, IMAGES)}
+    schemas = {name: pq.read_table(folder / name).schema for name in tables}
+    change(manifest, tables[EXAMPLES], tables[IMAGES])
+    import pyarrow as pa
+
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns, schema=schemas[name]), folder / name)
+        manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    content = json.dumps(manifest).encode()
+    (folder / MANIFEST).write_bytes(content)
+    return folder.rename(folder.with_name(hashlib.sha256(content).hexdigest()[:16]))
+
+
+def claim_more(manifest: Any, examples: Any, images: Any) -> None:
+    """Every worst case counts as right."""
+    for row, attack in enumerate(examples["attack"]):
+        if attack == WORST:
+            examples["votes"][row] = [int(k == examples["label"][row]) for k in range(10)]
+
+
+def move_image(manifest: Any, examples: Any, images: Any) -> None:
+    """A pixel out of the bound."""
+    encoding, blob = images["encoding"][0], bytearray(images["pixels"][0])
+    assert encoding == "uint8"
+    blob[0] ^= 128
+    images["pixels"][0] = bytes(blob)
+
+
+def swap_label(manifest: Any, examples: Any, images: Any) -> None:
+    """Another label for the first image, everywhere."""
+    for row, index in enumerate(examples["index"]):
+        if index == images["index"][0]:
+            examples["label"][row] = (examples["label"][row] + 1) % 10
+
+
+def widen(manifest: Any, examples: Any, images: Any) -> None:
+    """A smaller bound than that of the images."""
+    manifest["eps"] = EPS / 2
+    manifest["spec"]["eps"] = [EPS / 2]
+    examples["eps"] = [EPS / 2 if eps else 0.0 for eps in examples["eps"]]
+
+
+def other_weights(manifest: Any, examples: Any, images: Any) -> None:
+    """The weights of another defense."""
+    manifest["spec"]["weights_digest"] = "0" * 64
+
+
+def short_image(manifest: Any, examples: Any, images: Any) -> None:
+    """An image that is cut off."""
+    images["pixels"][0] = images["pixels"][0][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "claim"),
+    [
+        (claim_more, "robust accuracy"),
+        (move_image, "within the bounds"),
+        (swap_label, "labels"),
+        (widen, "within the bounds"),
+        (other_weights, "weights"),
+        (short_image, "images can be read"),
+    ],
+)
+def test_a_forger_who_mends_the_digests_is_found_by_judging(change: Any, claim: str, boards: Path) -> None:
+    report = verify_evidence(forge(bundle_of(boards), change), device="cpu", trust=True)
+    assert not report.holds
+    assert any(claim in failure for failure in report.failures), report.failures
+
+
+def test_code_of_others_is_not_run_unasked(boards: Path) -> None:
+    with pytest.raises(UsageError, match="--trust"):
+        verify_evidence(bundle_of(boards), device="cpu")
+
+
+def test_a_manifest_that_does_not_fit_is_refused(boards: Path) -> None:
+    def drop(key: str) -> Any:
+        return lambda manifest, examples, images: manifest.pop(key)
+
+    for key in ("spec", "eps", "encodings"):
+        copy = shutil.copytree(bundle_of(boards), boards / "copy")
+        with pytest.raises(DataError, match=MANIFEST):
+            read_bundle(forge(copy, drop(key)))
+    with pytest.raises(RobenchError, match="is missing"):
+        read_bundle(boards / "nowhere")
+
+
+# encodings
+
+
+def test_images_take_a_byte_a_pixel_where_no_answer_changes(boards: Path) -> None:
+    bundle = read_bundle(bundle_of(boards))
+    assert sum(bundle.encodings.values()) == N
+    assert bundle.encodings["uint8"] > N / 2
+    assert size(bundle.folder) < 60_000
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("l1", 5.0), ("l0", 9.0)])
+def test_other_norms(norm: str, eps: float, tmp_path: Path) -> None:
+    run(tmp_path / "run", attack="noise(tries=5)", norm=norm, eps=eps)
+    publish([tmp_path / "run"], tmp_path / "boards")
+    assert outcomes(tmp_path / "boards") == [("holds", "")]
+
+
+def test_a_randomized_defense(tmp_path: Path) -> None:
+    run(tmp_path / "run", f"{HERE}:Jitter", "noise(tries=3)", judge_repeats=5)
+    publish([tmp_path / "run"], tmp_path / "boards")
+    assert outcomes(tmp_path / "boards") == [("holds", "")]
+
+
+@given(seed=st.integers(0, 10_000), norm=st.sampled_from(["linf", "l2"]), eps=st.floats(0.01, 1.0))
+@settings(max_examples=40)
+def test_rounded_images_stay_within_the_bound(seed: int, norm: str, eps: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (3, 1, 6, 6), generator=generator) / 255
+    threat = ThreatModel(norm, eps if norm == "linf" else 4 * eps)
+    moved = x + 2 * (torch.rand(x.shape, generator=generator) - 0.5) * (1 if norm == "linf" else 3)
+    x_adv = threat.project(x, moved)
+    half = pixels._round("float16", x, x_adv, threat)
+    assert bool(threat.contains(x, half).all())
+    assert float((half - x_adv).abs().max()) < 1e-3
+    steps = pixels._round("uint8", x, x_adv, threat)
+    if norm == "linf":
+        assert bool(threat.contains(x, steps).all())
+        assert float((steps - x_adv).abs().max()) <= 1 / 255 + 1e-6
+
+
+class Jitter(Prototypes):
+    """Noise on the logits."""
+
+    name = "jitter"
+    randomized = True
+
+    def forward(self, x: Images) -> torch.Tensor:
+        logits = super().forward(x)
+        return logits + 0.2 * torch.randn_like(logits)
+
+
+class Brittle(Prototypes):
+    """Its answer turns on the last bits of a pixel: no rounding is harmless."""
+
+    def forward(self, x: Images) -> torch.Tensor:
+        odd = ((x.flatten(1)[:, :50] * 2**20).long() % 2).sum(1) % 2
+        return super().forward(x).roll(1, 1) * odd[:, None] + super().forward(x) * (1 - odd[:, None])
+
+
+def test_an_image_whose_answer_would_change_is_kept_as_it_is() -> None:
+    defense: Defense = Brittle()
+    result = evaluate(defense, "pgd(steps=3)", ThreatModel("linf", EPS), "fashion_mnist", n=N)
+    from robench.data import load_dataset
+
+    x = load_dataset("fashion_mnist", "test", N, 0).x
+    table, encodings = pixels.encode(result, EPS, x, defense)
+    assert encodings["float32"] > 0
+    again = pixels.decode(table, x, (1, 28, 28))
+    with torch.no_grad():
+        votes = torch.nn.functional.one_hot(defense(again).argmax(1), 10).numpy()
+    stored = result.answers(WORST)
+    assert stored is not None
+    assert np.array_equal(votes, stored.votes)
