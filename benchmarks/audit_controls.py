@@ -92,11 +92,11 @@ def _look(name: str, n: int, seed: int) -> dict[str, str]:
     count = 32 if name == "short run" else n  # its passes cost a thousand times as much
     data = load_dataset("fashion_mnist", "test", count, seed)
     if name in HONEST:
-        defense, wanted = HONEST[name](), ()
-    else:
-        defense, wanted = DECOYS[name].make(load_defense(BASE), data.x, EPS), DECOYS[name].checks
-    found = audit(defense, ThreatModel("linf", EPS), data, seed=seed)
-    return _row(name, n, found, wanted)
+        found = audit(HONEST[name](), ThreatModel("linf", EPS), data, seed=seed)
+        return _row(name, n, found, ())
+    planted = DECOYS[name]
+    defense = planted.make(load_defense(BASE), data.x, planted.eps)
+    return _row(name, n, audit(defense, ThreatModel("linf", planted.eps), data, seed=seed), planted.checks)
 
 
 def _row(name: str, n: int, found: Audit, wanted: tuple[str, ...]) -> dict[str, str]:

@@ -12,6 +12,7 @@ QUESTIONS: Final = {
     "stability": "Do the answers near an image resemble those at the image?",
     "inference_time": "Does an answer optimise, and can an attack differentiate that?",
     "single_step": "Does PGD find at least what FGSM finds?",
+    "distortion": "Is the way to the image of a single step as right as its end?",
     "monotone": "Does a larger bound break at least as many images?",
     "unbounded": "Does the accuracy fall to chance without a bound?",
     "loss_choice": "Does cross-entropy lead as far as the margin?",

@@ -338,3 +338,48 @@ def leaderboard_add(
         _print_json({"leaderboards": [str(path) for path in written]})
     else:
         sys.stdout.write("".join(f"{path}\n" for path in written))
+
+
+@leaderboard_app.command("build")
+def leaderboard_build(
+    folder: Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")] = Path("leaderboards"),
+    board: Annotated[list[str] | None, typer.Option(help="Only these: fashion_mnist-linf-0.1; repeatable.")] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="html (a page), or csv, md, latex, json on the terminal.")
+    ] = "html",
+    out: Annotated[Path | None, typer.Option(help="The page; default index.html in the folder.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make the leaderboards' page, or print tables."""
+    from robench.command import build_page, print_tables
+
+    if kind == "html":
+        sys.stdout.write(f"{build_page(folder, board or [], out, data_dir)}\n")
+    else:
+        sys.stdout.write(print_tables(folder, board or [], kind))
+
+
+@leaderboard_app.command("verify")
+def leaderboard_verify(
+    folder: Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")] = Path("leaderboards"),
+    sample: Annotated[int | None, typer.Option(help="Only so many rows, drawn by --seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the draw of rows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    data_dir: DataDir = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Judge the adversarial images of published rows again."""
+    from robench.publish import pick_rows, verify_boards
+
+    found = []
+    for path, row, verdict, why in verify_boards(
+        folder, pick_rows(folder, sample, seed), device=device, data_dir=data_dir, trust=trust
+    ):
+        found.append({"leaderboard": path.name, "defense": row["defense"], "verdict": verdict, "why": why})
+        if not as_json:
+            sys.stdout.write(f"{path.stem}  {row['defense']}  {row['protocol']}: {verdict}{why and f' ({why})'}\n")
+    if as_json:
+        _print_json({"rows": found})
+    if any(one["verdict"] != "holds" for one in found):
+        raise typer.Exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -321,3 +322,43 @@ def audit_command(request: AuditRequest) -> tuple[Path, Audit]:
         raise Interrupted(f"interrupted; the same command with --out {folder} goes on where it stopped") from None
     write_audit(found, folder)
     return folder, found
+
+
+def build_page(folder: Path, names: Sequence[str], out: Path | None, data_dir: Path | None) -> Path:
+    """Writes the page of the leaderboards in a folder; returns its path.
+
+    Raises:
+        RobenchError: no leaderboard, a damaged one, a missing package, or a folder that cannot be written.
+    """
+    from robench.board import load_boards
+    from robench.report.board import render_boards
+    from robench.store import write_atomic
+
+    page = render_boards(load_boards(folder, names), data_dir)
+    target = out or folder / "index.html"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {target.parent}: {error.strerror}") from None
+    write_atomic(target, page.encode())
+    return target
+
+
+def print_tables(folder: Path, names: Sequence[str], kind: str) -> str:
+    """The leaderboards in a folder as text in a format of `robench.board.FORMATS`.
+
+    Raises:
+        UsageError: no such format, no leaderboard of that name, or several where the format holds one.
+        DataError: a leaderboard is damaged.
+    """
+    from robench.board import FORMATS, load_boards
+
+    if kind not in FORMATS:
+        raise UsageError(f'--format must be html, {", ".join(FORMATS)}; got "{kind}"')
+    found = load_boards(folder, names)
+    if len(found) > 1 and kind in ("csv", "json"):
+        raise UsageError(f"{kind} holds one leaderboard; choose with --board: {', '.join(one.name for one in found)}")
+    if len(found) == 1:
+        return FORMATS[kind](found[0])
+    sign = "### " if kind == "md" else "% "
+    return "\n".join(f"{sign}{one.name}\n\n{FORMATS[kind](one)}" for one in found)

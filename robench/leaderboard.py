@@ -93,7 +93,7 @@ def make_row(
     queries = result.queries(eps)
     return {
         "rank": "",
-        "defense": spec.defense_name,
+        "defense": spec.defense if spec.defense.startswith(f"{spec.defense_name}(") else spec.defense_name,
         "protocol": spec.protocol,
         "weights_digest": spec.weights_digest[:16],
         "randomized": "yes" if spec.randomized else "no",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -139,3 +140,18 @@ def verify_boards(
             yield path, row, "cannot be checked", str(error)
             continue
         yield path, row, "holds" if report.holds else "does not hold", "; ".join(report.failures)
+
+
+def pick_rows(leaderboards: Path, sample: int | None = None, seed: int = 0) -> list[tuple[Path, Row]]:
+    """All rows, or some drawn at random.
+
+    Raises:
+        UsageError: there is no row.
+        DataError: a leaderboard is damaged.
+    """
+    rows = list(all_rows(leaderboards))
+    if not rows:
+        raise UsageError(f"there is no leaderboard row in {leaderboards}")
+    if sample is None or sample >= len(rows):
+        return rows
+    return [rows[place] for place in sorted(random.Random(seed).sample(range(len(rows)), sample))]

@@ -192,6 +192,59 @@ def test_answers_that_a_retry_changes_are_told(data: Dataset) -> None:
     assert other.verdict == "not run"
 
 
+class Lured(Prototypes):
+    """Right at the image and far from it, wrong at a distance of 0.01 to 0.04: what one step alone teaches."""
+
+    def __init__(self, known: Images) -> None:
+        super().__init__()
+        self.known = known
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        distance = torch.cdist(x.flatten(1), self.known.flatten(1), p=torch.inf).amin(1)
+        inside = (distance > 0.01) & (distance < 0.04)
+        return torch.where(inside[:, None], logits.roll(1, dims=1), logits)
+
+
+def test_a_step_over_wrong_images_is_told(data: Dataset) -> None:
+    (finding,) = look(Lured(data.x), data, "distortion").findings
+    assert (finding.verdict, finding.statistic) == ("fail", 1.0)
+    assert finding.plot is not None
+    (curve,) = finding.plot.curves
+    assert min(curve.y) < 10 < curve.y[-1] <= curve.y[0]
+    (sound,) = look(Prototypes(), data, "distortion").findings
+    assert (sound.verdict, sound.statistic) == ("pass", 0.0)
+
+
+class Scaled(Prototypes):
+    """Its gradient has a factor of its own at each image, up to `factor`."""
+
+    factor = 10.0
+    same = True
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        self.check_mode(mode)
+        logits = self(x)
+        scale = self.factor ** (1 if self.same else x.detach().mean((1, 2, 3)).mul(1e3).sin())
+        return logits.detach() + (logits - logits.detach()) * torch.as_tensor(scale).reshape(-1, 1)
+
+
+class Erratic(Scaled):
+    """Another factor at each image."""
+
+    same = False
+
+
+def test_a_gradient_may_have_a_factor_but_not_another_one_everywhere(data: Dataset) -> None:
+    """A constant factor misleads no attack, and is told; a factor of a tenth here and ten there is none."""
+    (scaled,) = look(Scaled(), data, "finite_differences").findings
+    assert (scaled.verdict, "0.10 times" in scaled.reason) == ("suspect", True), scaled.reason
+    (erratic,) = look(Erratic(), data, "finite_differences").findings
+    assert erratic.verdict == "fail", erratic.reason
+    (sound,) = look(Prototypes(), data, "finite_differences").findings
+    assert sound.statistic == pytest.approx(0, abs=0.05)
+
+
 # statistics
 
 

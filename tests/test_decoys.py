@@ -9,10 +9,20 @@ import torch
 from engine_toys import Prototypes
 from torch import Tensor
 
-from robench import Defense, load_data
+from robench import Defense, ThreatModel, load_data
+from robench.audit import audit
+from robench.data import load_dataset
 from robench.rng import seeded
-from robench.testing.decoy_training import TEMPERATURE, DistillationRecipe, Distilled, OneStep, OneStepRecipe, Winners
-from robench.testing.decoys import PLANTED, Decoy, Hashed, JpegLike, OutOfBall, Snapped
+from robench.testing.decoy_training import (
+    TEMPERATURE,
+    DistillationRecipe,
+    Distilled,
+    OneStep,
+    OneStepRecipe,
+    Trades,
+    Winners,
+)
+from robench.testing.decoys import PLANTED, TRAINED, Decoy, Hashed, JpegLike, OutOfBall, Snapped
 from robench.types import Images, Labels
 
 
@@ -36,6 +46,24 @@ def test_a_decoy_answers_nearly_as_its_classifier(name: str, data: tuple[Images,
     assert lost <= (0.5 if name == "logit noise" else 0.2)
     assert isinstance(decoy, Decoy)
     decoy.check_traits()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_decoys_are_found(name: str) -> None:
+    """By the check that is named; the whole audit is benchmarks/audit_controls.py."""
+    planted = TRAINED[name]
+    data = load_dataset("fashion_mnist", "test", 128, 0)
+    decoy = planted.make(Prototypes(), data.x, planted.eps)
+    checks = ("distortion", "finite_differences", "loss_choice")
+    found = audit(decoy, ThreatModel("linf", planted.eps), data, checks=checks)
+    assert found.verdict == "masked"
+    assert set(found.failed) & set(planted.checks)
+
+
+def test_trades_is_no_decoy() -> None:
+    data = load_dataset("fashion_mnist", "test", 64, 0)
+    checks = ("distortion", "finite_differences", "zero_gradients", "loss_surface", "stability")
+    assert audit(Trades.load().freeze(), ThreatModel("linf", 0.1), data, checks=checks).verdict == "pass"
 
 
 def test_a_decoy_is_as_random_as_it_says(data: tuple[Images, Labels]) -> None:

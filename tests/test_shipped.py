@@ -12,20 +12,21 @@ from robench import Defense, load_data
 from robench.defense import weights_digest
 from robench.registry import names, resolve
 from robench.rng import seeded
-from robench.weights import build_and_load, read_card, shipped_weights, weights_folder
+from robench.testing.decoy_training import Distilled, OneStep, Trades, Winners
+from robench.weights import build_and_load, read_card, shipped_weights, weights_folder, weights_stem
 
 LARGEST, LARGEST_TOTAL = 4_000_000, 40_000_000
 IMAGES = 500
 SLOW = {"shortrun"}
+CONTROLS: tuple[type[Defense], ...] = (Distilled, OneStep, Winners, Trades)
 
 
 def shipped() -> list[tuple[type[Defense], Path]]:
-    classes = [resolve("defense", name) for name in names("defense")]
-    return [
-        (cls, weights_folder(cls) / f"{stem}.safetensors")
-        for cls in classes
-        if isinstance(cls, type)
-        for stem in shipped_weights(cls)
+    classes = [cls for name in names("defense") if isinstance(cls := resolve("defense", name), type)]
+    built_in = [(cls, weights_folder(cls) / f"{stem}.safetensors") for cls in classes for stem in shipped_weights(cls)]
+    stems = [weights_stem(cls, "fashion_mnist", {}) for cls in CONTROLS]
+    return built_in + [
+        (cls, weights_folder(cls) / f"{stem}.safetensors") for cls, stem in zip(CONTROLS, stems, strict=True)
     ]
 
 

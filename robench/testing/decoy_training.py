@@ -23,6 +23,8 @@ from robench.types import Images, Labels, Logits
 WIDTH: Final = 16
 TEMPERATURE: Final = 50.0
 SHARE: Final = 0.1
+ONE_STEP_EPS: Final = 0.3
+"""Within 0.1, a net of this width does not overfit to one step."""
 
 
 class Distilled(ConvNet):
@@ -128,7 +130,7 @@ class OneStep(ConvNetAT):
         channels: int = 1,
         width: int | None = WIDTH,
         side: int = 28,
-        train_eps: float = 0.1,
+        train_eps: float = ONE_STEP_EPS,
         train_norm: str = "linf",
     ) -> None:
         """Builds an untrained net."""

@@ -237,10 +237,12 @@ class Planted:
     Attributes:
         make: builds it from a trained classifier, the images of the audit and its eps; a net of its own needs none.
         checks: the checks of which at least one must not pass.
+        eps: the linf bound of the claim.
     """
 
     make: Callable[[Defense, Images, float], Defense]
     checks: tuple[str, ...]
+    eps: float = 0.1
 
 
 def _trained(cls: str) -> Callable[[Defense, Images, float], Defense]:
@@ -267,9 +269,7 @@ PLANTED: Final[dict[str, Planted]] = {
 """Put on a trained classifier."""
 TRAINED: Final[dict[str, Planted]] = {
     "distillation": Planted(_trained("Distilled"), ("zero_gradients", "loss_choice")),
-    "one-step training": Planted(_trained("OneStep"), ("single_step", "finite_differences", "loss_surface", "noise")),
-    "k-winners-take-all": Planted(
-        _trained("Winners"), ("finite_differences", "loss_surface", "square", "stability", "transfer")
-    ),
+    "one-step training": Planted(_trained("OneStep"), ("distortion", "monotone", "single_step"), eps=0.3),
+    "k-winners-take-all": Planted(_trained("Winners"), ("finite_differences", "loss_surface", "square", "stability")),
 }
 """Nets of their own for Fashion-MNIST, trained to be masked; see `decoy_training`."""

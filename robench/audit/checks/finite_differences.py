@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from robench.audit.checks.base import Check, Outcome, not_run, quantile_curve
+from robench.audit.checks.base import Check, Outcome, graded, not_run, quantile_curve
 from robench.audit.evidence import Evidence
-from robench.audit.finding import Plot, Verdict
+from robench.audit.finding import Plot
 from robench.errors import PluginError
 from robench.losses import margin
 
 STEPS = (0.02, 0.1)
 """Lengths of the difference, as shares of eps: short ones drown in float32's rounding, long ones in curvature."""
-SUSPECT, FAIL = 0.5, 0.15
+SLOPE_SUSPECT, SLOPE_FAIL = 0.5, 0.15
+SUSPECT, FAIL = 0.25, 0.5
 
 
 def judge(evidence: Evidence) -> Outcome:
     """Compares the rise of the margin along the gradient's steepest direction with what the gradient promises.
 
-    The rise is that of `forward`, measured by central differences, under the same draws on both sides. The statistic
-    is the better of two step lengths' median over the images of rise / promise, 1 for an exact gradient, negative for
-    a flipped one.
+    The rise is that of `forward`, by central differences, under the same draws on both sides. Rise / promise is 1 at
+    each image for an exact gradient, near 0 for a stand-in that says nothing, negative for a flipped one, and
+    another number at each image where the classifier jumps. The statistic is the median over the images of its distance
+    from its own median, relative to that (so that a gradient with a constant factor does not count as wrong), of the
+    better of two step lengths.
     """
     x, y, threat = evidence.x, evidence.y, evidence.threat
     try:
@@ -43,12 +46,21 @@ def judge(evidence: Evidence) -> Outcome:
         expected = (grad * moved).flatten(1).sum(1).double().cpu().numpy()
         kept = usable & (np.abs(expected) > 1e-12)
         ratios.append((up - down)[kept] / expected[kept])
-    medians = [float(np.median(ratio)) for ratio in ratios]
-    best = min(medians, key=lambda value: abs(value - 1))
-    verdict: Verdict = "fail" if best < FAIL else "suspect" if best < SUSPECT or best > 1 / SUSPECT else "pass"
-    reason = f"along the gradient the margin rises {best:.2f} times as fast as the gradient says (median of the images)"
+    slopes = [float(np.median(ratio)) for ratio in ratios]
+    spreads = [
+        float(np.median(np.abs(ratio / max(slope, SLOPE_FAIL) - 1)))
+        for slope, ratio in zip(slopes, ratios, strict=True)
+    ]
+    spread, slope = min(zip(spreads, slopes, strict=True))
+    verdict = graded(spread, SUSPECT, FAIL)
+    if verdict == "pass" and not SLOPE_SUSPECT <= slope <= 1 / SLOPE_SUSPECT:
+        verdict = "suspect"
+    reason = (
+        f"along the gradient the margin rises {slope:.2f} times as fast as the gradient says (median of the images; "
+        f"half of them differ from that by {100 * spread:.0f} % or more)"
+    )
     curve = quantile_curve("rise / promise", list(STEPS), ratios)
-    return Outcome(verdict, best, FAIL, reason, Plot("step / eps", "rise / promise", (curve,)))
+    return Outcome(verdict, spread, FAIL, reason, Plot("step / eps", "rise / promise", (curve,)))
 
 
 CHECK = Check(

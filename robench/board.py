@@ -1,0 +1,289 @@
+"""A leaderboard as it is shown: rows with their evidence, which neighbours can be told apart, what others published.
+
+Everything comes from the CSV files and from the bundles that their rows point to.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from robench.bundle import Bundle, read_bundle
+from robench.errors import DataError, RobenchError, UsageError
+from robench.leaderboard import Row, is_complete, is_masked, read_rows, rows_csv
+from robench.publish import EVIDENCE, boards
+from robench.threat import format_eps
+from robench.unit_table import WORST
+
+REFERENCE: Final = "reference"
+"""The folder of figures that others published, one CSV file for each leaderboard, of the same name."""
+REFERENCE_COLUMNS: Final = ("defense", "clean_acc", "robust_acc", "attack", "source", "date", "note")
+LEVEL: Final = 0.05
+"""Of the paired test between neighbours, two-sided."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A figure that others published; see `REFERENCE_COLUMNS`. Accuracies are shares, empty where not given."""
+
+    defense: str
+    clean_acc: str
+    robust_acc: str
+    attack: str
+    source: str
+    date: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Whether a row can be told from the next one of its protocol.
+
+    Attributes:
+        distinct: the paired test on the images of both tells them apart.
+        images: how many that are.
+    """
+
+    distinct: bool
+    images: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row and what is known of it.
+
+    Attributes:
+        row: as in the CSV.
+        bundle: its evidence; None where it is missing or damaged.
+        problem: what is wrong with the evidence; "" if nothing is.
+        below: how it compares with the next row; None where there is none or no images are shared.
+    """
+
+    row: Row
+    bundle: Bundle | None
+    problem: str
+    below: Neighbours | None = None
+
+    @property
+    def masked(self) -> bool:
+        """True if the audit says that the figure cannot be believed."""
+        return is_masked(self.row)
+
+    @property
+    def reproduce(self) -> str:
+        """The command that makes the run again; "" without evidence."""
+        if self.bundle is None or not self.bundle.spec.defense:
+            return ""
+        spec = self.bundle.spec
+        attacks = ["--attack", ",".join(entry.key for entry in spec.attacks)]
+        words = ["robench", "run", "--defense", spec.defense, "--dataset", spec.dataset, "--norm", spec.norm]
+        words += ["--eps", ",".join(format_eps(eps, spec.norm) for eps in spec.eps).replace("_", "/")]
+        words += [*(["--protocol", spec.protocol] if spec.protocol else attacks), "--n", str(spec.n)]
+        words += ["--seed", str(spec.seed)]
+        words += ["--eot", str(spec.eot), "--judge-repeats", str(spec.judge_repeats)] if spec.randomized else []
+        return shlex.join(words)
+
+    @property
+    def verify(self) -> str:
+        """The command that judges the images again; "" without evidence."""
+        if self.bundle is None:
+            return ""
+        return shlex.join(["robench", "verify", f"leaderboards/{EVIDENCE}/{self.bundle.digest}"])
+
+
+@dataclass(frozen=True)
+class Board:
+    """A leaderboard.
+
+    Attributes:
+        name: the file's, without its ending.
+        dataset: the data's name, as far as the file's name tells it.
+        norm: `linf`, `l2`, `l1` or `l0`.
+        eps: the bound, as text.
+        entries: the rows, in order.
+        references: figures that others published for this threat model.
+    """
+
+    name: str
+    dataset: str
+    norm: str
+    eps: str
+    entries: tuple[Entry, ...]
+    references: tuple[Reference, ...] = field(default=())
+
+
+def load_boards(leaderboards: Path, names: Sequence[str] = ()) -> list[Board]:
+    """Reads the leaderboards of a folder, all or those named.
+
+    Raises:
+        UsageError: there is none, or none of a name.
+        DataError: a file is damaged.
+    """
+    found = {path.stem: path for path in boards(leaderboards)}
+    missing = [name for name in names if name not in found]
+    if missing or not found:
+        there = ", ".join(found) or "none"
+        raise UsageError(f"no leaderboard {missing[0] if missing else ''} in {leaderboards}; there are: {there}")
+    return [_load(found[name], leaderboards) for name in names or found]
+
+
+def _load(path: Path, leaderboards: Path) -> Board:
+    rows = read_rows(path)
+    entries = [_entry(row, leaderboards / EVIDENCE) for row in rows]
+    following: list[Entry | None] = [*entries[1:], None] if entries else []
+    compared = [
+        Entry(entry.row, entry.bundle, entry.problem, _compare(entry, after))
+        for entry, after in zip(entries, following, strict=True)
+    ]
+    dataset, norm, eps = [*path.stem.rsplit("-", 2), "", ""][:3]
+    references = read_references(leaderboards / REFERENCE / path.name)
+    return Board(path.stem, dataset, norm, eps.replace("_", "/"), tuple(compared), tuple(references))
+
+
+def _entry(row: Row, evidence: Path) -> Entry:
+    if not (evidence / row["evidence"]).is_dir():
+        return Entry(row, None, "There is no evidence for this row.")
+    try:
+        bundle = read_bundle(evidence / row["evidence"])
+        differing = [key for key, value in bundle.row().items() if key != "rank" and row.get(key, "") != value]
+    except RobenchError as error:
+        return Entry(row, None, f"The evidence is damaged: {error}")
+    problem = f"The row does not agree with its evidence in: {', '.join(differing)}" if differing else ""
+    return Entry(row, bundle, problem)
+
+
+def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
+    """The exact paired test of the images that two rows of one protocol share."""
+    from robench.audit.statistics import compare
+
+    if second is None or first.bundle is None or second.bundle is None:
+        return None
+    if not (is_complete(first.row) and is_complete(second.row)) or first.row["protocol"] != second.row["protocol"]:
+        return None
+    shares = []
+    for bundle in (first.bundle, second.bundle):
+        answers = bundle.figures.answers(WORST)
+        if answers is None:
+            return None
+        shares.append(
+            dict(zip(bundle.figures.indices.tolist(), (answers.right / answers.repeats).tolist(), strict=True))
+        )
+    common = sorted(shares[0].keys() & shares[1].keys())
+    if not common:
+        return None
+    one, other = (np.array([share[index] for index in common]) for share in shares)
+    level = min(compare(one, other).p, compare(other, one).p)
+    return Neighbours(level <= LEVEL / 2, len(common))
+
+
+def read_references(path: Path) -> list[Reference]:
+    """The figures that others published for a leaderboard; none where there is no file.
+
+    Raises:
+        DataError: the file does not have the columns of `REFERENCE_COLUMNS`, or an accuracy is no share.
+    """
+    if not path.exists():
+        return []
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
+        if tuple(reader.fieldnames or ()) != REFERENCE_COLUMNS:
+            raise DataError(f"{path} must have the columns {', '.join(REFERENCE_COLUMNS)}")
+        found = [Reference(**row) for row in reader]
+        values = [float(value) for one in found for value in (one.clean_acc, one.robust_acc) if value]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not all(0 <= value <= 1 for value in values) or not all(one.source for one in found):
+        raise DataError(f"{path}: each row needs a source, and accuracies are shares between 0 and 1")
+    return found
+
+
+# tables
+
+HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "worst attack", "audit", "n", "protocol")
+
+
+def _percent(row: Row, kind: str) -> str:
+    value, low, high = (row[f"{kind}_{end}"] for end in ("acc", "low", "high"))
+    if not value:
+        return "not known"
+    return f"{100 * float(value):.1f} [{100 * float(low):.1f}, {100 * float(high):.1f}]"
+
+
+def table_cells(board: Board) -> list[tuple[str, ...]]:
+    """The rows of a leaderboard for a table in a text: see `HEADINGS`. A `~` says that the next row may be as good."""
+    return [
+        (
+            entry.row["rank"] + ("~" if entry.below is not None and not entry.below.distinct else ""),
+            entry.row["defense"] + (" (randomized)" if entry.row["randomized"] == "yes" else ""),
+            _percent(entry.row, "clean"),
+            _percent(entry.row, "robust"),
+            entry.row["worst_attack"],
+            entry.row["audit_verdict"],
+            entry.row["n"],
+            entry.row["protocol"] or "free list",
+        )
+        for entry in board.entries
+    ]
+
+
+def as_markdown(board: Board) -> str:
+    """A Markdown table."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(_escape(cell, MARKDOWN) for cell in cells)} |\n"
+
+    return "".join([line(HEADINGS), line(["---"] * len(HEADINGS)), *(line(cells) for cells in table_cells(board))])
+
+
+def as_latex(board: Board) -> str:
+    """A LaTeX table of the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(_escape(cell, LATEX) for cell in cells) + r" \\"
+
+    rows = "\n".join(line(cells) for cells in table_cells(board))
+    columns = "rlrrllrl"
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(HEADINGS)}\n\\midrule\n{rows}\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def as_json(board: Board) -> str:
+    """The rows as a JSON array of objects, every value as it stands in the CSV."""
+    return json.dumps([entry.row for entry in board.entries], indent=2, ensure_ascii=False) + "\n"
+
+
+def as_csv(board: Board) -> str:
+    """The file itself."""
+    return rows_csv([entry.row for entry in board.entries])
+
+
+FORMATS: Final[dict[str, Callable[[Board], str]]] = {
+    "csv": as_csv,
+    "md": as_markdown,
+    "latex": as_latex,
+    "json": as_json,
+}
+
+MARKDOWN: Final = {**{sign: f"\\{sign}" for sign in "\\|*_`<>"}, "\n": " ", "\r": " "}
+LATEX: Final = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\n": " ",
+    "\r": " ",
+}
+
+
+def _escape(text: str, signs: dict[str, str]) -> str:
+    return "".join(signs.get(sign, sign) for sign in text)

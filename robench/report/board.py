@@ -1,0 +1,266 @@
+"""The page of all leaderboards: one self-contained file, made from the CSV files and the evidence beside them."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from robench.board import Board, Entry
+from robench.bundle import Bundle
+from robench.check_names import QUESTIONS
+from robench.data import load_dataset
+from robench.errors import RobenchError, UsageError
+from robench.leaderboard import HEAD, TAIL, Row
+from robench.unit_table import CLEAN, WORST
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PICTURES: Final = 8
+"""Adversarial images shown of a row."""
+PLOTS: Final = 6
+"""Plots of an audit's findings shown of a row."""
+MARKERS: Final = "osD^vP*X"
+INK: Final = "#010203"
+"""What is drawn in it takes the colour of the page's text."""
+
+
+def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
+    """The page; the same leaderboards give the same bytes.
+
+    Args:
+        boards: as `robench.board.load_boards` gives them.
+        data_dir: folder with datasets, for the originals of the adversarial images; a row whose data is not at hand is
+            shown without images.
+
+    Raises:
+        UsageError: Jinja2 or matplotlib is missing.
+    """
+    try:
+        from jinja2 import Environment
+        from markupsafe import Markup
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("the leaderboards' page needs an extra: pip install 'robench[report]'") from None
+    template = importlib.resources.files("robench.report").joinpath("templates/board.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    with _style():
+        sections = [
+            {
+                "board": board,
+                "scatter": Markup(_svg(_draw_scatter(board, Figure))),  # matplotlib escapes every text
+                "curves": Markup(_svg(_draw_curves(board, boards, Figure))),
+                "rows": [_show(number, entry, Figure, data_dir) for number, entry in enumerate(board.entries, 1)],
+            }
+            for board in boards
+        ]
+    return page.render(
+        sections=sections,
+        questions=QUESTIONS,
+        datasets=sorted({board.dataset for board in boards}),
+        norms=sorted({board.norm for board in boards}),
+        verdicts=sorted({entry.row["audit_verdict"] for board in boards for entry in board.entries}),
+    )
+
+
+def _show(number: int, entry: Entry, new: type[Figure], data_dir: Path | None) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    audit = entry.bundle.audit if entry.bundle is not None else None
+    plots = _draw_findings(audit, new) if audit is not None else None
+    return {
+        "number": number,
+        "entry": entry,
+        "row": entry.row,
+        "percent": {name: _percent(entry.row, name) for name in ("clean", "robust")},
+        "attacks": [(key, 100 * float(cell)) for key, cell in entry.row.items() if _is_attack(key) and cell],
+        "audit": audit,
+        "plots": Markup(_svg(plots)) if plots is not None else "",
+        "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",
+    }
+
+
+def _is_attack(column: str) -> bool:
+    return column not in HEAD and column not in TAIL
+
+
+def _percent(row: Row, kind: str) -> tuple[float, float, float] | None:
+    cells = [row[f"{kind}_{end}"] for end in ("acc", "low", "high")]
+    if not all(cells):
+        return None
+    value, low, high = (100 * float(cell) for cell in cells)
+    return value, low, high
+
+
+# plots
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Text stays text, small and searchable, and two pages of the same rows are the same."""
+    import matplotlib as mpl
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "robench",
+        "text.parse_math": False,
+        "font.size": 9,
+    }
+    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with mpl.rc_context(style):
+        yield
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue().decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'aria-hidden="true"', text, count=1)
+    return text.replace(INK, "currentColor")
+
+
+def _plain(text: str) -> str:
+    """A text that matplotlib shows in a legend: a leading underscore would hide it."""
+    return "\u200b" + text if text.startswith("_") else text
+
+
+def _label(entry: Entry) -> str:
+    rank = entry.row["rank"]
+    return _plain(f"{rank}. {entry.row['defense']}" if rank else entry.row["defense"])
+
+
+def _draw_scatter(board: Board, new: type[Figure]) -> Figure:
+    """Robust against clean accuracy, with both intervals."""
+    figure, axes = _axes(new)
+    for number, entry in enumerate(board.entries):
+        clean, robust = (_percent(entry.row, kind) for kind in ("clean", "robust"))
+        if clean is None or robust is None:
+            continue
+        axes.errorbar(
+            clean[0],
+            robust[0],
+            xerr=[[clean[0] - clean[1]], [clean[2] - clean[0]]],
+            yerr=[[robust[0] - robust[1]], [robust[2] - robust[0]]],
+            fmt=MARKERS[number % len(MARKERS)],
+            label=_label(entry) + (" (masked)" if entry.masked else ""),
+            fillstyle="none" if entry.masked else "full",
+            capsize=2,
+        )
+    axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", ylim=(-3, 103))
+    return _finish(figure, axes)
+
+
+def _draw_curves(board: Board, boards: Sequence[Board], new: type[Figure]) -> Figure:
+    """Worst-case accuracy against eps over all leaderboards of the data and norm, from the clean accuracy on."""
+    figure, axes = _axes(new)
+    for number, entry in enumerate(board.entries):
+        points = _points(entry, [one for one in boards if (one.dataset, one.norm) == (board.dataset, board.norm)])
+        if not points:
+            continue
+        at = sorted(points)
+        middle, low, high = zip(*(points[eps] for eps in at), strict=True)
+        (line,) = axes.plot(at, middle, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_label(entry))
+        axes.fill_between(at, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
+    return _finish(figure, axes)
+
+
+def _points(entry: Entry, boards: Sequence[Board]) -> dict[float, tuple[float, float, float]]:
+    """Accuracies of a row's defense by eps, over the leaderboards of one kind of threat model; the clean one at 0."""
+    rows = [(_number(board.eps), one.row) for board in boards for one in board.entries if _same(one.row, entry.row)]
+    found = {0.0: _percent(entry.row, "clean")} | {eps: _percent(row, "robust") for eps, row in rows}
+    return {eps: value for eps, value in found.items() if value is not None}
+
+
+def _same(one: Row, other: Row) -> bool:
+    return all(one[key] == other[key] for key in ("defense", "protocol", "weights_digest"))
+
+
+def _number(eps: str) -> float:
+    above, _, below = eps.partition("/")
+    return float(above) / float(below or 1)
+
+
+def _axes(new: type[Figure]) -> tuple[Figure, Axes]:
+    figure = new(figsize=(5.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes) -> Figure:
+    if axes.get_legend_handles_labels()[0]:
+        legend = figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+        for text in legend.get_texts():
+            text.set_color(INK)
+    return figure
+
+
+def _draw_findings(audit: Mapping[str, Any], new: type[Figure]) -> Figure | None:
+    """The plots of an audit's findings in one figure, those that failed first."""
+    order = {"fail": 0, "suspect": 1}
+    drawn = sorted(
+        (finding for finding in audit["findings"] if finding.get("plot")),
+        key=lambda finding: order.get(finding["verdict"], 2),
+    )[:PLOTS]
+    if not drawn:
+        return None
+    lines = -(-len(drawn) // 3)
+    figure = new(figsize=(9.6, 2.7 * lines), layout="constrained")
+    grid = figure.subplots(lines, 3, squeeze=False)
+    for axes in grid.flat[len(drawn) :]:
+        axes.set_axis_off()
+    for axes, finding in zip(grid.flat, drawn, strict=False):
+        plot = finding["plot"]
+        for number, curve in enumerate(plot["curves"]):
+            marker, label = MARKERS[number % len(MARKERS)], _plain(curve["label"])
+            (line,) = axes.plot(curve["x"], curve["y"], marker=marker, markersize=3, label=label)
+            if curve["low"]:
+                axes.fill_between(curve["x"], curve["low"], curve["high"], alpha=0.15, color=line.get_color())
+        axes.set_title(f"{finding['check']}: {finding['verdict']}", fontsize="small")
+        axes.set(xlabel=_plain(plot["x_label"]), ylabel=_plain(plot["y_label"]))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", frameon=False, labelcolor=INK)
+    return figure
+
+
+# images
+
+
+def _pictures(bundle: Bundle, data_dir: Path | None) -> str:
+    """Originals, adversarial images and differences as PNG in base64, broken images first; "" without the data."""
+    from PIL import Image
+
+    worst, clean = bundle.figures.answers(WORST), bundle.figures.answers(CLEAN)
+    if worst is None or clean is None or not bundle.encodings:
+        return ""
+    spec = bundle.spec
+    try:
+        data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
+    except RobenchError:
+        return ""
+    if data.digest != spec.data_digest:
+        return ""
+    broken = torch.from_numpy(worst.right < clean.right).nonzero()[:, 0].tolist()
+    places = (broken or list(range(spec.n)))[:PICTURES]
+    x = data.x[places]
+    x_adv = bundle.pictures(places, x)
+    spread = (x_adv - x).abs().amax().clamp_min(1e-12)
+    rows = torch.stack([x, x_adv, 0.5 + (x_adv - x) / (2 * spread)])  # 3 k c h w
+    framed = torch.nn.functional.pad(rows, (1, 1, 1, 1), value=1.0)
+    pixels = (255 * framed.clamp(0, 1)).round().to(torch.uint8).permute(0, 3, 1, 4, 2)  # 3 h k w c
+    sheet = pixels.reshape(3 * pixels.shape[1], -1, pixels.shape[-1]).numpy()
+    picture = Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
