@@ -17,7 +17,6 @@ import torch
 from robench import Defense, ThreatModel, load_defense
 from robench.audit import Audit, audit
 from robench.data import load_dataset
-from robench.testing.decoy_training import Trades
 from robench.testing.decoys import PLANTED, TRAINED, InputNoise
 from robench.types import Images, Logits
 
@@ -60,7 +59,7 @@ class Linear(Defense):
 HONEST: dict[str, Callable[[], Defense]] = {
     "undefended": lambda: load_defense(BASE),
     "adversarially trained": lambda: load_defense("convnet_at(width=16)"),
-    "TRADES": Trades.load,
+    "TRADES": lambda: load_defense("robench.testing.decoy_training:Trades"),
     "linear model": Linear,
     "adversarially trained, input noise": lambda: InputNoise(load_defense("convnet_at(width=16)"), sigma=0.05),
     "short run": lambda: load_defense("shortrun"),

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from robench.bundle import Bundle, read_bundle
+from robench.bundle import Bundle, bundle_folder, read_bundle
 from robench.errors import DataError, RobenchError, UsageError
 from robench.leaderboard import Row, is_complete, is_masked, read_rows, rows_csv
 from robench.publish import EVIDENCE, boards
@@ -149,10 +149,12 @@ def _load(path: Path, leaderboards: Path) -> Board:
 
 
 def _entry(row: Row, evidence: Path) -> Entry:
-    if not (evidence / row["evidence"]).is_dir():
+    try:
+        folder = bundle_folder(evidence, row["evidence"])
+    except UsageError:
         return Entry(row, None, "There is no evidence for this row.")
     try:
-        bundle = read_bundle(evidence / row["evidence"])
+        bundle = read_bundle(folder)
         differing = [key for key, value in bundle.row().items() if key != "rank" and row.get(key, "") != value]
     except RobenchError as error:
         return Entry(row, None, f"The evidence is damaged: {error}")

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,6 +186,20 @@ def read_bundle(folder: Path) -> Bundle:
     if manifest["eps"] not in spec.eps:
         raise DataError(f"{folder}: {MANIFEST} speaks of eps {manifest['eps']:g}, at which nothing was run")
     return Bundle(folder.resolve(), spec, manifest["eps"], manifest["created"], manifest["encodings"], audit)
+
+
+def bundle_folder(root: Path, digest: str) -> Path:
+    """Where the bundle of a row's `evidence` cell lies among all bundles.
+
+    Raises:
+        UsageError: the cell is empty, no digest, or there is no such bundle.
+    """
+    if not re.fullmatch(f"[0-9a-f]{{{DIGEST}}}", digest):
+        raise UsageError(f'there is no evidence: "{digest}" is not the digest of a bundle')
+    folder = root / digest
+    if not folder.is_dir():
+        raise UsageError(f"there is no evidence: {folder} is missing")
+    return folder
 
 
 def size(folder: Path) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from robench.bundle import MANIFEST, write_bundle
+from robench.bundle import bundle_folder, write_bundle
 from robench.check_names import QUESTIONS
 from robench.defense import Defense, weights_digest
 from robench.errors import DataError, RobenchError, UsageError
@@ -102,10 +102,11 @@ def _defense_of(spec: RunSpec) -> Defense | None:
 
 def _remove(leaderboards: Path, digest: str, keep: str) -> None:
     """Removes the bundle of a row that was replaced, where no other row points to it."""
-    folder = leaderboards / EVIDENCE / digest
-    if digest in ("", keep) or not (folder / MANIFEST).exists():
+    try:
+        folder = bundle_folder(leaderboards / EVIDENCE, digest)
+    except UsageError:
         return
-    if all(row["evidence"] != digest for _, row in all_rows(leaderboards)):
+    if digest != keep and all(row["evidence"] != digest for _, row in all_rows(leaderboards)):
         shutil.rmtree(folder)
 
 
@@ -133,9 +134,8 @@ def verify_boards(
 
     for path, row in rows:
         try:
-            report = verify_evidence(
-                leaderboards / EVIDENCE / row["evidence"], row=row, device=device, data_dir=data_dir, trust=trust
-            )
+            folder = bundle_folder(leaderboards / EVIDENCE, row["evidence"])
+            report = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
         except RobenchError as error:
             yield path, row, "cannot be checked", str(error)
             continue

@@ -8,6 +8,7 @@ import hypothesis
 import jaxtyping
 import pytest
 from _pytest.assertion.rewrite import AssertionRewritingHook
+from browser import find_browser
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch is imported
 
@@ -37,15 +38,19 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test marked `data` where there is no data; with ROBENCH_REQUIRE_DATA=1 (CI) it fails instead."""
-    if item.get_closest_marker("data") is None:
-        return
-    folder = os.environ.get("ROBENCH_DATA", "")
-    if folder and Path(folder).is_dir():
-        return
-    reason = f"ROBENCH_DATA is not a folder: {folder}" if folder else "ROBENCH_DATA is not set"
-    if os.environ.get("ROBENCH_REQUIRE_DATA") == "1":
-        pytest.fail(f"{reason}, and ROBENCH_REQUIRE_DATA=1", pytrace=False)
+    """Skips a test whose marker asks for what is not here; with ROBENCH_REQUIRE_... = 1 (CI) it fails instead."""
+    if item.get_closest_marker("data") is not None:
+        folder = os.environ.get("ROBENCH_DATA", "")
+        if not (folder and Path(folder).is_dir()):
+            reason = f"ROBENCH_DATA is not a folder: {folder}" if folder else "ROBENCH_DATA is not set"
+            _do_without(reason, "ROBENCH_REQUIRE_DATA")
+    if item.get_closest_marker("browser") is not None and find_browser() is None:
+        _do_without("there is no chromium", "ROBENCH_REQUIRE_BROWSER")
+
+
+def _do_without(reason: str, required: str) -> None:
+    if os.environ.get(required) == "1":
+        pytest.fail(f"{reason}, and {required}=1", pytrace=False)
     pytest.skip(reason)
 
 

@@ -13,14 +13,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from board_toys import EPS, TOY, N, write_audit
 from engine_toys import Prototypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robench import Defense, ThreatModel, pixels
-from robench.audit import audit
 from robench.bundle import AUDIT, EXAMPLES, IMAGES, MANIFEST, read_bundle, size
-from robench.check_names import QUESTIONS
 from robench.errors import DataError, RobenchError, UsageError
 from robench.evaluate import evaluate
 from robench.leaderboard import read_rows, rows_csv
@@ -31,9 +30,6 @@ from robench.unit_table import WORST
 from robench.verify import verify, verify_evidence
 
 HERE = Path(__file__)
-TOY = f"{HERE.with_name('engine_toys.py')}:Prototypes"
-EPS = 0.03
-N = 24
 
 
 def run(folder: Path, defense: str = TOY, attack: str = "fgsm,pgd(steps=3)", **settings: Any) -> Evaluation:
@@ -49,11 +45,7 @@ def run(folder: Path, defense: str = TOY, attack: str = "fgsm,pgd(steps=3)", **s
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     run(folder / "run")
-    content = audit(Prototypes(), ThreatModel("linf", EPS), "fashion_mnist", n=N, checks=["zero_gradients"]).to_json()
-    named = {finding["check"]: finding for finding in content["findings"]}
-    content["findings"] = [named.get(name, {**named["zero_gradients"], "check": name}) for name in QUESTIONS]
-    (folder / "audit").mkdir()
-    (folder / "audit" / "audit.json").write_text(json.dumps(content))
+    write_audit(folder / "audit")
     return folder
 
 

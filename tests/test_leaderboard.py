@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from board_toys import make_row
 from engine_toys import Bad, Linear, Noisy, Prototypes, Still, grid_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,19 +29,6 @@ COLUMNS_OF_THE_DESIGN = [
     *("forwards_per_example", "backwards_per_example", "device", "precision", "robench_version", "torch_version"),
     *("data_digest", "evidence", "date"),
 ]
-
-
-def make_row(defense: str = "toy", low: str = "0.5000", **cells: str) -> Row:
-    """A complete row with the attacks' columns given in `cells`."""
-    numbers = ("clean_acc", "clean_low", "clean_high", "robust_acc", "robust_high", "majority_acc")
-    counts = ("n", "eot", "judge_repeats", "seed", "forwards_per_example", "backwards_per_example")
-    known = {"defense": defense, "robust_low": low} | dict.fromkeys(numbers, "0.6000") | dict.fromkeys(counts, "8")
-    return {
-        **{name: known.get(name, "") for name in HEAD},
-        "pgd": "0.6",
-        **{name: known.get(name, "") for name in TAIL},
-        **cells,
-    }
 
 
 @pytest.fixture(scope="module")

@@ -149,8 +149,8 @@ def _draw_scatter(board: Board, new: type[Figure]) -> Figure:
         axes.errorbar(
             clean[0],
             robust[0],
-            xerr=[[clean[0] - clean[1]], [clean[2] - clean[0]]],
-            yerr=[[robust[0] - robust[1]], [robust[2] - robust[0]]],
+            xerr=_arms(clean),
+            yerr=_arms(robust),
             fmt=MARKERS[number % len(MARKERS)],
             label=_label(entry) + (" (masked)" if entry.masked else ""),
             fillstyle="none" if entry.masked else "full",
@@ -158,6 +158,11 @@ def _draw_scatter(board: Board, new: type[Figure]) -> Figure:
         )
     axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", ylim=(-3, 103))
     return _finish(figure, axes)
+
+
+def _arms(estimate: tuple[float, float, float]) -> list[list[float]]:
+    value, low, high = estimate
+    return [[max(value - low, 0)], [max(high - value, 0)]]
 
 
 def _draw_curves(board: Board, boards: Sequence[Board], new: type[Figure]) -> Figure:

@@ -1,0 +1,192 @@
+"""Leaderboards as they are shown: tables, neighbours that cannot be told apart, figures of others, the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from board_toys import BOARD, FORMULA, HOSTILE, TOY, make_boards, make_row
+
+from robench import ThreatModel
+from robench.board import Board, Entry, as_csv, as_json, as_latex, as_markdown, load_boards, read_references
+from robench.errors import DataError, UsageError
+from robench.evaluate import evaluate
+from robench.leaderboard import add_row, read_rows
+from robench.publish import publish
+from robench.registry import load_defense
+from robench.report.board import render_boards
+
+
+@pytest.fixture(scope="module")
+def boards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_boards(tmp_path_factory.mktemp("boards"))
+
+
+@pytest.fixture(scope="module")
+def page(boards: Path) -> str:
+    return render_boards(load_boards(boards))
+
+
+def the_board(boards: Path) -> Board:
+    (board,) = load_boards(boards, [BOARD])
+    return board
+
+
+# reading
+
+
+def test_boards_are_read_with_their_threat_models(boards: Path) -> None:
+    found = load_boards(boards)
+    assert [(one.dataset, one.norm, one.eps) for one in found] == [
+        ("fashion_mnist", "linf", "0.03"),
+        ("mnist", "l2", "1.5"),
+    ]
+    with pytest.raises(UsageError, match="no leaderboard nothing"):
+        load_boards(boards, ["nothing"])
+    with pytest.raises(UsageError, match="there are: none"):
+        load_boards(boards / "reference" / "empty")
+
+
+def test_a_row_says_what_its_evidence_lacks(boards: Path, tmp_path: Path) -> None:
+    entries = the_board(boards).entries
+    assert {entry.row["defense"]: bool(entry.problem) for entry in entries}["prototypes"] is False
+    assert sum("no evidence" in entry.problem for entry in entries) == 4
+    other = make_boards(tmp_path)
+    (path,) = other.glob("fashion*.csv")
+    (folder,) = (other / "evidence").iterdir()
+    rows = read_rows(path)
+    add_row({**next(row for row in rows if row["defense"] == "prototypes"), "n": "1000"}, path)
+    (entry,) = (one for one in the_board(other).entries if one.row["defense"] == "prototypes")
+    assert entry.problem == "The row does not agree with its evidence in: n"
+    (folder / "examples.parquet").write_bytes(b"")
+    (entry,) = (one for one in the_board(other).entries if one.row["defense"] == "prototypes")
+    assert "examples.parquet was changed" in entry.problem
+
+
+def test_neighbours_are_told_apart_by_the_paired_test(tmp_path: Path) -> None:
+    """The same defense under another name's weights would tie; one whose attack is far stronger is distinct."""
+    weak, strong = "noise(tries=1)", "pgd(steps=5)"
+    for name, attack, protocol_n in (("weak", weak, 60), ("same", weak, 50), ("strong", strong, 60)):
+        evaluate(
+            load_defense(TOY),
+            attack,
+            ThreatModel("linf", 0.08),
+            "fashion_mnist",
+            n=protocol_n,
+            out=tmp_path / name,
+            defense_spec=TOY,
+        )
+        publish([tmp_path / name], tmp_path / name / "boards")
+    entries = [load_boards(tmp_path / name / "boards")[0].entries[0] for name in ("weak", "same", "strong")]
+    from robench.board import _compare
+
+    tie, apart = _compare(entries[0], entries[1]), _compare(entries[0], entries[2])
+    assert tie is not None
+    assert apart is not None
+    assert (tie.distinct, apart.distinct) == (False, True)
+    assert 0 < tie.images <= 50
+    assert apart.images == 60
+    assert _compare(entries[0], None) is None
+    assert _compare(entries[0], Entry(make_row(), None, "")) is None
+
+
+# figures of others
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defense,robust_acc\n", "must have the columns"),
+        ("defense,clean_acc,robust_acc,attack,source,date,note\na,99,88,AA,paper,2020,\n", "shares between 0 and 1"),
+        ("defense,clean_acc,robust_acc,attack,source,date,note\na,0.99,0.88,AA,,2020,\n", "needs a source"),
+        ("defense,clean_acc,robust_acc,attack,source,date,note\na,0.99,many,AA,paper,2020,\n", "cannot be read"),
+        ("defense,clean_acc,robust_acc,attack,source,date,note\na,0.99\n", "cannot be read|needs a source"),
+    ],
+)
+def test_a_wrong_reference_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_references(tmp_path / "a.csv")
+
+
+def test_shipped_references_can_be_read() -> None:
+    folder = Path(__file__).parents[1] / "leaderboards" / "reference"
+    for path in folder.glob("*.csv"):
+        assert read_references(path)
+
+
+# tables
+
+
+def test_markdown_has_a_row_for_each_and_escapes(boards: Path) -> None:
+    lines = as_markdown(the_board(boards)).splitlines()
+    assert len(lines) == 2 + 5
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 9 for line in lines)
+    assert any(r"\<script\>" in line for line in lines)
+    assert lines[2].startswith("| 1")
+
+
+def test_latex_escapes(boards: Path) -> None:
+    text = as_latex(the_board(boards))
+    assert r"partial \$x\$" in text
+    assert r"\_hidden" in text
+    assert r"\&amp;" in text
+    assert text.count(r"\\") == 6
+
+
+def test_csv_and_json_are_the_rows(boards: Path) -> None:
+    board = the_board(boards)
+    assert as_csv(board) == (boards / f"{BOARD}.csv").read_text()
+    assert [row["defense"] for row in json.loads(as_json(board))] == [entry.row["defense"] for entry in board.entries]
+    cells = [row[1] for row in csv.reader(io.StringIO(as_csv(board)))]
+    assert f"'{FORMULA}" in cells  # no spreadsheet takes it for a formula
+
+
+# the page
+
+
+class Elements(HTMLParser):
+    """Counts elements and keeps every attribute that could leave the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+
+
+def test_the_page_is_self_contained_and_small(page: str) -> None:
+    elements = Elements()
+    elements.feed(page)
+    assert elements.counts["script"] == 1
+    assert all(link.startswith(("data:", "#")) for link in elements.links)
+    assert len(page.encode()) < 2_000_000
+    assert elements.counts["svg"] == 2 * 2 + 1
+    assert elements.counts["img"] == 1
+
+
+def test_the_page_is_the_same_twice(boards: Path, page: str) -> None:
+    assert render_boards(load_boards(boards)) == page
+
+
+def test_everything_from_outside_is_escaped(page: str) -> None:
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3  # the row, a chart's legend, a reference
+    assert "partial $x$" in page
+    assert "&amp;amp;" in page
+
+
+def test_the_page_has_the_commands_and_the_findings(page: str) -> None:
+    assert "robench run --defense" in page
+    assert "robench verify leaderboards/evidence/" in page
+    assert page.count("Published elsewhere") == 1
+    assert "There is no evidence for this row." in page
+    assert HOSTILE not in page

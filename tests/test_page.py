@@ -1,0 +1,153 @@
+"""The leaderboards' page in a real browser: sorting, filtering, opening a row, by mouse and by keyboard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from board_toys import BOARD, HOSTILE, make_boards
+from browser import find_browser
+
+from robench.command import build_page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_page(make_boards(tmp_path_factory.mktemp("site")), [], None, None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, site: Path) -> Iterator[Page]:
+    """The page; afterwards: no error on the console, no dialogue, no request but for the file itself."""
+    page = browser.new_page()
+    troubles: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text) if message.type != "log" else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: troubles.append(dialog.message))
+    page.on("request", lambda request: None if _is_own(request.url, site) else troubles.append(request.url))
+    page.goto(site.as_uri())
+    yield page
+    page.close()
+    assert troubles == []
+
+
+def _is_own(url: str, site: Path) -> bool:
+    return url == site.as_uri() or url.startswith("data:")
+
+
+def defenses(page: Page) -> list[str]:
+    return page.locator(
+        f"section:has(#{BOARD.replace('.', chr(92) + '.')}) tr.entry:visible .name button"
+    ).all_inner_texts()
+
+
+def test_rows_come_in_order_of_rank(page: Page) -> None:
+    assert defenses(page)[-2:] == ['=HYPERLINK("http://example.org")', "partial $x$"]
+    assert page.locator("#count").inner_text() == "6 rows"
+    assert page.locator("tr.masked-row").count() == 1
+
+
+def test_sorting(page: Page) -> None:
+    before = defenses(page)
+    head = page.get_by_role("button", name="defense").first
+    head.click()
+    assert sorted(defenses(page)) == sorted(before)
+    assert defenses(page) != before
+    once = defenses(page)
+    head.click()
+    assert defenses(page) == once[::-1]
+    robust = page.get_by_role("button", name="robust", exact=True).first
+    robust.click()
+    values = (
+        page.locator("section")
+        .first.locator("tr.entry")
+        .evaluate_all("rows => rows.map(r => r.cells[2].dataset.value)")
+    )
+    known = [float(value) for value in values if value]
+    assert known == sorted(known)
+    assert values[-1] == ""  # what is not known comes last
+    assert page.locator("th[aria-sort=ascending]").first.inner_text().startswith("robust")
+
+
+def test_filtering(page: Page) -> None:
+    page.get_by_label("kind").select_option("randomized")
+    assert defenses(page) == [HOSTILE]
+    assert page.locator("#count").inner_text() == "1 row"
+    page.get_by_label("kind").select_option("all")
+    page.get_by_label("norm").select_option("l2")
+    assert defenses(page) == []
+    assert page.locator("section:visible").count() == 1
+    page.get_by_label("norm").select_option("")
+    page.get_by_label("data").select_option("fashion_mnist")
+    page.get_by_label("audit").select_option("masked")
+    assert len(defenses(page)) == 1
+
+
+def test_a_row_opens_and_closes(page: Page) -> None:
+    button = page.get_by_role("button", name="prototypes")
+    panel = page.locator(f"#{button.get_attribute('aria-controls')}")
+    assert panel.is_hidden()
+    button.click()
+    assert panel.is_visible()
+    assert button.get_attribute("aria-expanded") == "true"
+    assert "robench verify leaderboards/evidence/" in panel.inner_text()
+    assert "finite_differences" in panel.inner_text()
+    picture = panel.locator("img.sheet")
+    assert picture.evaluate("image => image.naturalWidth") >= 60
+    button.click()
+    assert panel.is_hidden()
+
+
+def test_the_keyboard_suffices(page: Page) -> None:
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.dataset.filter") == "dataset"
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.textContent") == "prototypes":
+            break
+    page.keyboard.press("Enter")
+    assert page.get_by_role("button", name="prototypes").get_attribute("aria-expanded") == "true"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1200, "dark")])
+def test_phone_and_night(width: int, scheme: str, page: Page, tmp_path: Path) -> None:
+    """No sideways scrolling of the page itself, readable contrast; the screenshot is kept where CI asks for it."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.get_by_role("button", name="prototypes").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = (page.evaluate(f"getComputedStyle(document.body).{key}") for key in ("color", "backgroundColor"))
+    assert abs(_brightness(ink) - _brightness(paper)) > 150
+    chart = page.locator("figure svg text").first.evaluate("node => getComputedStyle(node).fill")
+    assert abs(_brightness(chart) - _brightness(paper)) > 150
+    folder = Path(os.environ.get("ROBENCH_ARTIFACTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"leaderboards-{width}-{scheme}.png", full_page=True)
+
+
+def _brightness(color: str) -> float:
+    values = [float(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]]
+    return sum(values) / 3
+
+
+def test_hostile_names_are_text(page: Page) -> None:
+    assert page.get_by_role("button", name=HOSTILE).count() == 1
+    assert page.locator("script").count() == 1
