@@ -264,6 +264,41 @@ def as_json(board: Board) -> str:
     return json.dumps([entry.row for entry in board.entries], indent=2, ensure_ascii=False) + "\n"
 
 
+def as_robustbench(board: Board) -> str:
+    """The rows as RobustBench's model_info writes them, a JSON array with one object for each; it has no intervals.
+
+    `autoattack_acc` stays empty: robench's protocol is not AutoAttack, and its figure stands under `external`. What a
+    row does not know (authors, venue, architecture) is empty, to be filled in by hand.
+    """
+    return (
+        json.dumps([_model_info(board, entry.row) for entry in board.entries if is_complete(entry.row)], indent=2)
+        + "\n"
+    )
+
+
+def _model_info(board: Board, row: Row) -> dict[str, object]:
+    draws = f", {row['judge_repeats']} answers behind each verdict" if row["randomized"] == "yes" else ""
+    low, high = (f"{100 * float(row[f'robust_{end}']):.2f}" for end in ("low", "high"))
+    return {
+        "link": "",
+        "name": row["defense"],
+        "authors": "",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": board.dataset,
+        "venue": "",
+        "architecture": "",
+        "eps": board.eps,
+        "clean_acc": f"{100 * float(row['clean_acc']):.2f}",
+        "reported": f"{100 * float(row['robust_acc']):.2f}",
+        "external": f"{100 * float(row['robust_acc']):.2f}",
+        "autoattack_acc": "",
+        "unreliable": is_masked(row),
+        "footnote": f"robench {row['protocol'] or 'free list'}, {row['n']} images, 95 % interval "
+        f"{low} to {high}{draws}; audit: {row['audit_verdict']}.",
+    }
+
+
 def as_csv(board: Board) -> str:
     """The file itself."""
     return rows_csv([entry.row for entry in board.entries])
@@ -274,6 +309,7 @@ FORMATS: Final[dict[str, Callable[[Board], str]]] = {
     "md": as_markdown,
     "latex": as_latex,
     "json": as_json,
+    "robustbench": as_robustbench,
 }
 
 MARKDOWN: Final = {**{sign: f"\\{sign}" for sign in "\\|*_`<>"}, "\n": " ", "\r": " "}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from robench.cli_leaderboard import leaderboard_app
+from robench.cli_options import DataDir, Json, Trust, print_json
 from robench.errors import Interrupted, RobenchError
 
 app = typer.Typer(
@@ -21,12 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-leaderboard_app = typer.Typer(help="Leaderboard rows from finished runs.", no_args_is_help=True)
 app.add_typer(leaderboard_app, name="leaderboard")
-
-DataDir = Annotated[Path | None, typer.Option(help="Folder of <name>/{train,test}-*.parquet; default ROBENCH_DATA.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Run the code of a defense that is not one of robench's.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
 def main() -> None:
@@ -59,10 +55,6 @@ def _say(text: str) -> None:
     sys.stderr.write(f"{' '.join(text.split())}\n")
 
 
-def _print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
 @app.command("list")
 def list_names(
     kind: Annotated[str, typer.Argument(help="defenses, attacks, datasets, protocols or checks.")] = "all",
@@ -74,7 +66,7 @@ def list_names(
 
     content = list_all(kind, norm)
     if as_json:
-        _print_json({"names": content})
+        print_json({"names": content})
         return
     for heading, lines in content.items():
         sys.stdout.write(f"{heading}:\n" + "".join(f"  {line}\n" for line in lines))
@@ -136,7 +128,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     )
     result = run_command(request)
     if as_json:
-        _print_json({**result.to_json(), "run": str(result.folder), "seconds": result.seconds})
+        print_json({**result.to_json(), "run": str(result.folder), "seconds": result.seconds})
     else:
         print_run(result, request)
     if not result.complete:
@@ -155,7 +147,7 @@ def plot(
 
     drawn = plot_runs(runs, out)
     if as_json:
-        _print_json({"plot": str(out), "curves": drawn})
+        print_json({"plot": str(out), "curves": drawn})
     else:
         sys.stdout.write(f"{out}\n")
 
@@ -183,7 +175,7 @@ def audit(  # noqa: PLR0913 - each parameter is an option of the command line
     request = AuditRequest(defense, dataset, norm, eps, n, checks, seed, eot, device, weights, out, data_dir)
     folder, result = audit_command(request)
     if as_json:
-        _print_json({**result.to_json(), "folder": str(folder)})
+        print_json({**result.to_json(), "folder": str(folder)})
     else:
         print_audit(result, folder)
 
@@ -201,7 +193,7 @@ def verify(
 
     report = verify_folder(folder, device=device, data_dir=data_dir, trust=trust)
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         sys.stdout.write(f"{report}\n")
     if not report.holds:
@@ -228,7 +220,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     request = TrainRequest(defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard)
     path, card = train_command(request)
     if as_json:
-        _print_json({"weights": str(path), "card": card})
+        print_json({"weights": str(path), "card": card})
         return
     test = card["test"]
     sys.stdout.write(
@@ -273,7 +265,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     outcomes = reproduce_all(request)
     write_csv(outcomes, request.folder / "tables.csv")
     if as_json:
-        _print_json({"cells": [outcome.to_json() for outcome in outcomes], "folder": str(request.folder)})
+        print_json({"cells": [outcome.to_json() for outcome in outcomes], "folder": str(request.folder)})
     else:
         print_outcomes(outcomes, request.protocol)
         sys.stdout.write(f"{request.folder / 'tables.csv'}\n")
@@ -303,7 +295,7 @@ def show(  # noqa: PLR0913 - each parameter is an option of the command line
     folder = out or Path("runs") / f"show-{re.sub(r'[^A-Za-z0-9]+', '-', defense).strip('-')}-{dataset}"
     exhibit = show_defense(ShowRequest(defense, dataset, folder, against, n, seed, device, weights, data_dir))
     if as_json:
-        _print_json(exhibit.to_json())
+        print_json(exhibit.to_json())
     else:
         print_exhibit(exhibit)
 
@@ -322,64 +314,3 @@ def new(
     sys.stdout.write(
         f"{plugin}\n{test}\nnext: robench run --{kind} {plugin}:{class_name(name)} {other}\n      pytest {test}\n"
     )
-
-
-@leaderboard_app.command("add")
-def leaderboard_add(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, and folders of audits.")],
-    folder: Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")] = Path("leaderboards"),
-    as_json: Json = False,
-) -> None:
-    """Add the rows of finished runs, with their audits and evidence, to leaderboards/<dataset>-<norm>-<eps>.csv."""
-    from robench.publish import publish
-
-    written = publish(folders, folder)
-    if as_json:
-        _print_json({"leaderboards": [str(path) for path in written]})
-    else:
-        sys.stdout.write("".join(f"{path}\n" for path in written))
-
-
-@leaderboard_app.command("build")
-def leaderboard_build(
-    folder: Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")] = Path("leaderboards"),
-    board: Annotated[list[str] | None, typer.Option(help="Only these: fashion_mnist-linf-0.1; repeatable.")] = None,
-    kind: Annotated[
-        str, typer.Option("--format", help="html (a page), or csv, md, latex, json on the terminal.")
-    ] = "html",
-    out: Annotated[Path | None, typer.Option(help="The page; default index.html in the folder.")] = None,
-    data_dir: DataDir = None,
-) -> None:
-    """Make the leaderboards' page, or print tables."""
-    from robench.command import build_page, print_tables
-
-    if kind == "html":
-        sys.stdout.write(f"{build_page(folder, board or [], out, data_dir)}\n")
-    else:
-        sys.stdout.write(print_tables(folder, board or [], kind))
-
-
-@leaderboard_app.command("verify")
-def leaderboard_verify(
-    folder: Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")] = Path("leaderboards"),
-    sample: Annotated[int | None, typer.Option(help="Only so many rows, drawn by --seed.")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the draw of rows.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    data_dir: DataDir = None,
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Judge the adversarial images of published rows again."""
-    from robench.publish import pick_rows, verify_boards
-
-    found = []
-    for path, row, verdict, why in verify_boards(
-        folder, pick_rows(folder, sample, seed), device=device, data_dir=data_dir, trust=trust
-    ):
-        found.append({"leaderboard": path.name, "defense": row["defense"], "verdict": verdict, "why": why})
-        if not as_json:
-            sys.stdout.write(f"{path.stem}  {row['defense']}  {row['protocol']}: {verdict}{why and f' ({why})'}\n")
-    if as_json:
-        _print_json({"rows": found})
-    if any(one["verdict"] != "holds" for one in found):
-        raise typer.Exit(1)

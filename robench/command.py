@@ -356,7 +356,7 @@ def print_tables(folder: Path, names: Sequence[str], kind: str) -> str:
     if kind not in FORMATS:
         raise UsageError(f'--format must be html, {", ".join(FORMATS)}; got "{kind}"')
     found = load_boards(folder, names)
-    if len(found) > 1 and kind in ("csv", "json"):
+    if len(found) > 1 and kind not in ("md", "latex"):
         raise UsageError(f"{kind} holds one leaderboard; choose with --board: {', '.join(one.name for one in found)}")
     if len(found) == 1:
         return FORMATS[kind](found[0])

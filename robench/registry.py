@@ -106,8 +106,8 @@ def resolve(kind: Kind, name: str) -> type:
 
     Args:
         kind: `defense` or `attack`.
-        name: a built-in name, an entry point, `module.path:Class`, `path/to/file.py:Class`, or an attack of another
-            package such as `foolbox:LinfPGD` or `torchattacks:PGD`.
+        name: a built-in name, an entry point, `module.path:Class`, `path/to/file.py:Class`, an attack of another
+            package such as `foolbox:LinfPGD` or `torchattacks:PGD`, or a model of `robustbench:`.
 
     Raises:
         UsageError: there is none of that name; says what there is and what was probably meant.
@@ -182,7 +182,13 @@ def _from_path(kind: Kind, name: str) -> object:
 
 def _from_bridge(kind: Kind, package: str, name: str) -> object:
     if package == "robustbench":
-        raise UsageError('the bridge "robustbench:" is not part of this version of robench; see CHANGELOG.md')
+        if kind != "defense":
+            raise UsageError(
+                'the bridge "robustbench:" is to defenses; its attack is AutoAttack: see --protocol standard'
+            )
+        from robench.bridges.robustbench import find_defense
+
+        return find_defense(name)
     if kind != "attack":
         raise UsageError(f'the bridge "{package}:" is to attacks; for a defense name a class: module.path:Class')
     from robench.bridges import find_attack

@@ -150,7 +150,7 @@ def test_every_attack_of_the_packages_is_bridged_or_refused() -> None:
         ("torchattacks:pgd", 'did you mean "PGD"'),
         ("torchattacks:PGD(eps=0.1)", 'no option "eps"'),
         ("torchattacks:VANILA", "does nothing"),
-        ("robustbench:Standard", "not part of this version"),
+        ("robustbench:Standard", "is to defenses"),
     ],
 )
 def test_what_is_refused(spec: str, message: str) -> None:

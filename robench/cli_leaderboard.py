@@ -1,0 +1,110 @@
+"""The commands `robench leaderboard ...`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robench.cli_options import DataDir, Json, Trust, print_json
+
+leaderboard_app = typer.Typer(
+    help="Leaderboards: add rows, make the page, check what was published.", no_args_is_help=True
+)
+Folder = Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")]
+
+
+@leaderboard_app.command("add")
+def leaderboard_add(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, and folders of audits.")],
+    folder: Folder = Path("leaderboards"),
+    as_json: Json = False,
+) -> None:
+    """Add the rows of finished runs, with their audits and evidence, to leaderboards/<dataset>-<norm>-<eps>.csv."""
+    from robench.publish import publish
+
+    written = publish(folders, folder)
+    if as_json:
+        print_json({"leaderboards": [str(path) for path in written]})
+    else:
+        sys.stdout.write("".join(f"{path}\n" for path in written))
+
+
+@leaderboard_app.command("build")
+def leaderboard_build(
+    folder: Folder = Path("leaderboards"),
+    board: Annotated[list[str] | None, typer.Option(help="Only these: fashion_mnist-linf-0.1; repeatable.")] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="html (a page), or csv, md, latex, json on the terminal.")
+    ] = "html",
+    out: Annotated[Path | None, typer.Option(help="The page; default index.html in the folder.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make the leaderboards' page, or print tables."""
+    from robench.command import build_page, print_tables
+
+    if kind == "html":
+        sys.stdout.write(f"{build_page(folder, board or [], out, data_dir)}\n")
+    else:
+        sys.stdout.write(print_tables(folder, board or [], kind))
+
+
+@leaderboard_app.command("export")
+def leaderboard_export(
+    board: Annotated[str, typer.Argument(help="fashion_mnist-linf-0.1.")],
+    folder: Folder = Path("leaderboards"),
+    kind: Annotated[str, typer.Option("--format", help="robustbench, csv, md, latex or json.")] = "robustbench",
+) -> None:
+    """Print a leaderboard in the form of another board."""
+    from robench.command import print_tables
+
+    sys.stdout.write(print_tables(folder, [board], kind))
+
+
+@leaderboard_app.command("verify")
+def leaderboard_verify(
+    folder: Folder = Path("leaderboards"),
+    sample: Annotated[int | None, typer.Option(help="Only so many rows, drawn by --seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the draw of rows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    data_dir: DataDir = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Judge the adversarial images of published rows again."""
+    from robench.publish import pick_rows, verify_boards
+
+    found = []
+    for path, row, verdict, why in verify_boards(
+        folder, pick_rows(folder, sample, seed), device=device, data_dir=data_dir, trust=trust
+    ):
+        found.append({"leaderboard": path.name, "defense": row["defense"], "verdict": verdict, "why": why})
+        if not as_json:
+            sys.stdout.write(f"{path.stem}  {row['defense']}  {row['protocol']}: {verdict}{why and f' ({why})'}\n")
+    if as_json:
+        print_json({"rows": found})
+    if any(one["verdict"] != "holds" for one in found):
+        raise typer.Exit(1)
+
+
+@leaderboard_app.command("check")
+def leaderboard_check(
+    row: Annotated[str, typer.Argument(metavar="ROW", help="The row's evidence: its digest or its folder.")],
+    folder: Folder = Path("leaderboards"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    data_dir: DataDir = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Check whether a row may be published: form, audit, size, and the images judged again."""
+    from robench.submission import check_submission, digest_of
+
+    report = check_submission(folder, digest_of(row), device=device, data_dir=data_dir, trust=trust)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        sys.stdout.write(f"{report}\n")
+    if not report.holds:
+        raise typer.Exit(1)

@@ -1,0 +1,134 @@
+"""What a published row must have: each requirement refuses a row that lacks it, and lets the whole one pass."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from board_toys import EPS, HOSTILE, TOY, make_row, write_audit
+
+from robench import ThreatModel, submission
+from robench.bundle import bundle_folder
+from robench.cli import main
+from robench.errors import UsageError
+from robench.evaluate import evaluate
+from robench.leaderboard import add_row
+from robench.publish import publish
+from robench.registry import load_defense
+from robench.submission import check_submission, digest_of
+from robench.verify import Report
+
+
+def submit(folder: Path, n: int = 64, attacks: str = "quick-1", audited: bool = True) -> tuple[Path, str]:
+    """A leaderboard with one row; its folder and the evidence's digest."""
+    threat = ThreatModel("linf", EPS)
+    evaluate(load_defense(TOY), attacks, threat, "fashion_mnist", n=n, out=folder / "run", defense_spec=TOY)
+    if audited:
+        write_audit(folder / "audit")
+    publish([folder / "run", *([folder / "audit"] if audited else [])], folder / "boards")
+    ((digest,),) = [[one.name for one in (folder / "boards" / "evidence").iterdir()]]
+    return folder / "boards", digest
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return submit(tmp_path_factory.mktemp("whole"))
+
+
+def refused(report: Report) -> list[str]:
+    return [failure.partition(" (")[0] for failure in report.failures]
+
+
+def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
+    boards, digest = whole
+    report = check_submission(boards, digest, device="cpu", trust=True)
+    assert report.holds, report.failures
+    assert len(report.lines) == 8 + 8
+
+
+def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
+    with pytest.raises(UsageError, match="--trust"):
+        check_submission(*whole, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("n", "attacks", "audited", "reason"),
+    [
+        (20, "quick-1", True, "there are enough images"),
+        (64, "fgsm", True, "the protocol is a published one"),
+        (64, "quick-1", False, "the audit made every check"),
+    ],
+)
+def test_what_is_missing_is_named(n: int, attacks: str, audited: bool, reason: str, tmp_path: Path) -> None:
+    report = check_submission(*submit(tmp_path, n, attacks, audited), device="cpu", trust=True)
+    assert reason in refused(report)
+
+
+def test_a_row_written_by_hand_is_named(whole: tuple[Path, str], tmp_path: Path) -> None:
+    boards, digest = submit(tmp_path)
+    (path,) = boards.glob("*.csv")
+    content = path.read_text()
+    path.write_text(content.replace("quick-1", "thorough-1"))
+    assert "row is that of the evidence" in refused(check_submission(boards, digest, device="cpu", trust=True))
+    path.write_text(content.replace("\n1,", "\n2,"))
+    assert refused(check_submission(boards, digest, device="cpu", trust=True)) == [
+        f"{path.name} is as 'robench leaderboard add' writes it"
+    ]
+    path.write_text(content.splitlines()[0] + "\n")
+    assert refused(check_submission(boards, digest, device="cpu", trust=True)) == [
+        f"{path.name} has one row with this evidence"
+    ]
+
+
+def test_a_changed_file_is_named(tmp_path: Path) -> None:
+    boards, digest = submit(tmp_path)
+    (bundle_folder(boards / "evidence", digest) / "audit.json").write_text("{}")
+    assert refused(check_submission(boards, digest, device="cpu")) == ["the evidence can be read"]
+
+
+def test_large_evidence_is_refused(whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "LARGEST", 1000)
+    assert "the evidence is small" in refused(check_submission(*whole, device="cpu", trust=True))
+
+
+@pytest.mark.parametrize("text", ["", "../..", "leaderboards", HOSTILE])
+def test_no_digest(text: str) -> None:
+    with pytest.raises(UsageError, match="no digest"):
+        digest_of(text)
+
+
+@pytest.mark.parametrize("cell", ["", "../../../../etc", "0" * 16, "0" * 15 + "/"])
+def test_an_evidence_cell_does_not_leave_the_folder(cell: str, tmp_path: Path) -> None:
+    add_row(make_row(evidence=cell), tmp_path / "mnist-linf-0.3.csv")
+    with pytest.raises(UsageError, match="there is no evidence"):
+        bundle_folder(tmp_path / "evidence", cell)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["robench", "leaderboard", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_commands(
+    whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    boards, digest = whole
+    place = ("--leaderboards", boards)
+    assert call(monkeypatch, "check", boards / "evidence" / digest, *place, "--trust", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["holds"]
+    assert call(monkeypatch, "verify", *place, "--sample", 1, "--trust") == 0
+    assert capsys.readouterr().out.rstrip().endswith(": holds")
+    assert call(monkeypatch, "verify", *place, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["rows"][0]["verdict"] == "cannot be checked"
+    assert call(monkeypatch, "build", *place, "--format", "md") == 0
+    assert "| 1 | prototypes |" in capsys.readouterr().out
+    assert call(monkeypatch, "build", *place, "--format", "pdf") == 2
+    assert "--format must be html, csv, md, latex, json, robustbench" in capsys.readouterr().err
+    assert call(monkeypatch, "build", *place, "--out", tmp_path / "page.html") == 0
+    assert "robench leaderboards" in (tmp_path / "page.html").read_text()
+    assert call(monkeypatch, "verify", "--leaderboards", tmp_path) == 2
+    assert "there is no leaderboard row" in capsys.readouterr().err
