@@ -45,7 +45,7 @@ class Defense(nn.Module):
     needs_weights: ClassVar[bool] = False
     batch_rows: int | None = None
     forward_cost: float = 1.0
-    first_look: ClassVar[Mapping[str, int]] = {}
+    first_look: Mapping[str, int] = {}
     detection_scores: tuple[str, ...] = ()
 
     def forward(self, x: Images) -> Logits:

@@ -133,8 +133,8 @@ class FortifiedRecipe(Recipe):
         return {"more_steps": self.more_steps}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Takes up the steps added before; a step added by an earlier roll-back to the same check stays."""
-        self.more_steps = max(self.more_steps, state["more_steps"])
+        """Takes up the steps added before."""
+        self.more_steps = state["more_steps"]
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy on clean images, after one step and after twenty of the white-box attack at `train_eps`."""

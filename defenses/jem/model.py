@@ -68,7 +68,6 @@ class JEM(Defense):
     name = "jem"
     needs_weights = True
     batch_rows = 256
-    first_look = {"n": 64, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
     detection_scores = ("log_px", "max_py", "grad_norm")
     start_mean: Tensor
     start_factors: Tensor
@@ -117,6 +116,8 @@ class JEM(Defense):
         self.sampler = Sampler(refine_steps, refine_step_size, refine_noise)
         self.input_noise = input_noise
         self.randomized = input_noise > 0 or (refine_steps > 0 and refine_noise > 0)
+        if refine_steps:
+            self.first_look = {"n": 64, "eot": 4, "judge_repeats": 5}
         self.n_chains, self.attack_chains = (n_chains, attack_chains) if self.randomized else (1, 1)
         self.gradient_modes = ("full", "bpda", "detached") if refine_steps else ("full",)
         self.forward_cost = self.n_chains / self.attack_chains
