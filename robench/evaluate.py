@@ -5,6 +5,8 @@ spec -> units -> for each unit: clean pass, attacks, judge -> store -> Evaluatio
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 import traceback
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.unit import UnitWork, run_unit
 
+LOG = logging.getLogger("robench")
 Data = str | tuple[torch.Tensor, torch.Tensor] | Dataset
 
 
@@ -69,7 +72,8 @@ def evaluate(
     store = _open_store(spec, chosen)
     work = UnitWork(spec, defense.to(spec.device), built, dataset.x, dataset.y, dataset.index)
     try:
-        tables, seconds = _run(work, store, show=chosen.progress)
+        with store.locked() if store is not None else contextlib.nullcontext():
+            tables, seconds = _run(work, store, show=chosen.progress)
         if weights_digest(defense) != spec.weights_digest:
             raise PluginError(
                 f'defense "{defense.name}": its weights or buffers changed during the run; nothing counts'
@@ -90,11 +94,9 @@ def evaluate(
 def _run(work: UnitWork, store: RunStore | None, *, show: bool) -> tuple[list[Any], float]:
     """Runs the units that are missing; returns their tables (empty where they were stored) and the time."""
     units = plan_units(work.spec)
+    for reason in store.set_aside_damaged(units) if store is not None else ():
+        LOG.warning(reason)
     done = store.finished() if store is not None else {}
-    if store is not None:
-        for unit in units:
-            if unit.index in done:
-                store.read(unit)  # a damaged file is found before any work
     missing = [unit for unit in units if unit.index not in done]
     tables: list[Any] = []
     started = time.monotonic()

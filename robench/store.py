@@ -1,6 +1,8 @@
 """The run folder: the spec, one atomic file per finished unit, and what failed.
 
 run.json                          schema version, spec, day of creation
+.lock                             held while a process works on the run
+damaged/                          units that were found damaged and done again
 units/00003-<sha256>.parquet      the per-example table of unit 3 with its adversarial images; the name carries the
                                   digest of the content, so that damage is found
 failures/00003-<attack>.txt       the traceback of an attack that failed
@@ -11,13 +13,14 @@ result.json, row.csv              written at the end, from the units alone
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from robench.plan import RunSpec, Unit
 
 SPEC_FILE, UNIT_FOLDER, FAILURE_FOLDER, TIMINGS_FILE = "run.json", "units", "failures", "timings.json"
+LOCK_FILE, DAMAGED_FOLDER = ".lock", "damaged"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -156,13 +160,47 @@ class RunStore:
                 f"{self.folder}: unit {unit.index} is missing. Finish it with 'robench run --resume {self.folder}'"
             )
         content = path.read_bytes()
-        advice = f"Delete it and run 'robench run --resume {self.folder}'"
+        advice = f"'robench run --resume {self.folder}' moves it aside and does it again"
         if hashlib.sha256(content).hexdigest() != path.stem.split("-")[1]:
             raise DataError(f"{path} is damaged: its content does not have the digest in its name. {advice}")
         table = pq.read_table(io.BytesIO(content))
         if json.loads((table.schema.metadata or {}).get(b"robench", b"[]")) != [self.spec.digest(), unit.index]:
             raise DataError(f"{path} belongs to another run. {advice}")
         return table
+
+    def set_aside_damaged(self, units: Iterable[Unit]) -> list[str]:
+        """Moves the files of finished units that cannot be read to `damaged/`; returns what was wrong with each."""
+        found, reasons = self.finished(), []
+        for unit in units:
+            if unit.index not in found:
+                continue
+            try:
+                self.read(unit)
+            except DataError as error:
+                path = found[unit.index]
+                with _explained(path):
+                    (self.folder / DAMAGED_FOLDER).mkdir(exist_ok=True)
+                    path.replace(self.folder / DAMAGED_FOLDER / path.name)
+                reasons.append(str(error))
+        return reasons
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from working on the run; the lock of a process that died is gone with it.
+
+        Raises:
+            UsageError: another process works on it, or the lock cannot be written.
+        """
+        with _explained(self.folder / LOCK_FILE):
+            file = (self.folder / LOCK_FILE).open("wb")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another process works on {self.folder}; wait for it or choose another --out"
+                ) from None
+            yield
 
     def note_failure(self, unit: Unit, key: str, trace: str) -> None:
         """Keeps the traceback of an attack that failed in a unit."""

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,37 +140,47 @@ def test_one_flipped_byte_in_a_unit_is_found(folder: Path) -> None:
         content[place] ^= 1 << chance.randrange(8)
         intact = path.read_bytes()
         path.write_bytes(content)
-        message = rf"{path} is damaged.*Delete it and run 'robench run --resume {folder}'"
+        message = rf"{path} is damaged.*'robench run --resume {folder}' moves it aside"
         with pytest.raises(DataError, match=message):
             store.read(unit)
         if attempt < 3:
             with pytest.raises(DataError, match=message):
                 Evaluation.load(folder)
-            with pytest.raises(DataError, match=message):
-                run(folder, resume=True)
+            run(folder, resume=True)
+            assert (folder / "damaged" / path.name).read_bytes() == content
         path.write_bytes(intact)
     assert Evaluation.load(folder).complete
 
 
-def test_damage_is_found_before_any_work(folder: Path) -> None:
-    units = RunStore.open(folder).finished()
-    units[0].write_bytes(b"")
-    units[2].unlink()
-    with pytest.raises(DataError, match="is damaged"):
-        run(folder, resume=True)
-    assert sorted(RunStore.open(folder).finished()) == [0, 1]
-
-
 @pytest.mark.parametrize("size", [0, 1, 100])
-def test_a_cut_off_unit_is_found_and_replaced_as_the_error_says(size: int, finished: Path, folder: Path) -> None:
+def test_a_cut_off_unit_is_named_moved_aside_and_done_again(
+    size: int, finished: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = RunStore.open(folder).finished()[1]
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(DataError, match=str(path)):
-        run(folder, resume=True)
-    path.unlink()
     run(folder, resume=True)
+    assert [str(path) in record.message for record in caplog.records] == [True]
     mine, theirs = contents(folder), contents(finished)
     assert all(mine[name] == theirs[name] for name in theirs if name != "timings.json")
+    assert mine.keys() - theirs.keys() == {f"damaged/{path.name}"}
+
+
+def test_two_processes_do_not_work_on_one_run(folder: Path) -> None:
+    """The lock of a process that was killed is gone with it."""
+    code = f"""
+from pathlib import Path
+from robench.store import RunStore
+with RunStore.open(Path({str(folder)!r})).locked():
+    print("locked", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(UsageError, match=f"another process works on {folder}"):
+            run(folder, resume=True)
+        other.kill()
+    run(folder, resume=True)
 
 
 def test_a_unit_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -176,7 +188,7 @@ def test_a_unit_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
     alien = RunStore.open(tmp_path / "other").finished()[2]
     RunStore.open(folder).finished()[2].unlink()
     shutil.copy(alien, folder / "units")
-    with pytest.raises(DataError, match=rf"{alien.name} belongs to another run\. Delete it"):
+    with pytest.raises(DataError, match=rf"{alien.name} belongs to another run\."):
         Evaluation.load(folder)
 
 

@@ -1,0 +1,67 @@
+"""The leaderboards of this repository: every row has its evidence, and a sample of them is judged again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from robench.board import load_boards
+from robench.bundle import bundle_folder, read_bundle, size
+from robench.leaderboard import Row, rank_rows, read_rows, rows_csv
+from robench.publish import EVIDENCE, all_rows, boards
+from robench.submission import LARGEST
+from robench.verify import verify_evidence
+
+FOLDER = Path(__file__).parents[1] / "leaderboards"
+ROWS = list(all_rows(FOLDER))
+NAMES = [f"{path.stem}-{row['defense']}-{row['protocol']}" for path, row in ROWS]
+
+
+def marks(row: Row, path: Path) -> list[pytest.MarkDecorator]:
+    """Judging again takes a while for randomized defenses; data other than Fashion-MNIST may not be at hand."""
+    slow = [pytest.mark.slow] if row["randomized"] == "yes" or int(row["n"]) > 150 else []
+    return slow if path.stem.startswith("fashion_mnist") else [*slow, pytest.mark.data]
+
+
+def test_each_file_is_as_the_command_writes_it() -> None:
+    assert ROWS
+    for path in boards(FOLDER):
+        assert rows_csv(rank_rows(read_rows(path))).encode() == path.read_bytes()
+
+
+def test_every_row_agrees_with_its_evidence_and_every_bundle_has_a_row() -> None:
+    for board in load_boards(FOLDER):
+        for entry in board.entries:
+            assert entry.problem == ""
+            assert entry.row["audit_verdict"] in ("pass", "suspect", "masked")
+    digests = {row["evidence"] for _, row in ROWS}
+    assert {folder.name for folder in (FOLDER / EVIDENCE).iterdir()} == digests
+
+
+@pytest.mark.parametrize(("path", "row"), ROWS, ids=NAMES)
+def test_the_evidence_is_small_and_of_the_published_weights(path: Path, row: Row) -> None:
+    from robench.defense import weights_digest
+    from robench.registry import load_defense
+
+    bundle = read_bundle(bundle_folder(FOLDER / EVIDENCE, row["evidence"]))
+    assert size(bundle.folder) <= LARGEST
+    defense = load_defense(bundle.spec.defense, bundle.spec.dataset, **bundle.spec.defense_options)
+    assert weights_digest(defense) == bundle.spec.weights_digest
+
+
+@pytest.mark.parametrize(
+    ("path", "row"),
+    [pytest.param(path, row, id=name, marks=marks(row, path)) for (path, row), name in zip(ROWS, NAMES, strict=True)],
+)
+def test_the_row_holds(path: Path, row: Row) -> None:
+    report = verify_evidence(bundle_folder(FOLDER / EVIDENCE, row["evidence"]), row=row, device="cpu")
+    assert report.holds, report.failures
+
+
+def test_the_page_is_made_from_these_files() -> None:
+    """The page in the repository names every row."""
+    page = (FOLDER / "index.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 2_000_000
+    for _, row in ROWS:
+        assert row["evidence"] in page
