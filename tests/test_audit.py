@@ -306,14 +306,14 @@ def test_runs_are_shared_and_taken_up_again(data: Dataset, tmp_path: Path, monke
         return inner(defense, attack, *args, **settings)
 
     monkeypatch.setattr(evidence, "evaluate", count)
-    wanted = ("single_step", "double_steps", "loss_choice")
+    wanted = ("single_step", "double_restarts", "loss_choice")
     first = audit(Prototypes(), THREAT, data, checks=wanted, out=tmp_path)
     assert sorted(done) == [
         "fgsm new",
         "fgsm new",  # of bound 0
         "pgd(steps=20) new",
         "pgd(steps=20, loss='margin') new",
-        "pgd(steps=40) new",
+        "pgd(steps=20, restarts=2) new",
     ]
     done.clear()
     again = audit(Prototypes(), THREAT, data, checks=wanted, out=tmp_path)
@@ -379,7 +379,7 @@ def test_command_writes_json_and_page(
     stored = json.loads((tmp_path / "audit-partial.json").read_text())
     assert stored["findings"] == found["findings"]
     page = (tmp_path / "audit-partial.html").read_text()
-    assert page.count("data:image/svg+xml") == 1
+    assert page.count("data:image/svg+xml") == 2
     assert "data:image/png" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
     assert call(monkeypatch, *words) == 0
