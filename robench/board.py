@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from robench.unit_table import WORST
 REFERENCE: Final = "reference"
 """The folder of figures that others published, one CSV file for each leaderboard, of the same name."""
 REFERENCE_COLUMNS: Final = ("defense", "clean_acc", "robust_acc", "attack", "source", "date", "note")
+NAME: Final = r"(.+)-(linf|l2|l1|l0)-(\d[\d._e-]*)"
 LEVEL: Final = 0.05
 """Of the paired test between neighbours, two-sided."""
 
@@ -85,6 +87,7 @@ class Entry:
         spec = self.bundle.spec
         attacks = ["--attack", ",".join(entry.key for entry in spec.attacks)]
         words = ["robench", "run", "--defense", spec.defense, "--dataset", spec.dataset, "--norm", spec.norm]
+        words += ["--weights", str(spec.defense_options["weights"])] if "weights" in spec.defense_options else []
         words += ["--eps", ",".join(format_eps(eps, spec.norm) for eps in spec.eps).replace("_", "/")]
         words += [*(["--protocol", spec.protocol] if spec.protocol else attacks), "--n", str(spec.n)]
         words += ["--seed", str(spec.seed)]
@@ -143,7 +146,10 @@ def _load(path: Path, leaderboards: Path) -> Board:
         Entry(entry.row, entry.bundle, entry.problem, _compare(entry, after))
         for entry, after in zip(entries, following, strict=True)
     ]
-    dataset, norm, eps = [*path.stem.rsplit("-", 2), "", ""][:3]
+    named = re.fullmatch(NAME, path.stem)
+    if named is None:
+        raise DataError(f"{path}: a leaderboard is named <dataset>-<norm>-<eps>.csv")
+    dataset, norm, eps = named.groups()
     references = read_references(leaderboards / REFERENCE / path.name)
     return Board(path.stem, dataset, norm, eps.replace("_", "/"), tuple(compared), tuple(references))
 

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = 1
 MANIFEST, EXAMPLES, IMAGES, AUDIT = "manifest.json", "examples.parquet", "images.parquet", "audit.json"
+AUDIT_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
+    **dict.fromkeys(("verdict", "weights_digest", "dataset", "norm"), str),
+    **dict.fromkeys(("failed", "findings"), list),
+    **dict.fromkeys(("eps", "n"), (int, float)),
+}
 DIGEST: Final = 16
 """Letters of a bundle's digest, in the row and as the folder's name."""
 KINDS: Final = {"schema": int, "spec": dict, "eps": float, "created": str, "encodings": dict, "files": dict}
@@ -104,7 +110,10 @@ class Bundle:
 
         spec = dataclasses.replace(self.spec, eps=(self.eps,))
         table = _read_table(self.folder / EXAMPLES)
-        return Evaluation(spec, _with_images(table, images), folder=None, created=self.created)
+        try:
+            return Evaluation(spec, _with_images(table, images), folder=None, created=self.created)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise DataError(f"{self.folder}: {EXAMPLES} does not fit the schema: {error}") from None
 
 
 def write_bundle(
@@ -181,11 +190,33 @@ def read_bundle(folder: Path) -> Bundle:
     for name, told in manifest["files"].items():
         if hashlib.sha256(_content(folder, name)).hexdigest() != told:
             raise DataError(f"{folder}: {name} was changed: it does not have the digest in {MANIFEST}")
-    audit = json.loads(_content(folder, AUDIT)) if AUDIT in manifest["files"] else None
+    audit = check_audit(_content(folder, AUDIT), folder / AUDIT) if AUDIT in manifest["files"] else None
     spec = RunSpec.from_json(manifest["spec"])
     if manifest["eps"] not in spec.eps:
         raise DataError(f"{folder}: {MANIFEST} speaks of eps {manifest['eps']:g}, at which nothing was run")
     return Bundle(folder.resolve(), spec, manifest["eps"], manifest["created"], manifest["encodings"], audit)
+
+
+def check_audit(content: bytes, path: Path) -> dict[str, Any]:
+    """The findings of an audit as `Audit.to_json` wrote them.
+
+    Raises:
+        DataError: a field is missing or of the wrong kind.
+    """
+    try:
+        audit: dict[str, Any] = json.loads(content)
+        wrong = [key for key, kind in AUDIT_KINDS.items() if not isinstance(audit[key], kind)]
+        for finding in audit["findings"]:
+            wrong += [key for key in ("check", "verdict", "reason", "paper") if not isinstance(finding[key], str)]
+            for curve in finding.get("plot", {"curves": ()})["curves"]:
+                lengths = {len(curve["x"]), len(curve["y"]), len(curve["low"] or curve["x"])}
+                values = [*curve["x"], *curve["y"], *curve["low"], *curve["high"]]
+                wrong += ["plot"] if len(lengths) > 1 or not all(math.isfinite(value) for value in values) else []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}). Run the audit again") from None
+    if wrong:
+        raise DataError(f"{path} does not fit the schema: {wrong[0]} is of the wrong kind. Run the audit again")
+    return audit
 
 
 def bundle_folder(root: Path, digest: str) -> Path:

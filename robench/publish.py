@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from robench.bundle import bundle_folder, write_bundle
+from robench.bundle import bundle_folder, check_audit, write_bundle
 from robench.check_names import QUESTIONS
 from robench.defense import Defense, weights_digest
-from robench.errors import DataError, RobenchError, UsageError
+from robench.errors import RobenchError, UsageError
 from robench.leaderboard import Row, add_row, board_name, read_rows
 from robench.plan import RunSpec
 from robench.registry import load_defense
@@ -69,12 +68,8 @@ def read_audit(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder} is not a run folder, nor one of an audit: it has no {SPEC_FILE} and no {AUDIT_FILE}"
         )
-    try:
-        audit: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        made = [finding["check"] for finding in audit["findings"]]
-        _ = audit["verdict"], audit["failed"], audit["weights_digest"], audit["norm"], audit["eps"], audit["dataset"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}). Run the audit again") from None
+    audit = check_audit(path.read_bytes(), path)
+    made = [finding["check"] for finding in audit["findings"]]
     missing = [name for name in QUESTIONS if name not in made]
     if missing:
         raise UsageError(f"the audit in {folder} lacks the check {missing[0]}; a row needs all of them")

@@ -48,6 +48,10 @@ def test_boards_are_read_with_their_threat_models(boards: Path) -> None:
     ]
     with pytest.raises(UsageError, match="no leaderboard nothing"):
         load_boards(boards, ["nothing"])
+    (boards / "notes.csv").write_text("")
+    with pytest.raises(DataError, match=r"notes\.csv"):
+        load_boards(boards)
+    (boards / "notes.csv").unlink()
     with pytest.raises(UsageError, match="there are: none"):
         load_boards(boards / "reference" / "empty")
 

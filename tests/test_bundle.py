@@ -117,6 +117,10 @@ def test_each_bound_has_its_bundle(tmp_path: Path) -> None:
         ({"weights_digest": "0"}, "fits no run that was named"),
         ({"eps": 0.5}, "fits no run that was named"),
         ({"findings": []}, "lacks the check null_control"),
+        ({"verdict": None}, "verdict is of the wrong kind"),
+        ({"findings": [{"check": "pgd"}]}, "cannot be read"),
+        ({"findings": 3}, "cannot be read|wrong kind"),
+        ({"failed": "all"}, "failed is of the wrong kind"),
     ],
 )
 def test_an_audit_that_does_not_fit_is_refused(
@@ -124,7 +128,7 @@ def test_an_audit_that_does_not_fit_is_refused(
 ) -> None:
     content = json.loads((finished / "audit" / "audit.json").read_text())
     (tmp_path / "audit.json").write_text(json.dumps({**content, **change}))
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, DataError), match=message):
         publish([finished / "run", tmp_path], tmp_path / "boards")
 
 
@@ -237,6 +241,11 @@ def other_weights(manifest: Any, examples: Any, images: Any) -> None:
     manifest["spec"]["weights_digest"] = "0" * 64
 
 
+def drop_column(manifest: Any, examples: Any, images: Any) -> None:
+    """Answers that are no lists of votes."""
+    examples["votes"] = [[] for _ in examples["votes"]]
+
+
 def short_image(manifest: Any, examples: Any, images: Any) -> None:
     """An image that is cut off."""
     images["pixels"][0] = images["pixels"][0][:-1]
@@ -251,6 +260,7 @@ def short_image(manifest: Any, examples: Any, images: Any) -> None:
         (widen, "within the bounds"),
         (other_weights, "weights"),
         (short_image, "images can be read"),
+        (drop_column, "files are those that were published"),
     ],
 )
 def test_a_forger_who_mends_the_digests_is_found_by_judging(change: Any, claim: str, boards: Path) -> None:
