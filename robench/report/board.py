@@ -176,6 +176,9 @@ def _draw_curves(board: Board, boards: Sequence[Board], new: type[Figure]) -> Fi
         middle, low, high = zip(*(points[eps] for eps in at), strict=True)
         (line,) = axes.plot(at, middle, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_label(entry))
         axes.fill_between(at, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+        under_pgd = _points_under_pgd(entry, _number(board.eps))
+        if under_pgd:
+            axes.plot(*zip(*under_pgd, strict=True), linestyle="--", linewidth=1, color=line.get_color())
     axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
     return _finish(figure, axes)
 
@@ -185,6 +188,16 @@ def _points(entry: Entry, boards: Sequence[Board]) -> dict[float, tuple[float, f
     rows = [(_number(board.eps), one.row) for board in boards for one in board.entries if _same(one.row, entry.row)]
     found = {0.0: _percent(entry.row, "clean")} | {eps: _percent(row, "robust") for eps, row in rows}
     return {eps: value for eps, value in found.items() if value is not None}
+
+
+def _points_under_pgd(entry: Entry, eps: float) -> list[tuple[float, float]]:
+    """Accuracies under PGD in the row's audit, which attacks each of several bounds by itself; empty without an audit."""
+    audit = entry.bundle.audit if entry.bundle is not None else None
+    if audit is None:
+        return []
+    factors = {"clean": 0.0, "pgd, half eps": 0.5, "pgd": 1.0, "pgd, double eps": 2.0}
+    known = audit["accuracies"]
+    return [(factor * eps, known[name][0]) for name, factor in factors.items() if name in known]
 
 
 def _same(one: Row, other: Row) -> bool:
