@@ -348,6 +348,12 @@ def test_wrong_input(threat: ThreatModel, checks: list[str] | None, message: str
         audit(Prototypes(), threat, data, checks=checks)
 
 
+@pytest.mark.parametrize("setting", [{"n": 0}, {"n": -3}, {"eot": 0}])
+def test_no_images_and_no_draws_are_refused(setting: dict[str, Any], data: Dataset) -> None:
+    with pytest.raises(UsageError, match="must be at least 1"):
+        audit(Prototypes(), THREAT, data, **setting)
+
+
 def test_l2(data: Dataset) -> None:
     found = audit(Prototypes(), ThreatModel("l2", 0.5), data, checks=["zero_gradients", "unbounded", "loss_surface"])
     assert found.verdict == "pass", [finding.reason for finding in found.findings]

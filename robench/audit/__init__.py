@@ -77,6 +77,9 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
     chosen = [_find(name) for name in checks] if checks else list(CHECKS.values())
     if threat.norm not in NORMS or threat.eps <= 0:
         raise UsageError(f"the audit takes {', '.join(NORMS)} and an eps above 0; the threat model is {threat}")
+    for name, value in (("n", n), ("eot", eot)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1; got {value}")
     effort = SLOW if defense.first_look else USUAL
     effort = effort if eot is None else replace(effort, eot=eot)
     defense.check_traits()

@@ -191,7 +191,7 @@ def _points(entry: Entry, boards: Sequence[Board]) -> dict[float, tuple[float, f
 
 
 def _points_under_pgd(entry: Entry, eps: float) -> list[tuple[float, float]]:
-    """Accuracies under PGD in the row's audit, which attacks each of several bounds by itself; empty without an audit."""
+    """Accuracies under PGD in the row's audit, each bound attacked by itself; empty without one."""
     audit = entry.bundle.audit if entry.bundle is not None else None
     if audit is None:
         return []
