@@ -54,6 +54,7 @@ class RunRequest:
     precision: str | None = None
     device: str | None = None
     weights: Path | None = None
+    workers: int = 1
     out: Path | None = None
     resume: Path | None = None
     data_dir: Path | None = None
@@ -100,6 +101,7 @@ def run_command(request: RunRequest) -> Evaluation:
         n=n,
         seed=request.seed or 0,
         device=request.device or "auto",
+        workers=request.workers,
         out=request.out or _default_folder(defense, attacks or ""),
         progress=True,
         data_dir=request.data_dir,
@@ -156,6 +158,7 @@ def _resume(folder: Path, request: RunRequest) -> Evaluation:
         eot=spec.eot,
         judge_repeats=spec.judge_repeats,
         device=spec.device,
+        workers=request.workers,
         out=folder,
         resume=True,
         progress=True,

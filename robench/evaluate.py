@@ -26,7 +26,7 @@ from robench.plan import RunSpec, Unit, plan_units
 from robench.progress import Progress
 from robench.result import Evaluation
 from robench.rng import seeded
-from robench.runners import run_here
+from robench.runners import Job, check_loadable, run_here, run_in_processes, threads_for
 from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings, make_settings
 from robench.store import RunStore
 from robench.threat import ThreatModel
@@ -69,11 +69,13 @@ def evaluate(
     spec, built = make_spec(defense, threats, dataset, attacks, settings=chosen)
     check_attacks(built, defense, threats, dataset.name, chosen)
     check_answers(defense, dataset.x, spec)
+    if chosen.workers > 1:
+        check_loadable(spec, chosen.out)
     store = _open_store(spec, chosen)
     work = UnitWork(spec, defense.to(spec.device), built, dataset.x, dataset.y, dataset.index)
     try:
         with store.locked() if store is not None else contextlib.nullcontext():
-            tables, seconds = _run(work, store, show=chosen.progress)
+            tables, seconds = _run(work, store, chosen)
         if weights_digest(defense) != spec.weights_digest:
             raise PluginError(
                 f'defense "{defense.name}": its weights or buffers changed during the run; nothing counts'
@@ -91,7 +93,7 @@ def evaluate(
     return Evaluation(spec, table, folder=None, created=created, seconds=seconds, failures=work.failures)
 
 
-def _run(work: UnitWork, store: RunStore | None, *, show: bool) -> tuple[list[Any], float]:
+def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[list[Any], float]:
     """Runs the units that are missing; returns their tables (empty where they were stored) and the time."""
     units = plan_units(work.spec)
     for reason in store.set_aside_damaged(units) if store is not None else ():
@@ -111,16 +113,26 @@ def _run(work: UnitWork, store: RunStore | None, *, show: bool) -> tuple[list[An
                 store.note_failure(unit, key, trace)
             work.failures.clear()
             store.write(unit, table)
-            store.note_time(unit, time.monotonic() - start)
+        count(unit, time.monotonic() - start)
+
+    def count(unit: Unit, seconds: float) -> None:
+        if store is not None:
+            store.note_time(unit, seconds)
         finished.append(unit)
         for kind, passes in expected_passes(work, finished).items():
             progress.finish(kind, passes)
 
     finished: list[Unit] = []
+    shown = settings.progress and bool(missing)
     totals, weights = expected_passes(work, missing), {"judge": work.defense.forward_cost}
-    with Progress(work.spec.defense_name, totals, weights=weights, enabled=show and bool(missing)) as progress:
+    with Progress(work.spec.defense_name, totals, weights=weights, enabled=shown) as progress:
         work.on_query = progress.advance
-        run_here(missing, work_on)
+        if settings.workers > 1 and store is not None:
+            data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
+            job = Job(store.folder, data_dir, threads_for(settings.workers))
+            run_in_processes(missing, job, settings.workers, count)
+        else:
+            run_here(missing, work_on)
     return tables, time.monotonic() - started
 
 

@@ -31,6 +31,7 @@ class Settings:
         out: run folder; None keeps the result in memory.
         resume: continue the run in `out`.
         runner: where units run; see robench.runners.
+        workers: processes that share the units (and the cores); needs `out`, and names that workers can load.
         progress: show progress on standard error.
         query_budget: the most forward plus backward passes per image of one attack; None: no limit.
         access: the most that the attacks may ask of the defense (`gradient`, `scores`, `decisions`, `none`), where the
@@ -53,6 +54,7 @@ class Settings:
     out: str | Path | None = None
     resume: bool = False
     runner: str = "local"
+    workers: int = 1
     progress: bool = False
     query_budget: int | None = None
     access: str | None = None
@@ -69,7 +71,7 @@ class Settings:
         Raises:
             UsageError: a setting is out of range.
         """
-        for name in ("n", "unit_size", "eot", "judge_repeats", "query_budget"):
+        for name in ("n", "unit_size", "workers", "eot", "judge_repeats", "query_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1; got {value}")

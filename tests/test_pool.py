@@ -1,0 +1,108 @@
+"""Several processes on one run: the same bytes as one, also where a worker is killed; and what cannot be shared."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_toys import Prototypes
+
+from robench import ThreatModel, UsageError
+from robench.errors import PluginError
+from robench.evaluate import evaluate
+from robench.registry import load_defense
+from robench.result import Evaluation
+from robench.types import Images, Logits
+
+HERE = Path(__file__)
+TOY = f"{HERE.with_name('engine_toys.py')}:Prototypes"
+
+
+def run(folder: Path, defense: str = TOY, **settings: Any) -> Evaluation:
+    return evaluate(
+        load_defense(defense),
+        "fgsm,pgd(steps=2)",
+        ThreatModel("linf", 0.05),
+        "fashion_mnist",
+        n=20,
+        unit_size=4,
+        out=folder,
+        defense_spec=defense,
+        **settings,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    skipped = ("timings.json", ".lock")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+class Mortal(Prototypes):
+    """Kills its process at the first attack, once: a file beside the test says that it was done."""
+
+    name = "mortal"
+
+    def forward(self, x: Images) -> Logits:
+        mark = os.environ.get("ROBENCH_TEST_MORTAL", "")
+        if mark and torch.is_grad_enabled() and not Path(mark).exists():
+            Path(mark).write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+class Doomed(Mortal):
+    """Kills its process at every attack."""
+
+    name = "doomed"
+
+    def forward(self, x: Images) -> Logits:
+        mark = os.environ.get("ROBENCH_TEST_MORTAL", "")
+        if mark:
+            Path(mark).unlink(missing_ok=True)
+        return super().forward(x)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
+    run(tmp_path / "one")
+    run(tmp_path / "two", workers=2)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_loses_nothing_but_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal = f"{HERE}:Mortal"
+    run(tmp_path / "one", mortal)
+    monkeypatch.setenv("ROBENCH_TEST_MORTAL", str(tmp_path / "mark"))
+    run(tmp_path / "two", mortal, workers=2)
+    assert (tmp_path / "mark").exists()
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_workers_that_die_again_and_again_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBENCH_TEST_MORTAL", str(tmp_path / "mark"))
+    with pytest.raises(PluginError, match=r"died 3 times without finishing a unit .* 5 of 5 units are left"):
+        run(tmp_path / "run", f"{HERE}:Doomed", workers=2)
+
+
+@pytest.mark.parametrize("missing", ["out", "defense", "dataset"])
+def test_what_cannot_be_loaded_by_name_is_refused(missing: str, tmp_path: Path) -> None:
+    settings = {"out": tmp_path, "defense_spec": TOY, "workers": 2, "n": 4}
+    data: Any = "fashion_mnist"
+    if missing == "dataset":
+        data = (torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
+    else:
+        del settings["defense_spec" if missing == "defense" else "out"]
+    with pytest.raises(UsageError, match="several workers need a run folder"):
+        evaluate(Prototypes(), "fgsm", ThreatModel("linf", 0.05), data, **settings)
+
+
+def test_no_workers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="workers must be at least 1"):
+        run(tmp_path / "run", workers=0)
