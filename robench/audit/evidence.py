@@ -42,6 +42,7 @@ class Effort:
         directions: random directions and points of the local checks.
         judge_repeats: fresh answers behind each verdict on a randomized defense.
         eot: draws in a gradient of a randomized defense.
+        local_draws: draws behind a loss of the local checks, which compare losses under the same draws.
     """
 
     steps: int
@@ -50,10 +51,11 @@ class Effort:
     directions: int
     judge_repeats: int
     eot: int
+    local_draws: int
 
 
-USUAL: Final = Effort(20, 300, 100, 20, 20, RANDOMIZED_EOT)
-SLOW: Final = Effort(8, 30, 5, 5, 6, RANDOMIZED_EOT)
+USUAL: Final = Effort(20, 300, 100, 20, 20, RANDOMIZED_EOT, RANDOMIZED_EOT)
+SLOW: Final = Effort(8, 30, 5, 5, 6, RANDOMIZED_EOT, 3)
 """For a defense that names a cheaper first look of its own: a pass of it costs a hundred times that of a small net."""
 
 
@@ -252,8 +254,8 @@ class Evidence:
     def losses(
         self, x: Images, y: Labels, loss: Loss, *, draws: int | None = None, purpose: str = "gradient"
     ) -> npt.NDArray[np.float64]:
-        """The loss of each image, averaged over draws; the same purpose meets the same randomness."""
-        count = (draws or self.effort.eot) if self.defense.randomized else 1
+        """The loss of each image, averaged over draws (default `local_draws`); one purpose meets one randomness."""
+        count = (draws or self.effort.local_draws) if self.defense.randomized else 1
         size = self.defense.batch_rows or 512
         with torch.no_grad(), seeded(self.seed, "audit", purpose, device=self.device):
             rows = zip(x.repeat(count, 1, 1, 1).split(size), y.repeat(count).split(size), strict=True)

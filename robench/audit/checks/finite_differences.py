@@ -27,7 +27,7 @@ def judge(evidence: Evidence) -> Outcome:
     """
     x, y, threat = evidence.x, evidence.y, evidence.threat
     try:
-        grad = evidence.gradient(x, y, margin, purpose="difference").grad
+        grad = evidence.gradient(x, y, margin, draws=evidence.effort.local_draws, purpose="difference").grad
     except (PluginError, RuntimeError):
         return not_run("the defense gives no gradient")
     direction = threat.steepest(grad)
