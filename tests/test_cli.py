@@ -561,7 +561,7 @@ def test_no_room_in_the_middle_of_a_run(squares: Path, call: Call) -> None:
     common = ["--defense", SQUARES, "--attack", "pgd", "--dataset", squares, "--eps", "0.15", "--device", "cpu"]
     outcome = in_process("run", *common, "--n", IMAGES, "--out", "run", before=limit)
     assert_one_line(outcome, "cannot write", "File too large", "--out")
-    assert sorted(path.name for path in Path("run").rglob("*")) == ["run.json", "units"]
+    assert sorted(path.name for path in Path("run").rglob("*")) == [".lock", "run.json", "units"]
     resumed = call("run", "--resume", "run", "--json")
     assert resumed.status == 0, resumed.err
     assert resumed.json()["robust_accuracy"]["value"] == 0.0
