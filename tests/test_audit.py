@@ -245,6 +245,22 @@ def test_a_gradient_may_have_a_factor_but_not_another_one_everywhere(data: Datas
     assert sound.statistic == pytest.approx(0, abs=0.05)
 
 
+class Shaken(Prototypes):
+    """Noise on the images that is larger than what tells the constructed point from the others."""
+
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+def test_noise_that_hides_the_constructed_point_is_no_masking(data: Dataset) -> None:
+    (finding,) = look(Shaken(), data, "binarisation").findings
+    assert (finding.verdict, "separate the boundary point" in finding.reason) == ("not run", True), finding.reason
+    (sound,) = look(Prototypes(), data, "binarisation").findings
+    assert sound.verdict == "pass"
+
+
 # statistics
 
 

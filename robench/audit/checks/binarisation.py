@@ -23,6 +23,8 @@ INNER: Final = 400
 RADIUS: Final = 0.95
 CLOSENESS: Final = 0.9
 """Where between the farthest inner point (0) and the boundary point (1) the decision lies."""
+CONFIRMING: Final = 10
+"""Draws of a randomized defense that must all see the boundary point."""
 SUSPECT, FAIL = 0.9, 0.5
 
 
@@ -127,7 +129,10 @@ def _fit(features: Features, x: Images, evidence: Evidence) -> Readout | None:
         return None
     scale = 4 / max(at - farthest, 1e-12)
     bias = -(farthest + CLOSENESS * (at - farthest)) * scale
-    return Readout(features, (scale * weight).float(), torch.tensor(bias, dtype=torch.float32, device=x.device))
+    readout = Readout(features, (scale * weight).float(), torch.tensor(bias, dtype=torch.float32, device=x.device))
+    with torch.no_grad():  # noise in the features may hide the point again: then nothing exists by construction
+        draws = CONFIRMING if features.defense.randomized else 1
+        return readout if bool((readout(outer.repeat(draws, 1, 1, 1)).argmax(1) == 1).all()) else None
 
 
 def _random_search(readout: Readout, x: Images, evidence: Evidence) -> bool:
