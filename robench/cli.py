@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from robench.cli_leaderboard import leaderboard_app
-from robench.cli_options import DataDir, Json, Trust, print_json
+from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
 from robench.errors import Interrupted, RobenchError
 
 app = typer.Typer(
@@ -194,12 +194,7 @@ def verify(
     from robench.verify import verify as verify_folder
 
     report = verify_folder(folder, device=device, data_dir=data_dir, trust=trust)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        sys.stdout.write(f"{report}\n")
-    if not report.holds:
-        raise typer.Exit(1)
+    end_with_report(report, as_json)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from robench.cli_options import DataDir, Json, Trust, print_json
+from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
 
 leaderboard_app = typer.Typer(
     help="Leaderboards: add rows, make the page, check what was published.", no_args_is_help=True
@@ -102,9 +102,4 @@ def leaderboard_check(
     from robench.submission import check_submission, digest_of
 
     report = check_submission(folder, digest_of(row), device=device, data_dir=data_dir, trust=trust)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        sys.stdout.write(f"{report}\n")
-    if not report.holds:
-        raise typer.Exit(1)
+    end_with_report(report, as_json)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from robench.verify import Report
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of <name>/{train,test}-*.parquet; default ROBENCH_DATA.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run the code of a defense that is not one of robench's.")]
@@ -17,3 +20,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 def print_json(content: dict[str, Any]) -> None:
     """Prints one JSON object on standard output."""
     sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def end_with_report(report: Report, as_json: bool) -> None:
+    """Prints what was verified; the exit status is 1 where a claim does not hold."""
+    if as_json:
+        print_json(report.to_json())
+    else:
+        sys.stdout.write(f"{report}\n")
+    if not report.holds:
+        raise typer.Exit(1)

@@ -109,10 +109,8 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
         if store is None:
             tables.append(table)
         else:
-            for key, trace in work.failures.items():
-                store.note_failure(unit, key, trace)
+            store.write(unit, table, work.failures)
             work.failures.clear()
-            store.write(unit, table)
         count(unit, time.monotonic() - start)
 
     def count(unit: Unit, seconds: float) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from robench.judge import judge
-from robench.result import Evaluation
+from robench.result import Answers, Evaluation
 from robench.rng import seeded
 from robench.stats import differ
 from robench.threat import ThreatModel
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from robench.defense import Defense
+    from robench.plan import RunSpec
     from robench.types import Images, Mask
 
 ENCODINGS: Final = ("uint8", "float16", "float32")
@@ -48,14 +49,22 @@ def encode(result: Evaluation, eps: float, x: Images, defense: Defense | None) -
     """
     import pyarrow as pa
 
-    if result.answers(WORST, eps) is None:  # an attack failed
+    stored = result.answers(WORST, eps)
+    if stored is None:  # an attack failed
         return pa.table({"index": pa.array([], pa.int64()), "encoding": pa.array([], pa.string()), "pixels": []}), {}
     x_adv = torch.from_numpy(result.images(WORST, eps))
     threat = ThreatModel(result.spec.norm, eps)
     chosen = np.full(len(x), "float32", dtype=object)
-    if defense is not None:
-        for encoding in reversed(ENCODINGS[:-1]):
-            chosen[_harmless(result, eps, x, _round(encoding, x, x_adv, threat), defense)] = encoding
+    for encoding in ENCODINGS[:-1]:
+        left = chosen == "float32"
+        if defense is None or not left.any():
+            break
+        rounded = _round(encoding, x, x_adv, threat)
+        inside = threat.contains(x, rounded) & ((rounded >= 0) & (rounded <= 1)).flatten(1).all(1)
+        harmless = inside & _harmless(result.spec, stored, rounded, defense)
+        if defense.randomized:
+            harmless[:] = harmless.all()
+        chosen[left & harmless.numpy()] = encoding
     blobs = [_bytes(str(kind), x[row], x_adv[row], threat) for row, kind in enumerate(chosen)]
     table = pa.table({"index": result.indices, "encoding": pa.array(chosen, pa.string()), "pixels": blobs})
     return table, {kind: int((chosen == kind).sum()) for kind in ENCODINGS if (chosen == kind).any()}
@@ -77,22 +86,16 @@ def decode(table: pa.Table, x: Images, shape: tuple[int, ...]) -> Images:
     return torch.from_numpy(np.stack(found)) if found else torch.zeros(0, *shape)
 
 
-def _harmless(result: Evaluation, eps: float, x: Images, rounded: Images, defense: Defense) -> Mask:
-    """Which images may be stored so."""
-    threat = ThreatModel(result.spec.norm, eps)
-    stored = result.answers(WORST, eps)
-    kept = threat.contains(x, rounded) & ((rounded >= 0) & (rounded <= 1)).flatten(1).all(1)
-    if stored is None:
-        return torch.zeros_like(kept)
-    with seeded(result.spec.seed, "bundle"):
-        parts = [judge(defense, rows, result.spec.judge_repeats) for rows in rounded.split(result.spec.unit_size)]
-    votes = torch.cat(parts).numpy()
+def _harmless(spec: RunSpec, stored: Answers, rounded: Images, defense: Defense) -> Mask:
+    """On which rounded images the defense answers as it did on those of the run; of a randomized one on all or none."""
+    with seeded(spec.seed, "bundle"):
+        votes = torch.cat([judge(defense, rows, spec.judge_repeats) for rows in rounded.split(spec.unit_size)]).numpy()
     if not defense.randomized:
-        return kept & torch.from_numpy((votes == stored.votes).all(1))
+        return torch.from_numpy((votes == stored.votes).all(1))
     before = stored.right / stored.repeats
     after = votes[np.arange(len(votes)), stored.labels] / stored.repeats
     moved = differ(before, after, LEVEL) or abs(float((after - before).mean())) > LARGEST_DRIFT
-    return torch.full_like(kept, bool(kept.all()) and not moved)
+    return torch.full((len(votes),), not moved)
 
 
 def _round(encoding: str, x: Images, x_adv: Images, threat: ThreatModel) -> Images:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from robench.bundle import bundle_folder, check_audit, write_bundle
+from robench.bundle import AUDIT, bundle_folder, check_audit, write_bundle
 from robench.check_names import QUESTIONS
 from robench.defense import Defense, weights_digest
 from robench.errors import RobenchError, UsageError
@@ -20,7 +20,6 @@ from robench.store import SPEC_FILE
 
 EVIDENCE: Final = "evidence"
 """The folder of all bundles, beside the CSV files."""
-AUDIT_FILE: Final = "audit.json"
 
 
 def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
@@ -41,7 +40,7 @@ def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
     for result in runs:
         defense = _defense_of(result.spec)
         for eps in result.spec.eps:
-            fitting = [folder for folder, audit in audits.items() if _fits(audit, result.spec, eps)]
+            fitting = [folder for folder, audit in audits.items() if audit_fits(audit, result.spec, eps)]
             if len(fitting) > 1:
                 raise UsageError(f"two audits fit {result.folder}: {fitting[0]} and {fitting[1]}. Name one")
             used.update(fitting)
@@ -63,11 +62,9 @@ def read_audit(folder: Path) -> dict[str, Any]:
         UsageError: there is no whole audit in the folder.
         DataError: it cannot be read.
     """
-    path = folder / AUDIT_FILE
+    path = folder / AUDIT
     if not path.is_file():
-        raise UsageError(
-            f"{folder} is not a run folder, nor one of an audit: it has no {SPEC_FILE} and no {AUDIT_FILE}"
-        )
+        raise UsageError(f"{folder} is not a run folder, nor one of an audit: it has no {SPEC_FILE} and no {AUDIT}")
     audit = check_audit(path.read_bytes(), path)
     made = [finding["check"] for finding in audit["findings"]]
     missing = [name for name in QUESTIONS if name not in made]
@@ -76,7 +73,8 @@ def read_audit(folder: Path) -> dict[str, Any]:
     return audit
 
 
-def _fits(audit: dict[str, Any], spec: RunSpec, eps: float) -> bool:
+def audit_fits(audit: Mapping[str, Any], spec: RunSpec, eps: float) -> bool:
+    """Whether an audit is of the weights, data and bound of a run."""
     told = audit["weights_digest"], audit["dataset"], audit["norm"], audit["eps"]
     return told == (spec.weights_digest, spec.dataset, spec.norm, eps)
 

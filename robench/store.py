@@ -20,7 +20,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,14 +131,16 @@ class RunStore:
                 found[int(match[1])] = path
         return found
 
-    def write(self, unit: Unit, table: pa.Table) -> None:
-        """Stores a finished unit in one atomic step.
+    def write(self, unit: Unit, table: pa.Table, failures: Mapping[str, str] | None = None) -> None:
+        """Stores a finished unit in one atomic step, after the tracebacks of the attacks that failed in it.
 
         Raises:
             UsageError: no space left, or no permission.
         """
         import pyarrow.parquet as pq
 
+        for key, trace in (failures or {}).items():
+            self.note_failure(unit, key, trace)
         buffer = io.BytesIO()
         labelled = table.replace_schema_metadata({"robench": json.dumps([self.spec.digest(), unit.index])})
         pq.write_table(labelled, buffer, compression="zstd")

@@ -10,7 +10,7 @@ from robench.check_names import QUESTIONS
 from robench.errors import DataError, UsageError
 from robench.leaderboard import Row, board_name, is_complete, rank_rows, read_rows, rows_csv
 from robench.protocol import PROTOCOLS
-from robench.publish import EVIDENCE
+from robench.publish import EVIDENCE, audit_fits
 from robench.verify import Report, verify_evidence
 
 LARGEST: Final = 2_000_000
@@ -69,11 +69,7 @@ def _check_form(report: Report, bundle: Bundle, leaderboards: Path) -> Row | Non
     report.check("no number is missing", is_complete(row), "clean and robust accuracy, and that under each attack")
     made = {finding["check"] for finding in bundle.audit["findings"]} if bundle.audit else set()
     report.check("the audit made every check", made >= QUESTIONS.keys(), f"{len(made)} of {len(QUESTIONS)}")
-    fitting = bundle.audit is not None and (
-        bundle.audit["weights_digest"] == bundle.spec.weights_digest
-        and (bundle.audit["dataset"], bundle.audit["norm"]) == (bundle.spec.dataset, bundle.spec.norm)
-        and bundle.audit["eps"] == bundle.eps
-    )
+    fitting = bundle.audit is not None and audit_fits(bundle.audit, bundle.spec, bundle.eps)
     report.check("the audit is of these weights and this bound", fitting, f"eps {bundle.eps:g}")
     report.check("there are enough images", bundle.spec.n >= FEWEST, f"{bundle.spec.n}, at least {FEWEST}")
     report.check("the evidence is small", size(bundle.folder) <= LARGEST, f"{size(bundle.folder)} of {LARGEST} bytes")

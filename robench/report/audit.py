@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
 import json
 from pathlib import Path
@@ -17,6 +16,7 @@ from robench.audit.finding import Plot
 from robench.check_names import QUESTIONS
 from robench.errors import UsageError
 from robench.report.exhibit import draw_rows
+from robench.report.page import load_template
 from robench.store import write_atomic
 
 if TYPE_CHECKING:
@@ -75,19 +75,15 @@ def render_audit(audit: Audit) -> str:
     Raises:
         UsageError: Jinja2 or matplotlib is missing.
     """
-    try:
-        from jinja2 import Environment
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("the audit's page needs an extra: pip install 'robench[report]'") from None
-    template = importlib.resources.files("robench.report").joinpath("templates/audit.html").read_text(encoding="utf-8")
+    page = load_template("audit.html", "the audit's")
+    from matplotlib.figure import Figure
+
     plots = {
         finding.check: _encode(_draw(finding.plot, Figure), "svg")
         for finding in audit.findings
         if finding.plot is not None
     }
     grid = _encode(draw_rows(audit.examples, "", Figure), "png") if audit.examples else ""
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
         audit=audit,
         meaning=MEANING[audit.verdict],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from robench.board import Board, Entry
 from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
 from robench.data import load_dataset
-from robench.errors import RobenchError, UsageError
+from robench.errors import RobenchError
 from robench.leaderboard import HEAD, TAIL, Row
+from robench.report.page import load_template
 from robench.unit_table import CLEAN, WORST
 
 if TYPE_CHECKING:
@@ -45,14 +45,10 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
     Raises:
         UsageError: Jinja2 or matplotlib is missing.
     """
-    try:
-        from jinja2 import Environment
-        from markupsafe import Markup
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("the leaderboards' page needs an extra: pip install 'robench[report]'") from None
-    template = importlib.resources.files("robench.report").joinpath("templates/board.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    page = load_template("board.html", "the leaderboards'")
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
     with _style():
         sections = [
             {

@@ -112,10 +112,8 @@ def _do(job: Job, unit: Unit) -> float:
     table = run_unit(work, unit)
     if weights_digest(work.defense) != work.spec.weights_digest:
         raise PluginError(f'defense "{work.defense.name}": its weights or buffers changed during the run')
-    for key, trace in work.failures.items():
-        store.note_failure(unit, key, trace)
+    store.write(unit, table, work.failures)
     work.failures.clear()
-    store.write(unit, table)
     return time.monotonic() - started
 
 
