@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 import robench
+from robench.estimate import Answers
 from robench.registry import resolve
-from robench.result import Answers, Evaluation
+from robench.result import Evaluation
 from robench.stats import paired_interval
 from robench.weights import weights_folder
 

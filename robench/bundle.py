@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import DataError, UsageError
-from robench.store import write_atomic
+from robench.files import write_atomic
 from robench.unit_table import CLEAN, WORST
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Bundle:
         spec = dataclasses.replace(self.spec, eps=(self.eps,))
         table = _read_table(self.folder / EXAMPLES)
         try:
-            return Evaluation(spec, _with_images(table, images), folder=None, created=self.created)
+            return Evaluation(spec, [_with_images(table, images)], folder=None, created=self.created)
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"{self.folder}: {EXAMPLES} does not fit the schema: {error}") from None
 
@@ -257,7 +257,7 @@ def _examples(result: Evaluation, eps: float) -> pa.Table:
 
     units = result.units
     kept = pc.or_(pc.equal(units["eps"], eps), pc.equal(units["attack"], CLEAN))
-    return units.filter(kept).drop_columns(["x_adv"]).replace_schema_metadata(None).combine_chunks()
+    return units.filter(kept).combine_chunks()
 
 
 def _with_images(table: pa.Table, images: Images | None) -> pa.Table:

@@ -12,7 +12,9 @@ import typer
 
 from robench.cli_leaderboard import leaderboard_app
 from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
-from robench.errors import Interrupted, RobenchError
+from robench.cli_study import StudyOptions, run_study_file
+from robench.errors import Interrupted, RobenchError, UsageError
+from robench.files import as_place
 
 app = typer.Typer(
     name="robench",
@@ -74,6 +76,9 @@ def list_names(
 
 @app.command()
 def run(  # noqa: PLR0913 - each parameter is an option of the command line
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY.toml]", help="A file of many runs, instead of --defense.")
+    ] = None,
     defense: Annotated[str | None, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")] = None,
     attack: Annotated[str | None, typer.Option(help="One or several: fgsm,pgd(steps=100).")] = None,
     protocol: Annotated[str | None, typer.Option(help="A named list of attacks instead of --attack.")] = None,
@@ -94,13 +99,25 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     precision: Annotated[str | None, typer.Option(help="Of the attacks' gradients: float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that share the work units and the cores.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<date>-<defense>-...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Finish the run in this folder.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that share the work; default 1, of a study all cores or GPUs.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URL; default runs/<date>-<defense>-...")] = None,
+    resume: Annotated[str | None, typer.Option(help="Finish the run in this folder.")] = None,
+    runner: Annotated[str, typer.Option(help="Of a study: local or ray.")] = "local",
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, for a study.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of a study: only plan, and guess the time.")] = False,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Attack a defense and measure its worst-case accuracy."""
+    """Attack a defense and measure its worst-case accuracy; or do a study of many runs."""
+    if study is not None:
+        _refuse_beside_study(locals())
+        how = StudyOptions(out, workers, runner, ray, device, data_dir, dry_run, as_json)
+        run_study_file(study, how)
+        return
+    if runner != "local" or ray is not None or dry_run:
+        raise UsageError("--runner, --ray and --dry-run go with a study: robench run STUDY.toml --runner ray")
     from robench.command import RunRequest, run_command
     from robench.report.terminal import print_run
 
@@ -123,9 +140,9 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
         precision=precision,
         device=device,
         weights=weights,
-        workers=workers,
-        out=out,
-        resume=resume,
+        workers=1 if workers is None else workers,
+        out=None if out is None else as_place(out),
+        resume=None if resume is None else as_place(resume),
         data_dir=data_dir,
     )
     result = run_command(request)
@@ -136,6 +153,15 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     if not result.complete:
         _say(f"robench: an attack failed; the worst case is incomplete. See {result.folder}/failures")
         raise typer.Exit(1)
+
+
+def _refuse_beside_study(options: dict[str, object]) -> None:
+    """Refuses options that a study's file has to hold."""
+    of_command = {"study", "workers", "out", "runner", "ray", "dry_run", "device", "data_dir", "as_json"}
+    given = [name for name, value in options.items() if name not in of_command and value is not None]
+    if given:
+        option = given[0].replace("_", "-")
+        raise UsageError(f"--{option} cannot stand beside a study's file; write it into the file")
 
 
 @app.command()

@@ -15,6 +15,7 @@ from robench.data_names import KNOWN
 from robench.defense import Defense
 from robench.errors import Interrupted, UsageError
 from robench.evaluate import evaluate
+from robench.files import Place, write_atomic
 from robench.lineup import plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import default_eps, get_protocol
@@ -55,8 +56,8 @@ class RunRequest:
     device: str | None = None
     weights: Path | None = None
     workers: int = 1
-    out: Path | None = None
-    resume: Path | None = None
+    out: Place | None = None
+    resume: Place | None = None
     data_dir: Path | None = None
 
     def is_first_look(self, result: Evaluation) -> bool:
@@ -141,7 +142,7 @@ def _run(
         raise Interrupted(f"interrupted; finish it with: {again}") from None
 
 
-def _resume(folder: Path, request: RunRequest) -> Evaluation:
+def _resume(folder: Place, request: RunRequest) -> Evaluation:
     spec = RunStore.open(folder).spec
     _check_same(request, spec, folder)
     if not spec.defense or not spec.dataset:
@@ -175,7 +176,7 @@ def _resume(folder: Path, request: RunRequest) -> Evaluation:
     return _run(defense, attacks, threats, spec.dataset, settings)
 
 
-def _check_same(request: RunRequest, spec: RunSpec, folder: Path) -> None:
+def _check_same(request: RunRequest, spec: RunSpec, folder: Place) -> None:
     """Refuses options beside --resume that say something else than the run folder."""
     eps = None if request.eps is None else tuple(sorted({parse_eps(part) for part in request.eps.split(",")}))
     weights = None if request.weights is None else str(request.weights.resolve())
@@ -203,7 +204,7 @@ def _check_same(request: RunRequest, spec: RunSpec, folder: Path) -> None:
             raise UsageError(f"{folder} holds a run of another spec: {name} is {stored!r}, not {asked}")
 
 
-def _check_attacks(request: RunRequest, spec: RunSpec, defense: Defense, folder: Path) -> None:
+def _check_attacks(request: RunRequest, spec: RunSpec, defense: Defense, folder: Place) -> None:
     """The same for the attacks, however they are written."""
     if request.attack is None:
         return
@@ -335,7 +336,6 @@ def build_page(folder: Path, names: Sequence[str], out: Path | None, data_dir: P
     """
     from robench.board import load_boards
     from robench.report.board import render_boards
-    from robench.store import write_atomic
 
     page = render_boards(load_boards(folder, names), data_dir)
     target = out or folder / "index.html"

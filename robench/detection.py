@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from robench.errors import UsageError
-from robench.result import Estimate
+from robench.estimate import Estimate
 from robench.rng import seeded
 from robench.stats import wilson
 from robench.types import Labels

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from robench.attack import Attack
 from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense, weights_digest
 from robench.errors import PluginError, UsageError
+from robench.files import Place, as_place
 from robench.judge import answer
 from robench.lineup import Attacks, check_attacks, named_protocol, plan_attacks
 from robench.plan import RunSpec, Unit, plan_units
 from robench.progress import Progress
 from robench.result import Evaluation
 from robench.rng import seeded
-from robench.runners import Job, check_loadable, run_here, run_in_processes, threads_for
+from robench.runners import Limits, Task, run_here, run_in_processes, threads_for
 from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings, make_settings
 from robench.store import RunStore
 from robench.threat import ThreatModel
@@ -62,35 +65,46 @@ def evaluate(
         DataError: a damaged file.
     """
     chosen = make_settings(settings)
-    defense.check_traits()
-    threats = sorted([threat] if isinstance(threat, ThreatModel) else threat, key=lambda model: model.eps)
-    dataset = _load(data, chosen)
-    check_images(dataset.x, dataset.y, defense)
-    spec, built = make_spec(defense, threats, dataset, attacks, settings=chosen)
-    check_attacks(built, defense, threats, dataset.name, chosen)
-    check_answers(defense, dataset.x, spec)
+    work = prepare(defense, attacks, threat, data, chosen)
     if chosen.workers > 1:
-        check_loadable(spec, chosen.out)
-    store = _open_store(spec, chosen)
-    work = UnitWork(spec, defense.to(spec.device), built, dataset.x, dataset.y, dataset.index)
+        check_loadable(work.spec, chosen)
+    store = _store_for(work.spec, chosen)
+    defense.to(work.spec.device)
     try:
         with store.locked() if store is not None else contextlib.nullcontext():
             tables, seconds = _run(work, store, chosen)
-        if weights_digest(defense) != spec.weights_digest:
+        if weights_digest(defense) != work.spec.weights_digest:
             raise PluginError(
                 f'defense "{defense.name}": its weights or buffers changed during the run; nothing counts'
             )
     finally:
         defense.to("cpu")
+        if store is not None:
+            store.flush_times()
     if store is not None:
         result = Evaluation.load(store.folder)
         result.save()
         return result
-    import pyarrow as pa
+    return Evaluation(work.spec, tables, folder=None, created=RunStore.today(), seconds=seconds, failures=work.failures)
 
-    created = RunStore.today()
-    table = pa.concat_tables(tables)
-    return Evaluation(spec, table, folder=None, created=created, seconds=seconds, failures=work.failures)
+
+def prepare(
+    defense: Defense, attacks: Attacks, threat: ThreatModel | Sequence[ThreatModel], data: Data, settings: Settings
+) -> UnitWork:
+    """Collects what the units of a run work with, and checks all that can be checked before any work.
+
+    Raises:
+        RobenchError: see `evaluate`.
+    """
+    defense.check_traits()
+    threats = sorted([threat] if isinstance(threat, ThreatModel) else threat, key=lambda model: model.eps)
+    dataset = _load(data, settings)
+    check_images(dataset.x, dataset.y, defense)
+    spec, built = make_spec(defense, threats, dataset, attacks, settings=settings)
+    check_attacks(built, defense, threats, dataset.name, settings)
+    with contextlib.redirect_stdout(sys.stderr):
+        check_answers(defense, dataset.x, spec)
+    return UnitWork(spec, defense, built, dataset.x, dataset.y, dataset.index)
 
 
 def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[list[Any], float]:
@@ -126,12 +140,34 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
     with Progress(work.spec.defense_name, totals, weights=weights, enabled=shown) as progress:
         work.on_query = progress.advance
         if settings.workers > 1 and store is not None:
-            data_dir = Path(settings.data_dir) if settings.data_dir is not None else None
-            job = Job(store.folder, data_dir, threads_for(settings.workers))
-            run_in_processes(missing, job, settings.workers, count)
+            for unit, taken in _run_by_workers(store, missing, settings, progress.advance):
+                count(unit, taken)
         else:
             run_here(missing, work_on)
     return tables, time.monotonic() - started
+
+
+def _run_by_workers(
+    store: RunStore, units: Sequence[Unit], settings: Settings, hear: Callable[[int, str], None]
+) -> Iterator[tuple[Unit, float]]:
+    """Has worker processes do units; yields each as it is stored, with its seconds.
+
+    Raises:
+        RobenchError: a unit cannot be done; those before it are stored.
+    """
+    from robench.runners.work import UnitRequest
+
+    data_dir = "" if settings.data_dir is None else str(settings.data_dir)
+    queue = deque(Task("unit", UnitRequest(str(store.folder), unit, data_dir)) for unit in units)
+    limits = Limits(threads=threads_for(settings.workers))
+    with contextlib.closing(
+        run_in_processes(queue, lambda _: True, hear, workers=settings.workers, limits=limits)
+    ) as outcomes:
+        for outcome in outcomes:
+            unit: Unit = outcome.task.request.unit
+            if outcome.error is not None:
+                raise type(outcome.error)(f"unit {unit.index}: {outcome.error}")
+            yield unit, outcome.value
 
 
 def expected_passes(work: UnitWork, units: Sequence[Unit]) -> dict[str, int]:
@@ -253,13 +289,31 @@ def check_answers(defense: Defense, x: Images, spec: RunSpec) -> None:
             )
 
 
-def _open_store(spec: RunSpec, settings: Settings) -> RunStore | None:
-    if settings.out is None:
-        if settings.resume:
-            raise UsageError("resume needs the run's folder; give it as out")
-        return None
-    folder = Path(settings.out)
-    if not settings.resume:
+def check_loadable(spec: RunSpec, settings: Settings) -> None:
+    """Checks that workers can load by name what the run works with.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if settings.out is None or not spec.defense or not spec.dataset:
+        raise UsageError("several workers need a run folder (out), and a defense and a dataset that are loaded by name")
+
+
+def _store_for(spec: RunSpec, settings: Settings) -> RunStore | None:
+    if settings.out is not None:
+        return open_store(spec, as_place(settings.out), resume=settings.resume)
+    if settings.resume:
+        raise UsageError("resume needs the run's folder; give it as out")
+    return None
+
+
+def open_store(spec: RunSpec, folder: Place, *, resume: bool) -> RunStore:
+    """Starts a run folder, or opens the one that is there.
+
+    Raises:
+        UsageError: there is one and none is expected, none where one is, or one of another spec.
+    """
+    if not resume:
         return RunStore.create(folder, spec)
     store = RunStore.open(folder)
     differing = store.spec.differences(spec)

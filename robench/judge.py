@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from robench.batches import pass_in_batches
 from robench.defense import Defense
 from robench.errors import PluginError
 from robench.threat import ThreatModel
 from robench.types import Images
-from robench.victim import BATCH_ROWS
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,9 @@ def judge(defense: Defense, x: Images, repeats: int, *, on_query: Callable[[int]
         PluginError: logits of the wrong shape, or not finite.
     """
     votes = torch.zeros(len(x), defense.num_classes, dtype=torch.int64)
-    size = defense.batch_rows or BATCH_ROWS
     with torch.no_grad():
         for _ in range(repeats):
-            answers = [answer(defense, rows) for rows in x.split(size)]
+            answers = pass_in_batches(defense, lambda rows: answer(defense, rows), x)
             votes += functional.one_hot(torch.cat(answers), defense.num_classes).cpu()
             if on_query is not None:
                 on_query(len(x))

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import DataError, UsageError
-from robench.store import write_atomic
+from robench.files import write_atomic
 from robench.threat import format_eps
 from robench.unit_table import WORST
 
 if TYPE_CHECKING:
-    from robench.result import Estimate, Evaluation
+    from robench.estimate import Estimate
+    from robench.result import Evaluation
 
 HEAD: Final = (
     "rank",

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from robench.estimate import Answers
 from robench.judge import judge
-from robench.result import Answers, Evaluation
+from robench.result import Evaluation
 from robench.rng import seeded
 from robench.stats import differ
 from robench.threat import ThreatModel

@@ -16,7 +16,8 @@ from robench.leaderboard import Row, add_row, board_name, read_rows
 from robench.plan import RunSpec
 from robench.registry import load_defense
 from robench.result import Evaluation
-from robench.store import SPEC_FILE
+from robench.store import RESULT_FILE, SPEC_FILE
+from robench.study import STUDY_CSV
 
 EVIDENCE: Final = "evidence"
 """The folder of all bundles, beside the CSV files."""
@@ -26,13 +27,15 @@ def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
     """Adds the rows of runs, with their evidence, to the leaderboards; returns the CSV files that were written.
 
     Args:
-        folders: run folders, and folders of audits. An audit goes with the runs of the same weights, data and bound.
+        folders: run folders, folders of audits, and folders of studies, which stand for all finished runs and audits
+            in them. An audit goes with the runs of the same weights, data and bound.
         leaderboards: the folder of the CSV files.
 
     Raises:
         UsageError: a folder is neither, a run has no named data, an audit is of some checks only or fits no run.
         DataError: a run, an audit or a leaderboard is damaged.
     """
+    folders = [inner for folder in folders for inner in _inside(folder)]
     runs = [Evaluation.load(folder) for folder in folders if (folder / SPEC_FILE).exists()]
     audits = {folder: read_audit(folder) for folder in folders if not (folder / SPEC_FILE).exists()}
     used: set[Path] = set()
@@ -53,6 +56,13 @@ def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
     for folder in audits.keys() - used:
         raise UsageError(f"the audit in {folder} fits no run that was named: it is of other weights, data or bounds")
     return list(written)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The finished runs and the audits of a study's folder; a folder that is no study's stands for itself."""
+    if not (folder / STUDY_CSV).is_file():
+        return [folder]
+    return sorted(inner.parent for name in (RESULT_FILE, AUDIT) for inner in folder.glob(f"*/{name}"))
 
 
 def read_audit(folder: Path) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from typing import Any
 from robench.data import load_dataset
 from robench.defense import Defense
 from robench.errors import Interrupted, UsageError
+from robench.estimate import Estimate
 from robench.evaluate import evaluate
 from robench.lineup import plan_attacks
 from robench.protocol import get_protocol
 from robench.registry import load_defense, resolve
-from robench.result import Estimate, Evaluation
+from robench.result import Evaluation
 from robench.settings import Settings
 from robench.threat import ThreatModel
 

@@ -1,99 +1,24 @@
-"""What a run found: estimates with intervals, the per-example table, the leaderboard row. Computed from units alone."""
+"""What a run found: the per-example table, its estimates, the leaderboard row. Computed from units alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from robench.errors import DataError
+from robench.estimate import TRIES, Answers, Estimate
+from robench.files import Place, as_place
 from robench.plan import RunSpec, plan_units
-from robench.stats import mean_interval, wilson
-from robench.store import RunStore
+from robench.store import RESULT_FILE, RunStore
 from robench.threat import ThreatModel
-from robench.unit_table import CLEAN, WORST
+from robench.unit_table import CLEAN, WORST, X_ADV, notes_of
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
-
-TRIES = (2, 5, 10, 20, 50, 100)
-"""The N of `best_of[N]`, as far as there are draws."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An accuracy with its 95 % interval.
-
-    Attributes:
-        value: the estimate.
-        low: lower end.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-    def to_json(self) -> dict[str, float]:
-        """As JSON types, rounded to what the interval can carry."""
-        return {key: round(value, 6) for key, value in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The judge's answers on one set of images: votes per class, over the repeats.
-
-    Attributes:
-        votes: `examples classes`.
-        labels: the right class of each example.
-    """
-
-    votes: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-
-    @property
-    def repeats(self) -> int:
-        """Answers per example."""
-        return int(self.votes[0].sum()) if len(self.votes) else 1
-
-    @property
-    def right(self) -> npt.NDArray[np.int64]:
-        """Right answers of each example."""
-        counts: npt.NDArray[np.int64] = self.votes[np.arange(len(self.labels)), self.labels]
-        return counts
-
-    def accuracy(self) -> Estimate:
-        """Expected accuracy of a single answer: the mean over draws, then over examples."""
-        fractions = self.right / self.repeats
-        return Estimate(float(fractions.mean()), *mean_interval(fractions, self.repeats))
-
-    def majority(self) -> Estimate:
-        """Accuracy of a vote over all repeats; a tie counts as wrong."""
-        others = self.votes.copy()
-        others[np.arange(len(self.labels)), self.labels] = -1
-        won = int((self.right > others.max(1)).sum())
-        return Estimate(won / len(self.labels), *wilson(won, len(self.labels)))
-
-    def best_of(self, tries: int) -> Estimate:
-        """Accuracy if the attacker may ask `tries` times and needs one error: unbiased, from the repeats."""
-        fractions = self.all_right(tries)
-        return Estimate(float(fractions.mean()), *mean_interval(fractions, self.repeats))
-
-    def all_right(self, tries: int) -> npt.NDArray[np.float64]:
-        """Of each example, the fraction of all choices of `tries` of its answers in which every answer is right."""
-        fractions = np.ones(len(self.labels))
-        for step in range(tries):
-            fractions *= np.clip(self.right - step, 0, None) / (self.repeats - step)
-        return fractions
 
 
 class Evaluation:
@@ -107,24 +32,38 @@ class Evaluation:
         created: the day of the run.
         seconds: wall time of all units, where known.
         failures: tracebacks of attacks that failed, by attack (of a stored run, by file name).
-        units: the units' tables, joined, as Arrow, with the adversarial images.
+        units: the units' tables, joined, as Arrow, without the adversarial images.
+        notes: what a reader of the figures has to know of how units came about.
     """
 
     def __init__(
         self,
         spec: RunSpec,
-        units: pa.Table,
+        units: Sequence[pa.Table],
         *,
-        folder: Path | None,
+        folder: Place | None,
         created: str,
         seconds: float | None = None,
         failures: Mapping[str, str] | None = None,
     ) -> None:
-        """Keeps the units' tables, joined; use `evaluate` or `load`."""
+        """Keeps the units' tables; use `evaluate` or `load`.
+
+        Args:
+            spec: of the run.
+            units: the table of each unit; those of a run folder without images, which are read when asked for.
+            folder: the run folder.
+            created: the day of the run.
+            seconds: wall time of all units, where known.
+            failures: tracebacks of attacks that failed.
+        """
+        import pyarrow as pa
+
         self.spec, self.folder, self.created, self.seconds = spec, folder, created, seconds
         self.failures = dict(failures or {})
-        self.units = units
-        frame: pd.DataFrame = units.drop_columns(["x_adv"]).to_pandas()
+        self.notes = tuple(f"unit {number}: {note}" for number, unit in enumerate(units) for note in notes_of(unit))
+        self._held = [unit for unit in units if X_ADV in unit.column_names]
+        self.units = pa.concat_tables([_without_images(unit) for unit in units])
+        frame: pd.DataFrame = self.units.to_pandas()
         votes = np.stack(frame["votes"].tolist())
         repeats, right = votes.sum(1), votes[np.arange(len(frame)), frame["label"].to_numpy()]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -132,23 +71,24 @@ class Evaluation:
         self.table = frame
 
     @classmethod
-    def load(cls, folder: str | Path) -> Evaluation:
-        """Reads a finished run folder.
+    def load(cls, folder: str | Place) -> Evaluation:
+        """Reads a finished run folder; its images stay on disk.
 
         Raises:
             UsageError: not a run folder.
             DataError: a unit is missing or damaged.
         """
-        import pyarrow as pa
-
-        store = RunStore.open(Path(folder))
-        units = [store.read(unit) for unit in plan_units(store.spec)]
+        store = RunStore.open(as_place(folder))
+        units = [unit.drop_columns([X_ADV]) for unit in store.read_all(plan_units(store.spec))]
         seconds = sum(store.timings().values()) or None
-        table = pa.concat_tables([unit.replace_schema_metadata(None) for unit in units])
         failures = store.failures()
-        return cls(store.spec, table, folder=store.folder, created=store.created, seconds=seconds, failures=failures)
+        return cls(store.spec, units, folder=store.folder, created=store.created, seconds=seconds, failures=failures)
 
-    def save(self, folder: str | Path | None = None) -> Path:
+    def under(self, spec: RunSpec, created: str | None = None) -> Evaluation:
+        """The same units under another spec, not stored; for one that differs in names only."""
+        return Evaluation(spec, list(self._whole_units()), folder=None, created=created or self.created)
+
+    def save(self, folder: str | Place | None = None) -> Place:
         """Writes result.json and row.csv into the run folder, or a whole run folder elsewhere; returns it.
 
         Raises:
@@ -157,22 +97,24 @@ class Evaluation:
         """
         from robench.leaderboard import row_csv
 
-        target = Path(folder) if folder is not None else self.folder
+        target = as_place(folder) if folder is not None else self.folder
         if target is None:
             raise DataError("this evaluation has no run folder; give one: save(folder)")
         if target != self.folder:
             store = RunStore.create(target, self.spec, self.created)
-            for unit in plan_units(self.spec):
-                store.write(unit, self._unit_table(unit.start, unit.stop))
+            for unit, table in zip(plan_units(self.spec), self._whole_units(), strict=True):
+                store.write(unit, table)
             self.folder = target
         store = RunStore.open(target)
-        store.write_file("result.json", self.to_json())
+        store.write_file(RESULT_FILE, self.to_json())
         store.write_file("row.csv", row_csv(self.row()))
         return target
 
-    def _unit_table(self, start: int, stop: int) -> pa.Table:
-        order = self.table.groupby(["eps", "attack"], sort=False).cumcount().to_numpy()
-        return self.units.filter((order >= start) & (order < stop))
+    def _whole_units(self) -> Iterator[pa.Table]:
+        """The table of each unit with its images."""
+        if self._held or self.folder is None:
+            return iter(self._held)
+        return RunStore.open(self.folder).read_all(plan_units(self.spec))
 
     def answers(self, attack: str, eps: float | None = None) -> Answers | None:
         """The judge's answers on an attack's images (or `clean`, `worst`); None if the attack failed anywhere."""
@@ -191,21 +133,25 @@ class Evaluation:
         """The adversarial images of an attack, `n c h w`; those of `worst` are each taken from the chosen attack.
 
         Raises:
-            DataError: there are none of that name.
+            DataError: there are none of that name, or a stored unit is damaged.
         """
         rows = self._rows(attack, eps)
         keys = rows["chosen"] if attack == WORST else rows["attack"]
-        blobs = self.units.column("x_adv")
-        lookup = {
-            key: row
-            for row, key in enumerate(zip(self.table["eps"], self.table["attack"], self.table["index"], strict=True))
-        }
-        wanted = [lookup.get(key) for key in zip(rows["eps"], keys, rows["index"], strict=True)]
-        found = [blobs[row].as_py() if row is not None else None for row in wanted]
-        whole = [blob for blob in found if blob is not None]
-        if not whole or len(whole) < len(found):
+        wanted = {key: place for place, key in enumerate(zip(rows["eps"], keys, rows["index"], strict=True))}
+        found = np.empty((len(rows), *self.spec.image_shape), dtype=np.float32)
+        missing = len(rows)
+        for unit in self._whole_units() if wanted else ():
+            columns = (unit.column(name).to_pylist() for name in ("eps", "attack", "index"))
+            blobs = unit.column(X_ADV)
+            for row, key in enumerate(zip(*columns, strict=True)):
+                place = wanted.get(key)
+                blob = blobs[row].as_py() if place is not None else None
+                if place is not None and blob is not None:
+                    found[place] = np.frombuffer(blob, dtype="<f4").reshape(self.spec.image_shape)
+                    missing -= 1
+        if missing or not wanted:
             raise DataError(f'no adversarial images of "{attack}" in this run')
-        return np.stack([np.frombuffer(blob, dtype="<f4").reshape(self.spec.image_shape) for blob in whole])
+        return found
 
     def _bound(self, eps: float | None) -> float:
         return self.spec.eps[-1] if eps is None else eps
@@ -370,6 +316,7 @@ class Evaluation:
             "cascade": self.spec.cascade,
             "precision": self.spec.precision,
             "median_distance": self.median_distances(),
+            **({"notes": list(self.notes)} if self.notes else {}),
             "row": self.row(),
         }
 
@@ -379,6 +326,6 @@ class Evaluation:
         return ThreatModel(self.spec.norm, self.spec.eps[-1])
 
 
-def dump_json(content: dict[str, Any]) -> str:
-    """One JSON object as text; refuses NaN."""
-    return json.dumps(content, indent=2, allow_nan=False)
+def _without_images(unit: pa.Table) -> pa.Table:
+    kept = unit.drop_columns([X_ADV]) if X_ADV in unit.column_names else unit
+    return kept.replace_schema_metadata(None)

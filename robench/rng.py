@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from robench.errors import PluginError
+
 
 def seed_for(*parts: str | int) -> int:
     """Derives a 63-bit seed from a run's seed, a unit and a purpose; the same parts always give the same seed."""
@@ -26,6 +28,16 @@ def seeded(*parts: str | int, device: torch.device | str = "cpu") -> Iterator[No
     with torch.random.fork_rng(devices=cuda):
         reseed(*parts)
         yield
+
+
+def check_unseeded(*parts: str | int, who: str) -> None:
+    """Checks that torch's global generator is still the one that `seeded` set from `parts`.
+
+    Raises:
+        PluginError: a plugin seeded it, so that its draws, and those after it, would be the same each time.
+    """
+    if torch.initial_seed() != seed_for(*parts):
+        raise PluginError(f"{who} seeded torch's global generator; a plugin draws from it and never seeds it")
 
 
 def reseed(*parts: str | int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from robench.attack import ACCESS_LEVELS, Goal
 from robench.errors import UsageError
+from robench.files import Place
 
 DEFAULT_N = 256
 RANDOMIZED_EOT, RANDOMIZED_REPEATS = 10, 20
@@ -28,7 +29,7 @@ class Settings:
         judge_repeats: fresh answers behind each verdict; None: 20 for a randomized defense (100 in a `standard`
             protocol), else 1.
         device: `cpu`, `cuda`, or `auto`: cuda where there is one.
-        out: run folder; None keeps the result in memory.
+        out: run folder, or its URL; None keeps the result in memory.
         resume: continue the run in `out`.
         runner: where units run; see robench.runners.
         workers: processes that share the units (and the cores); needs `out`, and names that workers can load.
@@ -51,7 +52,7 @@ class Settings:
     eot: int | None = None
     judge_repeats: int | None = None
     device: str = "auto"
-    out: str | Path | None = None
+    out: str | Place | None = None
     resume: bool = False
     runner: str = "local"
     workers: int = 1

@@ -16,9 +16,9 @@ from robench.data import Dataset, load_dataset
 from robench.defense import Defense
 from robench.detection import ReliabilityBin, auroc, calibration_interval, reliability_table
 from robench.errors import UsageError
+from robench.estimate import Estimate
 from robench.evaluate import check_images
 from robench.registry import load_defense
-from robench.result import Estimate
 from robench.rng import seeded
 from robench.settings import Settings
 from robench.stats import wilson

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor
 
 from robench.attack import Attack
+from robench.batches import own_batches
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
 from robench.plan import AttackEntry, RunSpec, Unit
-from robench.rng import seeded
+from robench.rng import check_unseeded, seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.unit_table import CLEAN, WORST, UnitTable
@@ -122,9 +125,7 @@ class _Scene:
         return self.work.spec.seed, self.unit.index, key, repr(eps)
 
     def judge(self, x: Images, *purpose: str | int) -> Tensor:
-        repeats, on_query = self.work.spec.judge_repeats, self.work.counter("judge")
-        with seeded(*purpose, device=x.device):
-            return judge(self.work.defense, x, repeats, on_query=on_query)
+        return judge_seeded(self.work, x, *purpose)
 
     def is_settled(self, right: Tensor) -> Tensor:
         """Where an error is established, so that no attack can add to it: no answer at all was right."""
@@ -146,13 +147,25 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     device = work.spec.device
     x, y = work.x[unit.start : unit.stop].to(device), work.y[unit.start : unit.stop].to(device)
     table = UnitTable(work.index[unit.start : unit.stop], y)
-    with seeded(work.spec.seed, unit.index, CLEAN, device=device):
-        clean = judge(work.defense, x, work.spec.judge_repeats, on_query=work.counter("judge"))
-    table.add(0.0, CLEAN, ["ok"] * len(x), clean)
-    scene = _Scene(work, unit, x, y, clean, table)
-    for eps in work.spec.eps:
-        _run_bound(scene, ThreatModel(work.spec.norm, eps))
-    return table.build()
+    with own_batches(work.defense) as notes, contextlib.redirect_stdout(sys.stderr):  # what plugins print
+        clean = judge_seeded(work, x, work.spec.seed, unit.index, CLEAN)
+        table.add(0.0, CLEAN, ["ok"] * len(x), clean)
+        scene = _Scene(work, unit, x, y, clean, table)
+        for eps in work.spec.eps:
+            _run_bound(scene, ThreatModel(work.spec.norm, eps))
+    return table.build(notes)
+
+
+def judge_seeded(work: UnitWork, x: Images, *purpose: str | int) -> Tensor:
+    """The judge's answers on images, `b k`, on randomness of their own.
+
+    Raises:
+        PluginError: the defense broke the contract.
+    """
+    with seeded(*purpose, device=x.device):
+        votes = judge(work.defense, x, work.spec.judge_repeats, on_query=work.counter("judge"))
+        check_unseeded(*purpose, who=f'defense "{work.defense.name}"')
+    return votes
 
 
 def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
@@ -163,7 +176,7 @@ def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
     for entry in work.spec.attacks:
         try:
             found = _search(scene, entry, threat, worst)
-        except Exception:  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so
+        except (Exception, SystemExit):  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so
             work.failures[entry.key] = traceback.format_exc()
             scene.table.add(threat.eps, entry.key, ["failed"] * len(x), torch.zeros_like(scene.clean))
             continue
@@ -261,11 +274,13 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
     originals, labels = scene.x[mask], scene.y[mask]
     if spec.query_budget is not None:
         victim.watch(originals, labels, threat)
-    with seeded(*scene.purpose(entry.key, threat.eps), "attack", device=device):
+    purpose = (*scene.purpose(entry.key, threat.eps), "attack")
+    with seeded(*purpose, device=device):
         try:
             x_adv = attack(victim, originals.clone(), labels.clone(), threat)
         except BudgetExhausted:
             x_adv = victim.ledger.best if victim.ledger.best is not None else originals
+        check_unseeded(*purpose, who=f'attack "{entry.key}" or the defense')
     broken = check_bounds(originals, x_adv, threat).broken_rule()
     if broken:
         raise PluginError(f'attack "{entry.key}": {broken}; the threat model is {threat}')

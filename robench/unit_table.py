@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 CLEAN: Final = "clean"
 WORST: Final = "worst"
+NOTES: Final = "notes"
+X_ADV: Final = "x_adv"
 COLUMNS: Final = (
     "eps",
     "attack",
@@ -25,7 +29,7 @@ COLUMNS: Final = (
     "distance",
     "forwards",
     "backwards",
-    "x_adv",
+    X_ADV,
 )
 
 
@@ -57,8 +61,8 @@ class UnitTable:
         for name, value in values.items():
             self.columns[name].extend(value)
 
-    def build(self) -> pa.Table:
-        """The table as Arrow."""
+    def build(self, notes: Sequence[str] = ()) -> pa.Table:
+        """The table as Arrow; notes on how it came about stand in its metadata."""
         import pyarrow as pa
 
         types = {
@@ -74,7 +78,13 @@ class UnitTable:
             "backwards": pa.int64(),
             "x_adv": pa.binary(),
         }
-        return pa.table({name: pa.array(self.columns[name], types[name]) for name in COLUMNS})
+        table = pa.table({name: pa.array(self.columns[name], types[name]) for name in COLUMNS})
+        return table.replace_schema_metadata({NOTES: json.dumps(list(notes))}) if notes else table
+
+
+def notes_of(table: pa.Table) -> list[str]:
+    """The notes on how a unit's table came about."""
+    return [str(note) for note in json.loads((table.schema.metadata or {}).get(NOTES.encode(), b"[]"))]
 
 
 def _numbers(values: Tensor | None, n: int, kind: type) -> Any:

@@ -13,11 +13,12 @@ from robench.bundle import MANIFEST, read_bundle
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
 from robench.errors import DataError, UsageError
+from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge
 from robench.leaderboard import Row
 from robench.plan import RunSpec
 from robench.registry import builtin_names, load_defense, parse_spec
-from robench.result import Answers, Estimate, Evaluation
+from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
 from robench.stats import differ

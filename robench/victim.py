@@ -6,21 +6,19 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from robench.attack import ACCESS_LEVELS, Access, Randomness
+from robench.batches import pass_in_batches
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError
 from robench.losses import Loss, TargetedLoss, aim, margin
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, PerExample
-
-BATCH_ROWS: Final = 512
-"""Rows of one pass where the defense names no limit of its own."""
 
 
 class Gradient(NamedTuple):
@@ -212,8 +210,8 @@ class Victim:
         aimed = aim(loss, target)
         goal = y if target is None else target
         with self._controlled(x):
-            folded = zip(self._fold(x), self._fold(y), self._fold(goal), strict=True)
-            parts = [self._differentiate(*rows, aimed) for rows in folded]
+            folded = self._fold(x), self._fold(y), self._fold(goal)
+            parts = pass_in_batches(self._defense, lambda x, y, goal: self._differentiate(x, y, goal, aimed), *folded)
         mean = [torch.cat(part).unflatten(0, (self.eot, -1)).mean(0) for part in zip(*parts, strict=True)]
         result = self._confirm(Gradient(*mean), x, y, goal, aimed)
         self._remember(x, result.logits)
@@ -262,7 +260,9 @@ class Victim:
             return self._draw(x).mean(0)
         self._charge(len(x), forwards=self.eot, backwards=0)
         with self._controlled(x):
-            answers = [self._defense.adaptive_forward(rows, self._mode) for rows in self._fold(x)]
+            answers = pass_in_batches(
+                self._defense, lambda rows: self._defense.adaptive_forward(rows, self._mode), self._fold(x)
+            )
         logits = torch.cat(answers).unflatten(0, (self.eot, -1)).mean(0)
         self._check_shape(logits, len(x))
         logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
@@ -289,20 +289,21 @@ class Victim:
     def _draw(self, x: Images) -> Tensor:
         """Logits of `eot` draws: eot b k."""
         self._charge(len(x), forwards=self.eot, backwards=0)
-        answers = []
+
+        def answer(rows: Images) -> Logits:
+            logits = self._defense(rows)
+            self._check_shape(logits, len(rows))
+            return logits
+
         with torch.no_grad(), self._controlled(x):
-            for rows in self._fold(x):
-                answer = self._defense(rows)
-                self._check_shape(answer, len(rows))
-                answers.append(answer)
+            answers = pass_in_batches(self._defense, answer, self._fold(x))
         draws = torch.cat(answers).unflatten(0, (self.eot, -1))
         self._remember(x, draws.mean(0))
         return draws
 
-    def _fold(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The EOT draws of images or labels as one batch, draw-major, in parts that memory allows."""
-        size = self._defense.batch_rows or BATCH_ROWS
-        return rows.repeat(self.eot, *[1] * (rows.ndim - 1)).split(size)
+    def _fold(self, rows: Tensor) -> Tensor:
+        """The EOT draws of images or labels as one batch, draw-major."""
+        return rows.repeat(self.eot, *[1] * (rows.ndim - 1))
 
     def _check_shape(self, logits: Tensor, rows: int) -> None:
         if logits.shape != (rows, self.num_classes):

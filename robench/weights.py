@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from robench.defense import Defense
+from robench.defense import Defense, weights_digest
 from robench.errors import DataError, UsageError
-from robench.store import write_atomic
+from robench.files import write_atomic
 
 D = TypeVar("D", bound=Defense)
 
@@ -44,6 +44,11 @@ def build_and_load(cls: type[D], dataset: str | None, weights: str | Path | None
     card = read_card(path)
     defense = _build(cls, {**card.get("options", {}), **options})
     load_weights(defense, path)
+    if card.get("weights_digest", weights_digest(defense)) != weights_digest(defense):
+        raise DataError(
+            f"weights file {path} is damaged, or not that of its card: its weights do not have the digest that "
+            f"{path.with_suffix('.json').name} names. Get both again"
+        )
     return defense
 
 

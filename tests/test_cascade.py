@@ -15,9 +15,10 @@ from engine_toys import Bad, Linear, Noisy, Nudge, Partial, Still, Upward, some_
 
 from robench.attack import Attack
 from robench.errors import DataError
+from robench.estimate import Estimate
 from robench.evaluate import evaluate
 from robench.judge import judge
-from robench.result import Estimate, Evaluation
+from robench.result import Evaluation
 from robench.testing import LinearToy
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST

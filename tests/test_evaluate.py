@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from robench.attack import Attack
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
+from robench.estimate import Estimate
 from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.losses import margin
 from robench.protocol import Protocol
-from robench.result import Estimate, Evaluation
+from robench.result import Evaluation
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST

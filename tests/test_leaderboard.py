@@ -39,7 +39,7 @@ def result() -> Evaluation:
 def named(result: Evaluation, defense: str = "noisy", dataset: str = "toys", **fields: object) -> Evaluation:
     """The same result under other names."""
     spec = dataclasses.replace(result.spec, defense_name=defense, dataset=dataset, **fields)  # type: ignore[arg-type]
-    return Evaluation(spec, result.units, folder=None, created="2026-01-02")
+    return result.under(spec, "2026-01-02")
 
 
 def add(result: Evaluation, folder: Path) -> list[Path]:

@@ -12,9 +12,9 @@ import torch
 
 import robench
 from robench.attack import Attack
+from robench.estimate import Estimate
 from robench.protocol import PROTOCOLS
 from robench.registry import load_attack
-from robench.result import Estimate
 from robench.testing import LinearToy, NoisyLinearToy, NullDefense
 from robench.threat import ThreatModel
 

@@ -29,7 +29,7 @@ def make_run(folder: Path, attacks: Any = "fgsm", norm: str = "linf", dataset: s
     bounds = [ThreatModel(norm, eps) for eps in (0.01, 0.02, 0.03)]
     result = evaluate(Linear(), attacks, bounds, grid_images(12), defense_spec=name)
     spec = dataclasses.replace(result.spec, dataset=dataset)
-    return Evaluation(spec, result.units, folder=None, created="2026-01-02").save(folder)
+    return result.under(spec, "2026-01-02").save(folder)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from robench.result import Answers
+from robench.estimate import Answers
 from robench.stats import differ, mean_interval, wilson
 
 Fractions = npt.NDArray[np.float64]

@@ -18,9 +18,10 @@ from engine_toys import Bad, Linear, Noisy, grid_images
 
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
+from robench.files import write_atomic
 from robench.plan import SCHEMA, RunSpec, plan_units
 from robench.result import Evaluation
-from robench.store import RunStore, write_atomic
+from robench.store import RunStore
 from robench.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.1)
@@ -97,12 +98,12 @@ def test_a_written_file_is_whole_and_readable_by_others(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_finished_units_and_resume_goes_on(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """run.json, two units and their times fit; the third unit does not."""
+    """run.json and two units fit; the third unit does not."""
     folder, sync, calls = tmp_path / "run", os.fsync, [0]
 
     def fill_up(handle: int) -> None:
         calls[0] += 1
-        if calls[0] > 5:
+        if calls[0] > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(handle)
 
@@ -227,6 +228,7 @@ def test_lost_times_are_unknown_and_nothing_else(folder: Path) -> None:
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / "run.json").read_text())
+    del content["digest"]  # as in a folder written before there was one
     change(content)
     (folder / "run.json").write_text(json.dumps(content))
 

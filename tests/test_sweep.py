@@ -28,9 +28,10 @@ from hypothesis import strategies as st
 from robench.attack import Attack
 from robench.defense import Defense
 from robench.errors import DataError
+from robench.estimate import Estimate
 from robench.evaluate import evaluate
 from robench.judge import judge
-from robench.result import Estimate, Evaluation
+from robench.result import Evaluation
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
 

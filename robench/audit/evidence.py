@@ -16,9 +16,10 @@ import torch
 from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import PluginError
+from robench.estimate import Answers, Estimate
 from robench.evaluate import evaluate as evaluate
 from robench.losses import Loss
-from robench.result import Answers, Estimate, Evaluation
+from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import RANDOMIZED_EOT
 from robench.threat import ThreatModel

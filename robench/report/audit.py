@@ -15,9 +15,9 @@ from robench.audit import Audit
 from robench.audit.finding import Plot
 from robench.check_names import QUESTIONS
 from robench.errors import UsageError
+from robench.files import write_atomic
 from robench.report.exhibit import draw_rows
 from robench.report.page import load_template
-from robench.store import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from robench.command import RunRequest
-    from robench.result import Estimate, Evaluation
+    from robench.estimate import Estimate
+    from robench.result import Evaluation
 
 NO_ESTIMATE = "failed"
 

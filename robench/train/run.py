@@ -20,8 +20,8 @@ from torch import Tensor
 from robench.data import Dataset, draw_stratified
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
+from robench.files import write_atomic
 from robench.rng import seed_for, seeded
-from robench.store import write_atomic
 from robench.train.recipe import Recipe, Stage
 from robench.types import Images, Labels
 

@@ -12,7 +12,7 @@ from robench.audit.evidence import Evidence
 from robench.audit.finding import Curve, Plot, Verdict
 from robench.audit.statistics import compare
 from robench.check_names import QUESTIONS
-from robench.result import Estimate
+from robench.estimate import Estimate
 
 
 @dataclass(frozen=True)

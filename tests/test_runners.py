@@ -16,6 +16,8 @@ from robench.errors import PluginError
 from robench.evaluate import evaluate
 from robench.registry import load_defense
 from robench.result import Evaluation
+from robench.study import make_study
+from robench.study_run import StudySettings, run_study
 from robench.types import Images, Logits
 
 HERE = Path(__file__)
@@ -75,6 +77,20 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_cluster_gives_the_bytes_of_one_process(tmp_path: Path) -> None:
+    """A study by one worker, by two, and by Ray."""
+    pytest.importorskip("ray")
+    study = make_study(
+        {"defenses": [TOY, f"{HERE.with_name('engine_toys.py')}:Blindfold"], "threats": "linf 0.05", "n": 12}
+        | {"attacks": ["fgsm", "pgd(steps=2)"], "settings": {"unit_size": 4}}
+    )
+    for name, how in {"one": {"workers": 1}, "two": {"workers": 2}, "ray": {"workers": 2, "runner": "ray"}}.items():
+        result = run_study(study, StudySettings(tmp_path / name, progress=False, **how))  # type: ignore[arg-type]
+        assert result.failures == []
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "ray")
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_loses_nothing_but_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mortal = f"{HERE}:Mortal"
     run(tmp_path / "one", mortal)
@@ -85,9 +101,11 @@ def test_a_worker_that_dies_loses_nothing_but_its_unit(tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_workers_that_die_again_and_again_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_kills_its_workers_again_and_again_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ROBENCH_TEST_MORTAL", str(tmp_path / "mark"))
-    with pytest.raises(PluginError, match=r"died 3 times without finishing a unit .* 5 of 5 units are left"):
+    with pytest.raises(PluginError, match=r"unit \d: its worker process ended with signal SIGKILL \(5 times\)"):
         run(tmp_path / "run", f"{HERE}:Doomed", workers=2)
 
 

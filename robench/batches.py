@@ -1,0 +1,68 @@
+"""Passes through a defense in batches that memory allows; where it runs out, in smaller ones."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from robench.defense import Defense
+
+T = TypeVar("T")
+
+BATCH_ROWS: Final = 512
+"""Rows of one pass where the defense names no limit of its own."""
+
+
+def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor) -> list[T]:
+    """Calls `call` on slices of tensors of equal length, of at most `batch_rows` rows each; returns its results.
+
+    Where a slice does not fit into memory, `defense.batch_rows` is halved until it does, and stays there; see
+    `own_batches`.
+
+    Raises:
+        RuntimeError: out of memory with a single row, or what `call` raises.
+    """
+    done: list[T] = []
+    start, rows = 0, len(tensors[0])
+    while start < rows:
+        size = min(defense.batch_rows or BATCH_ROWS, rows)
+        try:
+            done.append(call(*(tensor[start : start + size] for tensor in tensors)))
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            start += size
+            continue
+        defense.batch_rows = size // 2  # outside the handler, whose traceback keeps the pass's tensors alive
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return done
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or here."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+
+
+@contextlib.contextmanager
+def own_batches(defense: Defense) -> Iterator[list[str]]:
+    """Gives a defense its own batch size back at the end of the block; the list then says if memory had run out.
+
+    A unit of work runs inside, so that what it computes does not depend on the units before it.
+    """
+    before, notes = defense.batch_rows, list[str]()
+    try:
+        yield notes
+    finally:
+        if defense.batch_rows != before:
+            notes.append(f"out of memory: batches of {defense.batch_rows} images instead of {before or BATCH_ROWS}")
+            defense.batch_rows = before

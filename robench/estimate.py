@@ -1,0 +1,83 @@
+"""Accuracies with intervals, and the judge's answers that they are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from robench.stats import mean_interval, wilson
+
+TRIES = (2, 5, 10, 20, 50, 100)
+"""The N of `best_of[N]`, as far as there are draws."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An accuracy with its 95 % interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+    def to_json(self) -> dict[str, float]:
+        """As JSON types, rounded to what the interval can carry."""
+        return {key: round(value, 6) for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The judge's answers on one set of images: votes per class, over the repeats.
+
+    Attributes:
+        votes: `examples classes`.
+        labels: the right class of each example.
+    """
+
+    votes: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+
+    @property
+    def repeats(self) -> int:
+        """Answers per example."""
+        return int(self.votes[0].sum()) if len(self.votes) else 1
+
+    @property
+    def right(self) -> npt.NDArray[np.int64]:
+        """Right answers of each example."""
+        counts: npt.NDArray[np.int64] = self.votes[np.arange(len(self.labels)), self.labels]
+        return counts
+
+    def accuracy(self) -> Estimate:
+        """Expected accuracy of a single answer: the mean over draws, then over examples."""
+        fractions = self.right / self.repeats
+        return Estimate(float(fractions.mean()), *mean_interval(fractions, self.repeats))
+
+    def majority(self) -> Estimate:
+        """Accuracy of a vote over all repeats; a tie counts as wrong."""
+        others = self.votes.copy()
+        others[np.arange(len(self.labels)), self.labels] = -1
+        won = int((self.right > others.max(1)).sum())
+        return Estimate(won / len(self.labels), *wilson(won, len(self.labels)))
+
+    def best_of(self, tries: int) -> Estimate:
+        """Accuracy if the attacker may ask `tries` times and needs one error: unbiased, from the repeats."""
+        fractions = self.all_right(tries)
+        return Estimate(float(fractions.mean()), *mean_interval(fractions, self.repeats))
+
+    def all_right(self, tries: int) -> npt.NDArray[np.float64]:
+        """Of each example, the fraction of all choices of `tries` of its answers in which every answer is right."""
+        fractions = np.ones(len(self.labels))
+        for step in range(tries):
+            fractions *= np.clip(self.right - step, 0, None) / (self.repeats - step)
+        return fractions

@@ -1,0 +1,156 @@
+"""The runner on a Ray cluster: each task of a study is a Ray task. Needs the extra `robench[ray]`."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any, Final
+
+from robench.errors import UsageError
+from robench.runners.task import TRIES_BY_SIGNAL, Hear, Limits, Losses, Outcome, Task, perform
+from robench.runners.worker import limit_memory
+
+AHEAD: Final = 2
+"""Tasks handed to Ray for each that can run, so that no worker waits for the next one."""
+REARM_S: Final = 1.0
+
+
+def run_on_ray(
+    queue: deque[Task],
+    wanted: Callable[[Task], bool],
+    hear: Hear | None = None,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    limits: Limits | None = None,
+) -> Generator[Outcome]:
+    """Does tasks on a Ray cluster; see `Runner`. What a task prints goes to Ray's logs.
+
+    A task whose worker, node or memory was lost is done again. A task that hangs ends its worker.
+
+    Args:
+        queue: the tasks.
+        wanted: False for a task that is to be dropped.
+        hear: unused; workers on other machines report whole tasks only.
+        address: of a cluster, as `ray.init` takes it; None starts one on this machine, for as long as this lasts.
+        workers: tasks at once; None: as many as the cluster has room for.
+        limits: what each task may use; its threads and GPUs are asked of Ray.
+
+    Raises:
+        UsageError: Ray is not installed, or the cluster cannot be reached.
+    """
+    del hear
+    limits = limits or Limits()
+    ray = _connect(address, workers, limits)
+    try:
+        yield from _run(ray, queue, wanted, workers or _room(ray, limits), limits)
+    finally:
+        ray.shutdown()
+
+
+def _run(ray: Any, queue: deque[Task], wanted: Callable[[Task], bool], room: int, limits: Limits) -> Generator[Outcome]:
+    remote = ray.remote(_perform).options(
+        num_cpus=limits.threads, num_gpus=limits.gpus, max_retries=0, scheduling_strategy="SPREAD"
+    )
+    running: dict[Any, Task] = {}
+    losses = Losses()
+    while True:
+        while queue and len(running) < AHEAD * room:
+            task = queue.popleft()
+            if wanted(task):
+                running[remote.remote(task, limits)] = task
+        if not running:
+            return
+        for done in ray.wait(list(running), timeout=1.0)[0]:
+            outcome = _fetch(ray, done, running.pop(done), losses)
+            if isinstance(outcome, Outcome):
+                yield outcome
+            else:
+                queue.appendleft(outcome)
+
+
+def _connect(address: str | None, workers: int | None, limits: Limits) -> Any:
+    """Ray, connected.
+
+    Raises:
+        UsageError: it is not installed, or the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("the runner ray needs a package: pip install 'robench[ray]'") from None
+    options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address is not None:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            ray.init(num_cpus=None if workers is None else workers * limits.threads, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}") from None
+    return ray
+
+
+def _room(ray: Any, limits: Limits) -> int:
+    """Tasks that the cluster can run at once."""
+    found = ray.cluster_resources()
+    rooms = [found.get("CPU", 1.0) / limits.threads]
+    if limits.gpus:
+        rooms.append(found.get("GPU", 0.0) / limits.gpus)
+    if min(rooms) < 1:
+        raise UsageError(
+            f"the Ray cluster has no room for a task of {limits.threads} threads and {limits.gpus:g} GPUs; "
+            f"it has {found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs"
+        )
+    return int(min(rooms))
+
+
+def _fetch(ray: Any, done: Any, task: Task, losses: Losses) -> Outcome | Task:
+    """What became of a task; the task itself where it is to be done again."""
+    try:
+        outcome: Outcome = ray.get(done)
+    except ray.exceptions.RayError as error:  # the worker, its node or its memory was lost
+        reason = f"Ray lost its worker ({type(error).__name__}): it died, or hung"
+        return losses.give_up(task, reason, TRIES_BY_SIGNAL) or task
+    return outcome
+
+
+def _perform(task: Task, limits: Limits) -> Outcome:
+    """In a Ray worker: does a task, and ends the process if it hangs."""
+    import torch
+
+    torch.set_num_threads(limits.threads)
+    if limits.memory_gb and not limits.gpus:
+        limit_memory(limits.memory_gb)
+    watch = _Watchdog(limits)
+    try:
+        return perform(task, watch)
+    finally:
+        watch.end()
+
+
+class _Watchdog:
+    """Ends the process when no pass is finished for too long, or the task takes too long; needs no Python thread."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.started = time.monotonic()
+        self.armed = -REARM_S
+        self(0, "")
+
+    def __call__(self, passes: int, kind: str) -> None:
+        del passes, kind
+        now = time.monotonic()
+        if now - self.armed < REARM_S:
+            return
+        left = float("inf") if self.limits.task_s is None else self.limits.task_s - (now - self.started)
+        faulthandler.dump_traceback_later(max(min(self.limits.stall_s, left), 0.1), exit=True)
+        self.armed = now
+
+    def end(self) -> None:
+        faulthandler.cancel_dump_traceback_later()

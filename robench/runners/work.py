@@ -1,0 +1,237 @@
+"""What workers do: plan a run, do one of its units, audit it. Each takes its request and who hears of passes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from robench.data import Dataset, load_dataset
+from robench.defense import weights_digest
+from robench.errors import PluginError, UsageError
+from robench.evaluate import expected_passes, open_store, prepare
+from robench.files import as_place
+from robench.judge import judge
+from robench.plan import Unit, plan_units
+from robench.registry import load_attack, load_defense
+from robench.rng import seeded
+from robench.runners.task import Hear
+from robench.settings import make_settings
+from robench.store import SPEC_FILE, RunStore
+from robench.threat import ThreatModel
+from robench.unit import UnitWork, run_unit
+from robench.victim import Victim
+
+
+@dataclass(frozen=True)
+class UnitRequest:
+    """A unit of a run.
+
+    Attributes:
+        folder: the run folder, which holds the spec; may be a URL.
+        unit: which.
+        data_dir: folder with datasets; empty: `ROBENCH_DATA`.
+        shared: hold the run's lock together with other workers; False where whoever asks holds it.
+    """
+
+    folder: str
+    unit: Unit
+    data_dir: str = ""
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A run to be planned.
+
+    Attributes:
+        folder: the run folder.
+        defense: its name.
+        dataset: the dataset's name.
+        attacks: names of attacks, or one protocol's.
+        norm: of the threat models.
+        eps: the bounds.
+        settings: fields of `Settings`.
+        dry: leave the run folder as it is.
+    """
+
+    folder: str
+    defense: str
+    dataset: str
+    attacks: tuple[str, ...]
+    norm: str
+    eps: tuple[float, ...]
+    settings: Mapping[str, Any] = field(hash=False, default_factory=dict)
+    dry: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A planned run.
+
+    Attributes:
+        units: all its units.
+        missing: those that are not stored.
+        notes: what was found damaged.
+        queries: forward and backward passes of all its units, at most.
+        seconds: time of all its units, at most, by a short calibration.
+    """
+
+    units: tuple[Unit, ...]
+    missing: tuple[Unit, ...]
+    notes: tuple[str, ...]
+    queries: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AuditWork:
+    """A defense to be audited.
+
+    Attributes:
+        folder: of the audit.
+        defense: its name.
+        dataset: the dataset's name.
+        norm: of the threat model.
+        eps: its bound.
+        settings: `n`, `seed`, `eot`, `device`, `data_dir`, as `robench.audit` takes them.
+    """
+
+    folder: str
+    defense: str
+    dataset: str
+    norm: str
+    eps: float
+    settings: Mapping[str, Any] = field(hash=False, default_factory=dict)
+
+
+def do_unit(request: UnitRequest, hear: Hear | None) -> float:
+    """Does a unit and stores it; returns its seconds.
+
+    Raises:
+        RobenchError: see `run_unit` and `RunStore.write`.
+    """
+    started = time.monotonic()
+    work, store = _prepare(request.folder, request.data_dir)
+    with store.locked(shared=True) if request.shared else contextlib.nullcontext():
+        work.on_query = hear
+        table = run_unit(work, request.unit)
+        if weights_digest(work.defense) != work.spec.weights_digest:
+            _prepare.cache_clear()
+            raise PluginError(
+                f'defense "{work.defense.name}": its weights or buffers changed during the run; nothing counts'
+            )
+        store.write(request.unit, table, work.failures)
+    work.failures.clear()
+    return time.monotonic() - started
+
+
+def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
+    """Checks that a run can be done, makes its folder or takes up the one that is there, and guesses its time.
+
+    Raises:
+        RobenchError: see `robench.evaluate`.
+    """
+    del hear
+    started = make_settings({**request.settings, "defense_spec": request.defense})
+    data = _dataset(request.dataset, started.n, started.seed, str(started.data_dir or ""))
+    defense = load_defense(request.defense, request.dataset)
+    threats = [ThreatModel(request.norm, eps) for eps in request.eps]
+    work = prepare(defense, list(request.attacks), threats, data, started)
+    folder = as_place(request.folder)
+    exists = (folder / SPEC_FILE).exists()
+    store = None if request.dry and not exists else open_store(work.spec, folder, resume=exists)
+    units, notes = plan_units(work.spec), list[str]()
+    if store is not None and not request.dry:
+        with store.locked():
+            notes = store.set_aside_damaged(units)
+    done = store.finished() if store is not None else {}
+    missing = tuple(unit for unit in units if unit.index not in done)
+    passes = expected_passes(work, units)
+    per_judge, per_attack = _seconds_per_pass(work)
+    seconds = passes["judge"] * per_judge + passes["attack"] * per_attack
+    return Planned(tuple(units), missing, tuple(notes), sum(passes.values()), seconds)
+
+
+def do_audit(request: AuditWork, hear: Hear | None) -> str:
+    """Audits a defense and writes the report; returns the verdict.
+
+    Raises:
+        RobenchError: see `robench.audit`.
+    """
+    from robench.audit import audit
+    from robench.report.audit import write_audit
+
+    del hear
+    folder = Path(request.folder)
+    defense = load_defense(request.defense, request.dataset)
+    threat = ThreatModel(request.norm, request.eps)
+    found = audit(defense, threat, request.dataset, out=folder, defense_spec=request.defense, **dict(request.settings))
+    write_audit(found, folder)
+    return found.verdict
+
+
+FUNCTIONS: Final[dict[str, Callable[[Any, Hear | None], Any]]] = {
+    "unit": do_unit,
+    "plan": plan_run,
+    "audit": do_audit,
+}
+
+
+@functools.lru_cache(maxsize=4)
+def _dataset(name: str, n: int | None, seed: int, data_dir: str) -> Dataset:
+    from robench.settings import DEFAULT_N
+
+    return load_dataset(name, "test", n or DEFAULT_N, seed, Path(data_dir) if data_dir else None)
+
+
+@functools.lru_cache(maxsize=2)
+def _prepare(folder: str, data_dir: str) -> tuple[UnitWork, RunStore]:
+    """Loads what a run works with.
+
+    Raises:
+        UsageError: what is loaded is not what the run was planned with.
+    """
+    store = RunStore.open(as_place(folder))
+    spec = store.spec
+    defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    data = _dataset(spec.dataset, spec.n, spec.seed, data_dir)
+    if (weights_digest(defense), data.digest) != (spec.weights_digest, spec.data_digest):
+        raise UsageError(f'a worker loads other weights or images by "{spec.defense}" and "{spec.dataset}"')
+    attacks = {entry.key: load_attack(entry.spec) for entry in spec.attacks}
+    return UnitWork(spec, defense.to(spec.device), attacks, data.x, data.y, data.index), store
+
+
+def _seconds_per_pass(work: UnitWork) -> tuple[float, float]:
+    """Measured time of one image's pass: of the judge, and of half a gradient query (one pass of two)."""
+    defense, device = work.defense.to(work.spec.device), work.spec.device
+    x, y = work.x[:32].to(device), work.y[:32].to(device)
+    with seeded(work.spec.seed, "calibrate", device=device):
+        few = _time(lambda: judge(defense, x[:2], 1)) / len(x[:2])
+        if few < 0.05:
+            few = _time(lambda: judge(defense, x, 1)) / len(x)
+        rows = x if few < 0.05 else x[:2]
+        victim = Victim(defense, "gradient", len(rows))
+        try:
+            gradient = _time(lambda: victim.gradient(rows, y[: len(rows)])) / len(rows)
+        except (Exception, SystemExit):  # noqa: BLE001 - a guess must not fail; the attacks will tell what is wrong
+            gradient = 2 * few
+    defense.to("cpu")
+    return few, gradient / 2
+
+
+def _time(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+__all__ = ["FUNCTIONS", "AuditWork", "PlanRequest", "Planned", "UnitRequest", "do_audit", "do_unit", "plan_run"]

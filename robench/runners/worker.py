@@ -1,0 +1,88 @@
+"""A worker process: takes tasks from a pipe, one at a time, until the pipe is closed. Imports torch late."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from robench.runners.task import Limits, perform
+
+READY, PASSES, DONE = "ready", "passes", "done"
+REPORT_S: Final = 0.5
+"""Seconds between two reports of passes."""
+PR_SET_PDEATHSIG: Final = 1
+
+
+def serve(pipe: Connection[Any, Any], limits: Limits, number: int) -> None:
+    """The life of a worker.
+
+    Args:
+        pipe: to the process that gives the tasks.
+        limits: what the worker may use.
+        number: of the worker; with GPUs, which are its own.
+    """
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it and ends the workers
+    os.dup2(2, 1)  # what plugins print must not be taken for the command's answer
+    if limits.gpus:
+        count = max(round(limits.gpus), 1)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(count * (number + 1))[count * number :])
+    import torch
+
+    torch.set_num_threads(limits.threads)
+    if limits.memory_gb and not limits.gpus:  # a CUDA driver reserves far more than it uses
+        limit_memory(limits.memory_gb)
+    report = _Reporter(pipe)
+    pipe.send((READY,))
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            task = pipe.recv()
+            outcome = perform(task, report)
+            report.flush()
+            sys.stdout.flush()
+            pipe.send((DONE, outcome))
+
+
+def limit_memory(gigabytes: float) -> None:
+    """Lets allocations beyond a limit fail in this process, so that a plugin that takes ever more hears of it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(gigabytes * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard < 0 else min(wanted, hard), hard))
+
+
+class _Reporter:
+    """Tells the parent of passes, a few times a second."""
+
+    def __init__(self, pipe: Connection[Any, Any]) -> None:
+        self.pipe, self.passes, self.sent = pipe, dict[str, int](), time.monotonic()
+
+    def __call__(self, passes: int, kind: str) -> None:
+        self.passes[kind] = self.passes.get(kind, 0) + passes
+        if time.monotonic() - self.sent >= REPORT_S:
+            self.flush()
+
+    def flush(self) -> None:
+        for kind, passes in self.passes.items():
+            self.pipe.send((PASSES, passes, kind))
+        self.passes.clear()
+        self.sent = time.monotonic()
+
+
+def _visible(count: int) -> list[str]:
+    """The first GPUs that this process may use, by name or number."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return (named.split(",") if named else [str(number) for number in range(count)])[:count]
+
+
+def _die_with_parent() -> None:
+    """Asks the kernel to end this process when its parent dies, also by SIGKILL; does nothing where it cannot."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
