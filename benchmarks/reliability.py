@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve()
 STUDY = """
 defenses = ["convnet(width=16)", "{toys}:Noisy"]
 threats = ["linf 0.05", "l2 0.5"]
-attacks = ["{toys}:Marked"]
+attacks = ["{toys}:Marked(steps=40)"]
 seeds = [0, 1]
 n = 64
 [settings]
@@ -110,7 +110,7 @@ class Killer:
         """Kills workers until it kills the driver (True) or the driver ends (False)."""
         while not self.is_done:
             kind = self.chance.choice(["driver", "worker"])
-            wake = time.monotonic() + self.chance.uniform(0.5, 6.0 if kind == "driver" else 3.0)
+            wake = time.monotonic() + self.chance.uniform(0.5, 14.0 if kind == "driver" else 4.0)
             while time.monotonic() < wake or (kind == "worker" and not workers_of(driver.pid)):
                 time.sleep(0.02)
                 if driver.poll() is not None:
@@ -211,6 +211,7 @@ def flips(places: int) -> None:
         "timings.json": ([run / "timings.json"], figures),
         "result.json, row.csv": ([run / "result.json", run / "row.csv"], figures),
         "weights": ([weights[0]], loaded),
+        "model card": ([weights[1]], loaded),
         "evidence bundle": (sorted(bundle.iterdir()), lambda: _claims(bundle)),
         "leaderboard": ([board], lambda: [_checked(row, root) for row in read_rows(board)]),
     }
@@ -330,23 +331,13 @@ def memory() -> None:
     peaks = {}
     for n in (1000, 10_000):
         with tempfile.TemporaryDirectory() as folder:
-            words = [sys.executable, str(HERE), "peak", "--places", str(n), "--out", f"{folder}/run"]
-            peaks[n] = float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+            words = [sys.executable, "-m", "robench", "run", "--defense", "convnet(width=16)", "--n", str(n)]
+            words += ["--attack", "fgsm,pgd(steps=2)", "--out", f"{folder}/run"]
+            subprocess.run(words, check=True, capture_output=True)
+            peaks[n] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3  # the largest child so far
     more = 100 * (peaks[10_000] / peaks[1000] - 1)
     told = f"{peaks[1000]:.0f} MB and {peaks[10_000]:.0f} MB; convnet(width=16), fgsm and pgd(steps=2)"
     record("memory", "10,000 images against 1,000", {"more, %": (round(more, 1), "10", told)})
-
-
-def peak(n: int, out: str) -> None:
-    """Runs over n images and prints the peak memory in MB."""
-    import torch
-
-    from robench import ThreatModel, evaluate, load_defense
-
-    torch.set_num_threads(1)
-    defense = load_defense("convnet(width=16)", "fashion_mnist")
-    evaluate(defense, "fgsm,pgd(steps=2)", ThreatModel("linf", 0.1), "fashion_mnist", n=n, out=out)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
 def listing(count: int = 100_000) -> None:
@@ -371,11 +362,10 @@ def listing(count: int = 100_000) -> None:
 def main() -> None:
     """Does one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["kills", "flips", "throughput", "overhead", "memory", "listing", "peak"])
+    parser.add_argument("part", choices=["kills", "flips", "throughput", "overhead", "memory", "listing"])
     parser.add_argument("--runner", default="local")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--places", type=int, default=1000)
-    parser.add_argument("--out", default="")
     given = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
         "kills": lambda: kills(given.runner, given.kills),
@@ -384,7 +374,6 @@ def main() -> None:
         "overhead": overhead,
         "memory": memory,
         "listing": listing,
-        "peak": lambda: peak(given.places, given.out),
     }
     parts[given.part]()
 

@@ -34,6 +34,8 @@ def main() -> None:
     """
     # Threads that spin while they wait stall each other where another program holds a core (505 s against 72 seen).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+    # Attacks pass batches of many sizes, and oneDNN keeps code and memory for a thousand of them (40 MB seen).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         status = app(standalone_mode=False)  # typer returns the status of an Exit, and 130 for a KeyboardInterrupt
         if status == 130:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ __all__ = ["Dataset", "DatasetInfo", "digest_data", "draw_stratified", "list_dat
 
 _IMAGE_COLUMNS = ("image", "img")  # uoft-cs/cifar10 says img
 _CONVERT_TO = {"1": "L", "L": "L", "LA": "L"} | dict.fromkeys(("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"), "RGB")
+_DECODED_AT_ONCE: Final = 512
 _MOST_CLASSES = 100_000  # where there are no class names
 _DAMAGED_IMAGE = (OSError, EOFError, SyntaxError, ValueError)  # what Pillow raises for bytes that are no whole image
 
@@ -295,18 +296,22 @@ def _open_rows(rows: Any, where: str, num_classes: int | None = None) -> _Split:
 def _decode(rows: Any, column: str, index: np.ndarray, where: str) -> Images:
     """Decode the images at `index`; bytes only, so that a file cannot make us open another file or an address."""
 
-    def read(datasets: Any) -> np.ndarray:
-        cells = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))[index.tolist()][column]
-        image = datasets.Image()
-        pixels: list[np.ndarray] = []
-        for position, cell in zip(index.tolist(), cells, strict=True):
-            pixels.append(_decode_one(image, cell, f"{where}: image {position}"))
-            if pixels[-1].shape != pixels[0].shape:
-                raise DataError(
-                    f"{where}: expected images of one size; image {index[0]} is {pixels[0].shape} and image {position}"
-                    f" is {pixels[-1].shape} (channels, height, width). Resize them beforehand."
-                )
-        return np.stack(pixels)
+    def read(datasets: Any) -> Images:
+        bytes_only = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        image, decoded = datasets.Image(), torch.empty(0)
+        for start in range(0, len(index), _DECODED_AT_ONCE):  # parts, so that the memory is little more than the result
+            part = index[start : start + _DECODED_AT_ONCE].tolist()
+            for offset, cell in enumerate(bytes_only[part][column]):
+                pixels = _decode_one(image, cell, f"{where}: image {part[offset]}")
+                if not len(decoded):
+                    decoded = torch.empty(len(index), *pixels.shape)
+                if pixels.shape != decoded.shape[1:]:
+                    raise DataError(
+                        f"{where}: expected images of one size; image {index[0]} is {tuple(decoded.shape[1:])} and "
+                        f"image {part[offset]} is {pixels.shape} (channels, height, width). Resize them beforehand."
+                    )
+                decoded[start + offset] = torch.tensor(pixels)
+        return decoded.div_(255)
 
     def refuse(reason: str) -> RobenchError:
         return DataError(
@@ -314,7 +319,7 @@ def _decode(rows: Any, column: str, index: np.ndarray, where: str) -> Images:
             " Write the images as struct(bytes, path), as on the hub."
         )
 
-    return torch.from_numpy(read_quietly(read, refuse)).to(torch.float32).div_(255)  # b c h w
+    return read_quietly(read, refuse)  # b c h w
 
 
 def _decode_one(image: Any, cell: Any, where: str) -> np.ndarray:

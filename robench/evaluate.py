@@ -247,10 +247,9 @@ def check_images(x: Images, y: Labels, defense: Defense) -> None:
     """
     if not len(x):
         raise UsageError("data must hold at least one image; got none")
-    if not bool((x >= 0).all() and (x <= 1).all()):
-        raise UsageError(
-            f"images must lie in [0, 1]; got values from {x.min().item():g} to {x.max().item():g}. Divide by 255?"
-        )
+    least, most = (value.item() for value in x.aminmax())  # NaN if any pixel is, and without a mask of all pixels
+    if not (least >= 0 and most <= 1):
+        raise UsageError(f"images must lie in [0, 1]; got values from {least:g} to {most:g}. Divide by 255?")
     if tuple(x.shape[1:]) != tuple(defense.input_shape):
         raise UsageError(
             f'defense "{defense.name}" takes images of shape {tuple(defense.input_shape)}; '

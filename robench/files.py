@@ -84,6 +84,13 @@ def write_atomic(path: Place, content: bytes) -> None:
             raise
 
 
+def list_names(folder: Place) -> list[str]:
+    """The names of all files in a folder, in any order; none where there is no such folder."""
+    if isinstance(folder, Path):
+        return os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - an object for each file takes longer
+    return [path.name for path in folder.iterdir()] if folder.exists() else []
+
+
 def move(path: Place, target: Place) -> None:
     """Moves a file within one store.
 

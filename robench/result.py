@@ -82,7 +82,12 @@ class Evaluation:
         units = [unit.drop_columns([X_ADV]) for unit in store.read_all(plan_units(store.spec))]
         seconds = sum(store.timings().values()) or None
         failures = store.failures()
-        return cls(store.spec, units, folder=store.folder, created=store.created, seconds=seconds, failures=failures)
+        try:
+            return cls(
+                store.spec, units, folder=store.folder, created=store.created, seconds=seconds, failures=failures
+            )
+        except (ValueError, IndexError) as error:  # counts of votes that differ, labels beyond the classes
+            raise DataError(f"{folder}: the units' tables do not fit together: {error}") from None
 
     def under(self, spec: RunSpec, created: str | None = None) -> Evaluation:
         """The same units under another spec, not stored; for one that differs in names only."""

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import DataError, UsageError
-from robench.files import Place, locked, make_folder, move, write_atomic
+from robench.files import Place, list_names, locked, make_folder, move, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,10 +97,10 @@ class RunStore:
         return cls(folder, RunSpec.from_json(spec), created)
 
     def finished(self) -> dict[int, Place]:
-        """The files of finished units, by unit number; lists the folder, 100,000 units in about half a second."""
+        """The files of finished units, by unit number; lists the folder, 100,000 units in about a second."""
         found = {}
         folder = self.folder / UNIT_FOLDER
-        for name in sorted(path.name for path in folder.iterdir()) if folder.exists() else ():
+        for name in sorted(list_names(folder)):
             match = re.fullmatch(r"(\d{5,})-[0-9a-f]{64}\.parquet", name)
             if match:
                 found[int(match[1])] = folder / name
@@ -117,8 +117,7 @@ class RunStore:
         for key, trace in (failures or {}).items():
             self.note_failure(unit, key, trace)
         buffer = io.BytesIO()
-        identity = {"robench": json.dumps([self.spec.digest(), unit.index])}
-        labelled = table.replace_schema_metadata({**(table.schema.metadata or {}), **identity})
+        labelled = table.replace_schema_metadata({**(table.schema.metadata or {}), b"robench": self._identity(unit)})
         pq.write_table(labelled, buffer, compression="zstd")
         content = buffer.getvalue()
         name = f"{unit.index:05d}-{hashlib.sha256(content).hexdigest()}.parquet"
@@ -134,7 +133,10 @@ class RunStore:
         Raises:
             DataError: it is missing, damaged, or of another run.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
+
+        from robench.unit_table import check_columns
 
         path = path or self.finished().get(unit.index)
         if path is None:
@@ -145,8 +147,12 @@ class RunStore:
         advice = f"'robench run --resume {self.folder}' moves it aside and does it again"
         if hashlib.sha256(content).hexdigest() != path.stem.split("-")[1]:
             raise DataError(f"{path} is damaged: its content does not have the digest in its name. {advice}")
-        table = pq.read_table(io.BytesIO(content))
-        if json.loads((table.schema.metadata or {}).get(b"robench", b"[]")) != [self.spec.digest(), unit.index]:
+        try:
+            table = pq.read_table(io.BytesIO(content))
+            check_columns(table)
+        except (pa.ArrowException, OSError, ValueError, DataError) as error:  # ValueError: a name is no UTF-8
+            raise DataError(f"{path} is no table of a unit: {error}. {advice}") from None
+        if (table.schema.metadata or {}).get(b"robench") != self._identity(unit):
             raise DataError(f"{path} belongs to another run. {advice}")
         return table
 
@@ -159,6 +165,10 @@ class RunStore:
         found = self.finished()
         for unit in units:
             yield self.read(unit, found.get(unit.index))
+
+    def _identity(self, unit: Unit) -> bytes:
+        """Names a unit of this run in its file."""
+        return json.dumps([self.spec.digest(), unit.index]).encode()
 
     def set_aside_damaged(self, units: Iterable[Unit]) -> list[str]:
         """Moves the files of finished units that cannot be read to `damaged/`; returns what was wrong with each."""

@@ -132,6 +132,8 @@ class StudyResult:
 
 
 FAILED: Final = "failed: "
+AUDIT_N: Final = 128
+"""An audit takes its own number of images, and fewer where the runs have fewer than this."""
 
 
 def do_study(path: Path, settings: StudySettings) -> StudyResult:
@@ -165,6 +167,8 @@ def run_study(study: Study, settings: StudySettings) -> StudyResult:
         UsageError: a run cannot be done; nothing was begun. Or nothing more can be stored.
     """
     folder = as_place(settings.out)
+    if study.audit and not isinstance(folder, Path):
+        raise UsageError(f"audits are written to a folder, not to {folder}; leave audit out, or give another --out")
     if settings.dry:
         return _Driver(study, settings, folder).work()
     make_folder(folder)
@@ -246,7 +250,8 @@ class _Driver:
 
         tasks = []
         for name, run in self.study.audits().items():
-            settings = {"seed": run.seed, "device": self.device, "data_dir": self.settings.data_dir}
+            few = self.study.n if self.study.n is not None and self.study.n < AUDIT_N else None
+            settings = {"n": few, "seed": run.seed, "device": self.device, "data_dir": self.settings.data_dir}
             known = _verdict(self.folder / name)
             if known:
                 self.audits[name] = known

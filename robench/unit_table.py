@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from torch import Tensor
 
+from robench.errors import DataError
 from robench.types import Labels
 
 if TYPE_CHECKING:
@@ -18,19 +19,20 @@ CLEAN: Final = "clean"
 WORST: Final = "worst"
 NOTES: Final = "notes"
 X_ADV: Final = "x_adv"
-COLUMNS: Final = (
-    "eps",
-    "attack",
-    "index",
-    "label",
-    "status",
-    "chosen",
-    "votes",
-    "distance",
-    "forwards",
-    "backwards",
-    X_ADV,
-)
+KINDS: Final = {
+    "eps": "double",
+    "attack": "string",
+    "index": "int64",
+    "label": "int64",
+    "status": "string",
+    "chosen": "string",
+    "votes": "list<item: int32>",
+    "distance": "double",
+    "forwards": "int64",
+    "backwards": "int64",
+    X_ADV: "binary",
+}
+"""The columns, and the Arrow type of each."""
 
 
 class UnitTable:
@@ -39,7 +41,7 @@ class UnitTable:
     def __init__(self, index: Tensor, y: Labels) -> None:
         """Starts an empty table for images at the positions `index` with labels y."""
         self.index, self.y = index.numpy(), y.cpu().numpy()
-        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self.columns: dict[str, list[Any]] = {name: [] for name in KINDS}
 
     def add(self, eps: float, attack: str, status: list[str], votes: Tensor, **more: Any) -> None:
         """Adds one row for each image; what `more` leaves out of the columns is empty or 0."""
@@ -65,26 +67,34 @@ class UnitTable:
         """The table as Arrow; notes on how it came about stand in its metadata."""
         import pyarrow as pa
 
-        types = {
-            "eps": pa.float64(),
-            "attack": pa.string(),
-            "index": pa.int64(),
-            "label": pa.int64(),
-            "status": pa.string(),
-            "chosen": pa.string(),
-            "votes": pa.list_(pa.int32()),
-            "distance": pa.float64(),
-            "forwards": pa.int64(),
-            "backwards": pa.int64(),
-            "x_adv": pa.binary(),
-        }
-        table = pa.table({name: pa.array(self.columns[name], types[name]) for name in COLUMNS})
+        types = {"list<item: int32>": pa.list_(pa.int32())}
+        kinds = {name: types.get(kind) or pa.type_for_alias(kind) for name, kind in KINDS.items()}
+        table = pa.table({name: pa.array(self.columns[name], kind) for name, kind in kinds.items()})
         return table.replace_schema_metadata({NOTES: json.dumps(list(notes))}) if notes else table
 
 
+def check_columns(table: pa.Table) -> None:
+    """Checks that a table has the columns of a unit's, of their types, and only images missing.
+
+    Raises:
+        DataError: it has not.
+    """
+    found = {field.name: str(field.type).replace("element:", "item:") for field in table.schema}
+    if found != KINDS:
+        wrong = next(name for name in [*KINDS, *found] if found.get(name) != KINDS.get(name))
+        raise DataError(f'column "{wrong}" is {found.get(wrong, "missing")}, not {KINDS.get(wrong, "expected")}')
+    empty = [name for name in KINDS if name != X_ADV and table.column(name).null_count]
+    if empty:
+        raise DataError(f'column "{empty[0]}" has empty cells')
+
+
 def notes_of(table: pa.Table) -> list[str]:
-    """The notes on how a unit's table came about."""
-    return [str(note) for note in json.loads((table.schema.metadata or {}).get(NOTES.encode(), b"[]"))]
+    """The notes on how a unit's table came about; none where they cannot be read."""
+    try:
+        notes = json.loads((table.schema.metadata or {}).get(NOTES.encode(), b"[]"))
+    except ValueError:
+        return []
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _numbers(values: Tensor | None, n: int, kind: type) -> Any:

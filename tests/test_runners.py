@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from robench.errors import PluginError
 from robench.evaluate import evaluate
 from robench.registry import load_defense
 from robench.result import Evaluation
+from robench.runners import Limits, Task, run_in_processes
+from robench.runners.cluster import run_on_ray
+from robench.runners.work import PlanRequest
 from robench.study import make_study
 from robench.study_run import StudySettings, run_study
 from robench.types import Images, Logits
@@ -107,6 +111,52 @@ def test_a_unit_that_kills_its_workers_again_and_again_ends_the_run(
     monkeypatch.setenv("ROBENCH_TEST_MORTAL", str(tmp_path / "mark"))
     with pytest.raises(PluginError, match=r"unit \d: its worker process ended with signal SIGKILL \(5 times\)"):
         run(tmp_path / "run", f"{HERE}:Doomed", workers=2)
+
+
+def plan(folder: Path, defense: str) -> Task:
+    toys = HERE.with_name("study_toys.py")
+    request = PlanRequest(str(folder), f"{toys}:{defense}", "fashion_mnist", ("fgsm",), "linf", (0.1,), {"n": 4})
+    return Task("plan", request, defense)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["local", "ray"])
+def test_a_task_that_takes_too_long_is_given_up(way: str, tmp_path: Path) -> None:
+    if way == "ray":
+        pytest.importorskip("ray")
+    runner = run_in_processes if way == "local" else run_on_ray
+    queue = deque([plan(tmp_path / "a", "HangsWhenLoaded"), plan(tmp_path / "b", "Chatty")])
+    outcomes = {
+        outcome.task.run: outcome
+        for outcome in runner(queue, lambda _: True, workers=1, limits=Limits(task_s=8, stall_s=100))
+    }
+    assert outcomes["Chatty"].error is None
+    expected = {
+        "local": "not done after 8 s",
+        "ray": "Ray lost its worker (WorkerCrashedError): it died, or hung (2 times)",
+    }
+    assert str(outcomes["HangsWhenLoaded"].error) == expected[way]
+
+
+def test_tasks_that_are_not_wanted_are_dropped() -> None:
+    queue = deque([Task("plan", None, "a"), Task("plan", None, "b")])
+    assert list(run_in_processes(queue, lambda _: False)) == []
+    assert not queue
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_on_a_cluster_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    mortal = f"{HERE}:Mortal"
+    study = make_study(
+        {"defenses": [mortal], "threats": "linf 0.05", "n": 12, "attacks": ["fgsm"], "settings": {"unit_size": 4}}
+    )
+    run_study(study, StudySettings(tmp_path / "one", workers=1, progress=False))
+    monkeypatch.setenv("ROBENCH_TEST_MORTAL", str(tmp_path / "mark"))
+    result = run_study(study, StudySettings(tmp_path / "ray", workers=1, runner="ray", progress=False))
+    assert result.failures == []
+    assert (tmp_path / "mark").exists()
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("missing", ["out", "defense", "dataset"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,12 @@ from robench.cli import main
 from robench.errors import UsageError
 from robench.evaluate import evaluate
 from robench.leaderboard import read_rows
-from robench.study import Study, make_study, read_study
+from robench.plan import Unit
+from robench.report.study import duration, study_csv
+from robench.runners.work import Planned
+from robench.study import Study, StudyRun, make_study, read_study
+from robench.study_progress import StudyProgress
+from robench.study_run import RunState
 from robench.threat import ThreatModel
 
 HERE = Path(__file__).parent
@@ -190,6 +196,35 @@ def test_a_study_ends_in_runs_that_a_leaderboard_takes(tmp_path: Path, capsys: p
     assert [len(read_rows(board)) for board in sorted(boards.glob("*.csv"))] == [1, 1]
 
 
+def test_audits_do_not_go_behind_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("upath")
+    path = write(tmp_path / "first.toml", defenses=[TOY], attacks="fgsm", audit=True)
+    status, _, err = call(["run", str(path), "--out", "memory://robench/study"], capsys)
+    assert status == 2
+    assert "audits are written to a folder, not to memory://robench/study" in err
+
+
+@pytest.mark.slow
+def test_a_study_audits_each_defense_and_takes_up_what_was_audited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "first.toml", defenses=[TOY], threats="linf 0.05", attacks="fgsm", n=8, audit=True)
+    words = ["run", str(path), "--out", str(tmp_path / "out"), "--json"]
+    status, out, _ = call(words, capsys)
+    assert status == 0, out
+    ((name, verdict),) = json.loads(out)["audits"].items()
+    assert verdict in ("pass", "suspect", "masked")
+    before = (tmp_path / "out" / name / "audit.json").stat().st_mtime_ns
+    status, again, _ = call(words, capsys)
+    assert json.loads(again)["audits"] == {name: verdict}
+    assert (tmp_path / "out" / name / "audit.json").stat().st_mtime_ns == before
+    assert rows_of(tmp_path / "out")[0]["audit"] == verdict
+    boards = tmp_path / "boards"
+    assert call(["leaderboard", "add", str(tmp_path / "out"), "--leaderboards", str(boards)], capsys)[0] == 0
+    (board,) = boards.glob("*.csv")
+    assert read_rows(board)[0]["audit_verdict"] == verdict
+
+
 @pytest.mark.slow
 def test_a_study_with_a_run_that_cannot_be_done_begins_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -219,3 +254,56 @@ def test_a_study_survives_whatever_a_plugin_does(tmp_path: Path, capfd: pytest.C
         assert rows[name]["status"] == state, rows[name]
         assert reason in rows[name]["reason"], rows[name]
         assert (rows[name]["robust_acc"] != "") == (state == "finished")
+
+
+# what is shown
+
+
+def state(name: str, units: int, seconds: float, left: int, problem: str = "") -> RunState:
+    run = StudyRun(name, "convnet", "mnist", "linf", (0.1,), 0)
+    every = tuple(Unit(number, number, number + 1) for number in range(units))
+    return RunState(run, Planned(every, every, (), 10, seconds), set(range(left)), problem)
+
+
+def test_the_time_left_goes_by_what_units_took_and_else_by_corrected_guesses() -> None:
+    """Run a: guessed 1 s a unit, took 2 s. Run b: guessed 10 s a unit, not begun; so 20 s each. Run c was given up."""
+    progress = StudyProgress("study", workers=2, enabled=False)
+    states = [state("a", 4, 4.0, 2), state("b", 3, 30.0, 3), state("c", 5, 500.0, 5, "broken")]
+    assert progress.left(states) == (2 * 1 + 3 * 10) / 2
+    progress.finished("a", 2.0)
+    progress.finished("a", 2.0)
+    assert progress.left(states) == (2 * 2 + 3 * 20) / 2
+
+
+def test_progress_names_what_failed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with StudyProgress("study", workers=1) as progress:
+        for _ in range(2):
+            progress.show([state("a", 2, 1.0, 0), state("c", 5, 1.0, 5, "its worker hung")], {})
+    err = capsys.readouterr().err
+    assert err.count("study: c failed: its worker hung") == 1
+    assert "1 of 2 runs" in err
+    assert "1 failed" in err
+
+
+def test_a_cell_of_a_plugin_is_no_formula() -> None:
+    found = study_csv([state("=cmd", 1, 1.0, 1, "=HYPERLINK(1)\n+2")], {})
+    (row,) = csv.DictReader(io.StringIO(found))
+    assert (row["run"], row["reason"], row["status"]) == ("'=cmd", "'=HYPERLINK(1) +2", "failed")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (120, "2.0 min"), (7200, "2.0 h"), (2e5, "2.3 days")]
+)
+def test_a_duration_is_told_in_the_unit_that_a_reader_wants(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_example_is_a_study() -> None:
+    study = read_study(HERE.parent / "examples" / "study.toml")
+    assert [run.name for run in study.runs] == [
+        "convnet-fashion_mnist-linf-0.05_0.1",
+        "convnet_width_16-fashion_mnist-linf-0.05_0.1",
+        "convnet_width_16-fashion_mnist-l2-1.5",
+        "jem-fashion_mnist-linf-0.05_0.1",
+        "jem-fashion_mnist-l2-1.5",
+    ]

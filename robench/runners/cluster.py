@@ -5,13 +5,14 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
 from robench.errors import UsageError
-from robench.runners.task import TRIES_BY_SIGNAL, Hear, Limits, Losses, Outcome, Task, perform
+from robench.runners.task import TRIES_BY_EXIT, TRIES_BY_SIGNAL, Hear, Limits, Losses, Outcome, Task, perform
 from robench.runners.worker import limit_memory
 
 AHEAD: Final = 2
@@ -56,17 +57,20 @@ def _run(ray: Any, queue: deque[Task], wanted: Callable[[Task], bool], room: int
     remote = ray.remote(_perform).options(
         num_cpus=limits.threads, num_gpus=limits.gpus, max_retries=0, scheduling_strategy="SPREAD"
     )
-    running: dict[Any, Task] = {}
+    running: dict[Any, tuple[Task, float]] = {}
     losses = Losses()
+    patience = limits.stall_s if limits.task_s is None else min(limits.stall_s, limits.task_s)
     while True:
         while queue and len(running) < AHEAD * room:
             task = queue.popleft()
             if wanted(task):
-                running[remote.remote(task, limits)] = task
+                running[remote.remote(task, limits, sys.path)] = task, time.monotonic()
         if not running:
             return
         for done in ray.wait(list(running), timeout=1.0)[0]:
-            outcome = _fetch(ray, done, running.pop(done), losses)
+            task, handed_out = running.pop(done)
+            may_have_hung = time.monotonic() - handed_out >= patience
+            outcome = _fetch(ray, done, task, losses, TRIES_BY_EXIT if may_have_hung else TRIES_BY_SIGNAL)
             if isinstance(outcome, Outcome):
                 yield outcome
             else:
@@ -110,18 +114,19 @@ def _room(ray: Any, limits: Limits) -> int:
     return int(min(rooms))
 
 
-def _fetch(ray: Any, done: Any, task: Task, losses: Losses) -> Outcome | Task:
+def _fetch(ray: Any, done: Any, task: Task, losses: Losses, tries: int) -> Outcome | Task:
     """What became of a task; the task itself where it is to be done again."""
     try:
         outcome: Outcome = ray.get(done)
     except ray.exceptions.RayError as error:  # the worker, its node or its memory was lost
         reason = f"Ray lost its worker ({type(error).__name__}): it died, or hung"
-        return losses.give_up(task, reason, TRIES_BY_SIGNAL) or task
+        return losses.give_up(task, reason, tries) or task
     return outcome
 
 
-def _perform(task: Task, limits: Limits) -> Outcome:
-    """In a Ray worker: does a task, and ends the process if it hangs."""
+def _perform(task: Task, limits: Limits, path: list[str]) -> Outcome:
+    """In a Ray worker: does a task, and ends the process if it hangs. Plugins are looked for where the driver does."""
+    sys.path.extend(entry for entry in path if entry not in sys.path)
     import torch
 
     torch.set_num_threads(limits.threads)

@@ -154,7 +154,7 @@ def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
     done = store.finished() if store is not None else {}
     missing = tuple(unit for unit in units if unit.index not in done)
     passes = expected_passes(work, units)
-    per_judge, per_attack = _seconds_per_pass(work)
+    per_judge, per_attack = _seconds_per_pass(work) if missing else (0.0, 0.0)
     seconds = passes["judge"] * per_judge + passes["attack"] * per_attack
     return Planned(tuple(units), missing, tuple(notes), sum(passes.values()), seconds)
 
