@@ -212,7 +212,7 @@ def audit(  # noqa: PLR0913 - each parameter is an option of the command line
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|EVIDENCE", help="A run folder, or a row's evidence.")],
+    folder: Annotated[str, typer.Argument(metavar="RUN|EVIDENCE", help="A run folder, or a row's evidence.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     data_dir: DataDir = None,
     trust: Trust = False,
@@ -221,7 +221,7 @@ def verify(
     """Re-judge saved adversarial images under fresh randomness: does the claim still hold?"""
     from robench.verify import verify as verify_folder
 
-    report = verify_folder(folder, device=device, data_dir=data_dir, trust=trust)
+    report = verify_folder(as_place(folder), device=device, data_dir=data_dir, trust=trust)
     end_with_report(report, as_json)
 
 

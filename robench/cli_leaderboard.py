@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
+from robench.files import as_place
 
 leaderboard_app = typer.Typer(
     help="Leaderboards: add rows, make the page, check what was published.", no_args_is_help=True
@@ -18,14 +19,16 @@ Folder = Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV 
 
 @leaderboard_app.command("add")
 def leaderboard_add(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, and folders of audits.")],
+    folders: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, of audits, or of whole studies.")
+    ],
     folder: Folder = Path("leaderboards"),
     as_json: Json = False,
 ) -> None:
     """Add the rows of finished runs, with their audits and evidence, to leaderboards/<dataset>-<norm>-<eps>.csv."""
     from robench.publish import publish
 
-    written = publish(folders, folder)
+    written = publish([as_place(one) for one in folders], folder)
     if as_json:
         print_json({"leaderboards": [str(path) for path in written]})
     else:

@@ -119,7 +119,10 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
 
     def work_on(unit: Unit) -> None:
         start = time.monotonic()
-        table = run_unit(work, unit)
+        try:
+            table = run_unit(work, unit)
+        except SystemExit as stop:
+            raise PluginError(f"unit {unit.index}: a plugin called exit({stop.code})") from stop
         if store is None:
             tables.append(table)
         else:

@@ -41,7 +41,7 @@ def as_place(where: str | Place) -> Place:
     try:
         import upath
 
-        remote: Any = upath.UPath(where)
+        remote: Any = upath.UPath(where, use_listings_cache=False)  # others write there at the same time
     except ImportError as error:
         raise UsageError(f"{where} needs a package: {error}. pip install 'robench[remote]'") from None
     except ValueError as error:
@@ -130,14 +130,24 @@ def locked(path: Place, *, shared: bool = False) -> Iterator[None]:
 
     Args:
         path: the lock file.
-        shared: hold it together with others that do the same; on a file system only.
+        shared: hold it together with others that do the same; behind a URL this only asks that nobody else holds it.
 
     Raises:
         UsageError: another process works there, or the lock cannot be written.
     """
-    busy = UsageError(f"another process works on {path.parent}; wait for it or choose another --out")
-    with _flock(path, busy, shared=shared) if isinstance(path, Path) else _Lease(path, busy):
+    if isinstance(path, Path):
+        busy = UsageError(f"another process works on {path.parent}; wait for it or choose another --out")
+        with _flock(path, busy, shared=shared):
+            yield
+        return
+    lapses = f"the lock of one that was killed lapses after {STALE_S:g} s"
+    lease = _Lease(path, UsageError(f"another process works on {path.parent}; wait for it ({lapses})"))
+    if shared:
+        lease.check()
         yield
+    else:
+        with lease:
+            yield
 
 
 @contextlib.contextmanager
@@ -161,12 +171,20 @@ class _Lease:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._renew, daemon=True)
 
+    def check(self) -> bool:
+        """Whether a lock that lapsed lies there.
+
+        Raises:
+            UsageError: one that did not.
+        """
+        held = self._read()
+        if held is not None and time.time() - float(held.get("renewed", 0)) < STALE_S:
+            raise self.busy
+        return held is not None
+
     def __enter__(self) -> None:
         with explained(self.path):
-            held = self._read()
-            if held is not None and time.time() - float(held.get("renewed", 0)) < STALE_S:
-                raise self.busy
-            if held is not None:
+            if self.check():
                 self.path.unlink(missing_ok=True)
             try:
                 self._write("create")

@@ -12,7 +12,7 @@ from robench.bundle import AUDIT, bundle_folder, check_audit, write_bundle
 from robench.check_names import QUESTIONS
 from robench.defense import Defense, weights_digest
 from robench.errors import RobenchError, UsageError
-from robench.leaderboard import Row, add_row, board_name, read_rows
+from robench.leaderboard import Row, add_row, board_name, rank_rows, read_rows
 from robench.plan import RunSpec
 from robench.registry import load_defense
 from robench.result import Evaluation
@@ -135,7 +135,16 @@ def verify_boards(
     """Verifies rows one after another: the file, the row, `holds`, `does not hold` or `cannot be checked`, and why."""
     from robench.verify import verify_evidence
 
+    places = {
+        (path, ranked["evidence"]): ranked["rank"]
+        for path in boards(leaderboards)
+        for ranked in rank_rows(read_rows(path))
+    }
     for path, row in rows:
+        rank = places.get((path, row["evidence"]), "")
+        if row["rank"] != rank:
+            yield path, row, "does not hold", f"its rank is {row['rank'] or 'none'}; by its figures {rank or 'none'}"
+            continue
         try:
             folder = bundle_folder(leaderboards / EVIDENCE, row["evidence"])
             report = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)

@@ -176,7 +176,7 @@ def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
     for entry in work.spec.attacks:
         try:
             found = _search(scene, entry, threat, worst)
-        except (Exception, SystemExit):  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so
+        except Exception:  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so
             work.failures[entry.key] = traceback.format_exc()
             scene.table.add(threat.eps, entry.key, ["failed"] * len(x), torch.zeros_like(scene.clean))
             continue

@@ -80,6 +80,13 @@ def test_a_published_row_holds(boards: Path) -> None:
     assert len(report.lines) == 7
 
 
+def test_a_changed_rank_does_not_hold(boards: Path) -> None:
+    (path,) = boards.glob("*.csv")
+    head, row = path.read_text().splitlines()
+    path.write_text(f"{head}\n2{row.removeprefix('1')}\n")
+    assert outcomes(boards) == [("does not hold", "its rank is 2; by its figures 1")]
+
+
 def test_publishing_twice_changes_no_byte(finished: Path, boards: Path) -> None:
     before = {path: path.read_bytes() for path in boards.rglob("*") if path.is_file()}
     publish([finished / "audit", finished / "run"], boards)

@@ -82,7 +82,9 @@ def test_a_lock_behind_a_url_keeps_others_out_and_goes_with_its_holder() -> None
     with locked(path), pytest.raises(UsageError, match="another process works on memory://robench"), locked(path):
         pass
     assert not path.exists()
-    with locked(path):
+    with locked(path), pytest.raises(UsageError, match="lapses after 120 s"), locked(path, shared=True):
+        pass
+    with locked(path, shared=True), locked(path, shared=True):
         pass
 
 

@@ -14,15 +14,19 @@ from engine_toys import Prototypes
 
 from robench import ThreatModel, UsageError
 from robench.errors import PluginError
-from robench.evaluate import evaluate
+from robench.evaluate import evaluate, prepare
+from robench.plan import plan_units
 from robench.registry import load_defense
 from robench.result import Evaluation
 from robench.runners import Limits, Task, run_in_processes
 from robench.runners.cluster import run_on_ray
 from robench.runners.work import PlanRequest
+from robench.settings import Settings
+from robench.store import RunStore
 from robench.study import make_study
 from robench.study_run import StudySettings, run_study
 from robench.types import Images, Logits
+from robench.unit import run_unit
 
 HERE = Path(__file__)
 TOY = f"{HERE.with_name('engine_toys.py')}:Prototypes"
@@ -174,3 +178,22 @@ def test_what_cannot_be_loaded_by_name_is_refused(missing: str, tmp_path: Path) 
 def test_no_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="workers must be at least 1"):
         run(tmp_path / "run", workers=0)
+
+
+class Leaves(Prototypes):
+    """Calls exit() when it is attacked."""
+
+    name = "leaves"
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        raise SystemExit(1)
+
+
+def test_an_exit_is_no_failed_attack(tmp_path: Path) -> None:
+    """A cluster that takes a worker away raises SystemExit in it; taken for a failure, it would be stored as one."""
+    work = prepare(Leaves(), "fgsm", ThreatModel("linf", 0.05), "fashion_mnist", Settings(n=4))
+    with pytest.raises(SystemExit):
+        run_unit(work, plan_units(work.spec)[0])
+    with pytest.raises(PluginError, match=r"unit 0: a plugin called exit\(1\)"):
+        evaluate(Leaves(), "fgsm", ThreatModel("linf", 0.05), "fashion_mnist", n=4, out=tmp_path / "run")
+    assert RunStore.open(tmp_path / "run").finished() == {}

@@ -30,7 +30,7 @@ OFFENDERS = {
     "Hangs": ("failed", "hung: no pass through the defense was finished in 6 s"),
     "HangsWhenLoaded": ("failed", "hung: no pass through the defense was finished in 6 s"),
     "Glutton": ("incomplete", "can't allocate memory"),
-    "Exits": ("incomplete", "failed: fgsm (SystemExit: 3)"),
+    "Exits": ("failed", "a plugin called exit(3)"),
     "ExitsHard": ("failed", "its worker process ended with exit status 3 (2 times)"),
     "Chatty": ("finished", ""),
     "Drifts": ("failed", "its weights or buffers changed during the run"),
@@ -151,6 +151,7 @@ def test_a_study_is_named_after_its_file(tmp_path: Path) -> None:
 
 
 def test_options_that_the_file_has_to_hold_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray")
     path = str(write(tmp_path / "first.toml", defenses=TOY, attacks="fgsm"))
     for words, message in (
         ([path, "--eps", "0.1"], "--eps cannot stand beside a study's file"),
@@ -158,6 +159,8 @@ def test_options_that_the_file_has_to_hold_are_refused(tmp_path: Path, capsys: p
         ([path, "--runner", "slurm"], 'runner must be one of local, ray; got "slurm"'),
         ([path, "--workers", "0"], "workers must be at least 1"),
         (["--defense", "convnet", "--dry-run"], "go with a study"),
+        ([path, "--ray", "here", "--out", f"{tmp_path}/out"], "HOST:PORT"),
+        ([path, "--ray", "127.0.0.1:1", "--out", f"{tmp_path}/out"], "no Ray cluster answers at 127.0.0.1:1"),
     ):
         status, _, err = call(["run", *words], capsys)
         assert status == 2, words

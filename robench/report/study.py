@@ -89,7 +89,7 @@ def print_study(result: StudyResult, *, dry: bool = False) -> None:
 def plan_table(result: StudyResult) -> Table:
     """Each run with its units, queries and guessed time."""
     table = Table(title="planned", title_justify="left")
-    table.add_column("run", overflow="fold")
+    table.add_column("run", overflow="fold", min_width=20)
     for heading in ("units", "stored", "queries", "time"):
         table.add_column(heading, no_wrap=heading != "time")
     for state in result.runs:
@@ -107,8 +107,9 @@ def plan_table(result: StudyResult) -> Table:
 def figures_table(result: StudyResult) -> Table:
     """Each run and bound with its figures, or what went wrong."""
     table = Table(title="study", title_justify="left")
-    table.add_column("defense", overflow="fold")
-    for heading in ("data", "threat", "clean", "robust", "status"):
+    for heading in ("defense", "data", "threat"):
+        table.add_column(heading, overflow="fold", min_width=9)
+    for heading in ("clean", "robust", "status"):
         table.add_column(heading, no_wrap=True)
     for state in result.runs:
         run, found = state.run, state.result

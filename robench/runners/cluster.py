@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import socket
 import sys
 import time
 from collections import deque
@@ -89,6 +90,8 @@ def _connect(address: str | None, workers: int | None, limits: Limits) -> Any:
         import ray
     except ImportError:
         raise UsageError("the runner ray needs a package: pip install 'robench[ray]'") from None
+    if address is not None:
+        _reach(address)
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address is not None:
@@ -98,6 +101,23 @@ def _connect(address: str | None, workers: int | None, limits: Limits) -> Any:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}") from None
     return ray
+
+
+def _reach(address: str) -> None:
+    """Knocks at a cluster's address, since Ray itself tries for many minutes.
+
+    Raises:
+        UsageError: nobody answers, or it is no address.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f'a Ray address is auto, HOST:PORT or ray://HOST:PORT; got "{address}"')
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"no Ray cluster answers at {address}: {error}") from None
 
 
 def _room(ray: Any, limits: Limits) -> int:

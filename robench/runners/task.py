@@ -79,7 +79,12 @@ for which the function says False are dropped."""
 
 
 def perform(task: Task, hear: Hear | None = None) -> Outcome:
-    """Does a task in this process."""
+    """Does a task in this process.
+
+    Raises:
+        SystemExit: the task's code called `exit()`, or whoever runs this process ends it; it must not pass for an
+            attack that failed.
+    """
     from robench.runners import work
 
     started = time.monotonic()
@@ -87,7 +92,7 @@ def perform(task: Task, hear: Hear | None = None) -> Outcome:
         value = work.FUNCTIONS[task.kind](task.request, hear)
     except RobenchError as error:
         return Outcome(task, error=error, seconds=time.monotonic() - started)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may fail in any way; the study goes on
+    except Exception as error:  # noqa: BLE001 - a plugin may fail in any way; the study goes on
         return Outcome(task, error=PluginError(_describe(error)), seconds=time.monotonic() - started)
     return Outcome(task, value, seconds=time.monotonic() - started)
 

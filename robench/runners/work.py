@@ -149,7 +149,7 @@ def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
     store = None if request.dry and not exists else open_store(work.spec, folder, resume=exists)
     units, notes = plan_units(work.spec), list[str]()
     if store is not None and not request.dry:
-        with store.locked():
+        with store.locked(shared=True):
             notes = store.set_aside_damaged(units)
     done = store.finished() if store is not None else {}
     missing = tuple(unit for unit in units if unit.index not in done)
@@ -220,7 +220,7 @@ def _seconds_per_pass(work: UnitWork) -> tuple[float, float]:
         victim = Victim(defense, "gradient", len(rows))
         try:
             gradient = _time(lambda: victim.gradient(rows, y[: len(rows)])) / len(rows)
-        except (Exception, SystemExit):  # noqa: BLE001 - a guess must not fail; the attacks will tell what is wrong
+        except Exception:  # noqa: BLE001 - a guess must not fail; the attacks will tell what is wrong
             gradient = 2 * few
     defense.to("cpu")
     return few, gradient / 2

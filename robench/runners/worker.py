@@ -12,7 +12,8 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
-from robench.runners.task import Limits, perform
+from robench.errors import PluginError
+from robench.runners.task import Limits, Outcome, perform
 
 READY, PASSES, DONE = "ready", "passes", "done"
 REPORT_S: Final = 0.5
@@ -44,7 +45,10 @@ def serve(pipe: Connection[Any, Any], limits: Limits, number: int) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task = pipe.recv()
-            outcome = perform(task, report)
+            try:
+                outcome = perform(task, report)
+            except SystemExit as stop:  # nobody but the task's code raises it here
+                outcome = Outcome(task, error=PluginError(f"a plugin called exit({stop.code})"))
             report.flush()
             sys.stdout.flush()
             pipe.send((DONE, outcome))
