@@ -331,13 +331,13 @@ def overhead(rounds: int = 5) -> None:
         spent.update(run_unit=0.0, _run=0.0)
         with tempfile.TemporaryDirectory() as folder:
             out = f"{folder}/run"
-            evaluate(defense, "pgd(steps=20)", ThreatModel("linf", 0.1), "fashion_mnist", n=512, unit_size=64, out=out)
+            evaluate(defense, "pgd(steps=20)", ThreatModel("linf", 0.1), "fashion_mnist", n=1024, out=out)
         ratios.append(spent["_run"] / spent["run_unit"] - 1)
         print(
             f"{spent['run_unit']:.2f} s of units, {100 * ratios[-1]:.2f} % more with the runner and its store",
             flush=True,
         )
-    told = f"{rounds} rounds of 8 units of 64 images, {100 * min(ratios):.2f} to {100 * max(ratios):.2f}"
+    told = f"{rounds} rounds of 8 units of 128 images, {100 * min(ratios):.2f} to {100 * max(ratios):.2f}"
     more = round(100 * statistics.median(ratios), 2)
     record("overhead", "local runner", {"beyond a bare loop, %": (more, "2", told)})
 

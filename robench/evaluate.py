@@ -19,6 +19,7 @@ import torch
 
 import robench
 from robench.attack import Attack
+from robench.batches import give_back_memory
 from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense, weights_digest
 from robench.errors import PluginError, UsageError
@@ -128,6 +129,7 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
         else:
             store.write(unit, table, work.failures)
             work.failures.clear()
+            give_back_memory()
         count(unit, time.monotonic() - start)
 
     def count(unit: Unit, seconds: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from robench.batches import give_back_memory
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
 from robench.errors import PluginError, UsageError
@@ -129,6 +130,7 @@ def do_unit(request: UnitRequest, hear: Hear | None) -> float:
             )
         store.write(request.unit, table, work.failures)
     work.failures.clear()
+    give_back_memory()
     return time.monotonic() - started
 
 
