@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PICTURES: Final = 8
 """Adversarial images shown of a row."""
-PLOTS: Final = 6
+PLOTS: Final = 4
 """Plots of an audit's findings shown of a row."""
 MARKERS: Final = "osD^vP*X"
 INK: Final = "#010203"
