@@ -9,6 +9,10 @@ class UsageError(RobenchError):
     """The user can fix it: the command line prints one line without a traceback and exits with 2."""
 
 
+class StorageError(UsageError):
+    """Nothing more can be written: no space, no permission, a store that does not answer."""
+
+
 class PluginError(RobenchError):
     """A defense, attack or dataset broke a rule of the contract; the message names the plugin and the rule."""
 

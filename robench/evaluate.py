@@ -164,7 +164,7 @@ def _run_by_workers(
 
     data_dir = "" if settings.data_dir is None else str(settings.data_dir)
     queue = deque(Task("unit", UnitRequest(str(store.folder), unit, data_dir)) for unit in units)
-    limits = Limits(threads=threads_for(settings.workers))
+    limits = Limits(threads=threads_for(settings.workers), gpus=1 if store.spec.device == "cuda" else 0)
     with contextlib.closing(
         run_in_processes(queue, lambda _: True, hear, workers=settings.workers, limits=limits)
     ) as outcomes:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from robench.errors import UsageError
+from robench.errors import RobenchError, StorageError, UsageError
 
 STALE_S: Final = 120.0
 """A lock behind a URL that was not renewed for so long belongs to nobody."""
@@ -110,13 +110,17 @@ def explained(path: Place) -> Iterator[None]:
     """Turns what the file system says into one line on what to do.
 
     Raises:
-        UsageError: for an OSError inside the block.
+        StorageError: for an OSError inside the block, and behind a URL for any error.
     """
     try:
         yield
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}. What was finished before is kept; "
+    except RobenchError:
+        raise
+    except Exception as error:
+        if isinstance(path, Path) and not isinstance(error, OSError):
+            raise  # clients of stores behind URLs have exceptions of their own
+        raise StorageError(
+            f"cannot write {path}: {getattr(error, 'strerror', '') or error}. What was finished before is kept; "
             "make room or choose another folder with --out"
         ) from error
 
@@ -198,13 +202,16 @@ class _Lease:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(Exception):
+            if (self._read() or {}).get("owner") == self.owner:
+                self.path.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self.ended.wait(STALE_S / 6):
-            with contextlib.suppress(OSError):
-                self._write("overwrite")
+            with contextlib.suppress(Exception):  # the store may answer again the next time
+                held = self._read()
+                if held is None or held.get("owner") == self.owner:
+                    self._write("overwrite")
 
     def _read(self) -> dict[str, Any] | None:
         try:

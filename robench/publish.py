@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,34 +36,44 @@ def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
         UsageError: a folder is neither, a run has no named data, an audit is of some checks only or fits no run.
         DataError: a run, an audit or a leaderboard is damaged.
     """
-    folders = [inner for folder in folders for inner in _inside(folder)]
-    runs = [Evaluation.load(folder) for folder in folders if (folder / SPEC_FILE).exists()]
-    audits = {folder: read_audit(folder) for folder in folders if not (folder / SPEC_FILE).exists()}
-    used: set[Path] = set()
-    written: dict[Path, None] = {}
-    for result in runs:
-        defense = _defense_of(result.spec)
-        for eps in result.spec.eps:
-            fitting = [folder for folder, audit in audits.items() if audit_fits(audit, result.spec, eps)]
-            if len(fitting) > 1:
-                raise UsageError(f"two audits fit {result.folder}: {fitting[0]} and {fitting[1]}. Name one")
-            used.update(fitting)
-            audit = audits[fitting[0]] if fitting else None
-            bundle = write_bundle(result, eps, leaderboards / EVIDENCE, audit, defense)
-            path = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps)
-            for old in add_row(bundle.row(), path):
-                _remove(leaderboards, old["evidence"], keep=bundle.digest)
-            written[path] = None
-    for folder in audits.keys() - used:
+    every = [inner for folder in folders for inner in _inside(folder)]
+    runs = [Evaluation.load(folder) for folder in every if (folder / SPEC_FILE).exists()]
+    audits = {folder: read_audit(folder) for folder in every if not (folder / SPEC_FILE).exists()}
+    pairs = [(result, eps, _audit_for(result, eps, audits)) for result in runs for eps in result.spec.eps]
+    for folder in set(audits).intersection(folders).difference(found for _, _, found in pairs if found is not None):
         raise UsageError(f"the audit in {folder} fits no run that was named: it is of other weights, data or bounds")
+    defenses = {result.folder: _defense_of(result.spec) for result in runs}
+    written: dict[Path, None] = {}
+    for result, eps, found in pairs:
+        audit = audits[found] if found is not None else None
+        bundle = write_bundle(result, eps, leaderboards / EVIDENCE, audit, defenses[result.folder])
+        path = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps)
+        for old in add_row(bundle.row(), path):
+            _remove(leaderboards, old["evidence"], keep=bundle.digest)
+        written[path] = None
     return list(written)
+
+
+def _audit_for(result: Evaluation, eps: float, audits: Mapping[Path, Mapping[str, Any]]) -> Path | None:
+    """The folder of the audit that goes with a run at a bound.
+
+    Raises:
+        UsageError: several do.
+    """
+    fitting = [folder for folder, audit in audits.items() if audit_fits(audit, result.spec, eps)]
+    if len(fitting) > 1:
+        raise UsageError(f"two audits fit {result.folder}: {fitting[0]} and {fitting[1]}. Name one")
+    return fitting[0] if fitting else None
 
 
 def _inside(folder: Path) -> list[Path]:
     """The finished runs and the audits of a study's folder; a folder that is no study's stands for itself."""
     if not (folder / STUDY_CSV).is_file():
         return [folder]
-    return sorted(inner.parent for name in (RESULT_FILE, AUDIT) for inner in folder.glob(f"*/{name}"))
+    with (folder / STUDY_CSV).open(encoding="utf-8", newline="") as file:
+        named = dict.fromkeys(row["run"] for row in csv.DictReader(file) if row.get("status") == "finished")
+    runs = [folder / name for name in named if (folder / name / RESULT_FILE).is_file()]
+    return runs + sorted(inner.parent for inner in folder.glob(f"*/{AUDIT}"))
 
 
 def read_audit(folder: Path) -> dict[str, Any]:
@@ -86,7 +97,8 @@ def read_audit(folder: Path) -> dict[str, Any]:
 def audit_fits(audit: Mapping[str, Any], spec: RunSpec, eps: float) -> bool:
     """Whether an audit is of the weights, data and bound of a run."""
     told = audit["weights_digest"], audit["dataset"], audit["norm"], audit["eps"]
-    return told == (spec.weights_digest, spec.dataset, spec.norm, eps)
+    same_options = audit.get("spec") in (None, "", spec.defense)  # the same weights may be used in several ways
+    return same_options and told == (spec.weights_digest, spec.dataset, spec.norm, eps)
 
 
 def _defense_of(spec: RunSpec) -> Defense | None:

@@ -38,8 +38,14 @@ from robench.runners.task import Limits
 from robench.threat import ThreatModel, parse_eps
 
 STUDY_CSV: Final = "study.csv"
-FREE_SETTINGS: Final = ("eot", "judge_repeats", "unit_size", "query_budget", "access", "goal", "cascade", "precision")
+FREE_SETTINGS: Final[dict[str, type]] = {
+    **dict.fromkeys(("eot", "judge_repeats", "unit_size", "query_budget"), int),
+    **dict.fromkeys(("access", "goal", "precision"), str),
+    "cascade": bool,
+}
 """Settings that a study's file may hold; the others follow from the study or are given to the command."""
+AUDITED: Final = ("linf", "l2")
+"""The norms that the audit takes."""
 KEYS: Final = ("name", "defenses", "datasets", "threats", "protocol", "attacks", "seeds", "n", "audit")
 TABLES: Final = ("settings", "limits", "exclude")
 EXCLUDE: Final = ("defense", "dataset", "norm", "eps", "seed")
@@ -137,7 +143,7 @@ def make_study(content: Mapping[str, Any], name: str = "study") -> Study:
         defenses, datasets, _texts(content, "threats", ("linf",)), seeds
     ):
         norm, eps = _parse_threat(threat, dataset)
-        folder = _folder_name(defense, dataset, norm, eps, *([f"seed{seed}"] if len(seeds) > 1 else []))
+        folder = _folder_name(defense, dataset, norm, eps, f"seed{seed}")
         runs.append(StudyRun(folder, defense, dataset, norm, eps, seed))
     kept = _without_excluded(runs, _list(content, "exclude", dict, ()))
     names = [run.name for run in kept]
@@ -148,12 +154,18 @@ def make_study(content: Mapping[str, Any], name: str = "study") -> Study:
             )
     if not kept:
         raise UsageError("no run is left; every one is excluded")
+    audit = _one(content, "audit", bool, False)
+    unfit = [run.name for run in kept if run.norm not in AUDITED or run.eps[0] == 0]
+    if audit and unfit:
+        raise UsageError(
+            f"the audit takes {', '.join(AUDITED)} and bounds above 0; {unfit[0]} is none. Leave audit out"
+        )
     return Study(
         _one(content, "name", str, name),
         tuple(kept),
         attacks,
         _one(content, "n", int, None),
-        _one(content, "audit", bool, False),
+        audit,
         _settings(_one(content, "settings", dict, {})),
         _limits(_one(content, "limits", dict, {})),
     )
@@ -202,11 +214,11 @@ def _applies(rule: Mapping[str, Any], run: StudyRun) -> bool:
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     from robench.settings import make_settings
 
-    _check_keys(given, FREE_SETTINGS, "settings")
-    try:
-        make_settings(dict(given))
-    except TypeError as error:
-        raise UsageError(f"settings: a value is of the wrong kind: {error}") from None
+    _check_keys(given, tuple(FREE_SETTINGS), "settings")
+    for key, value in given.items():
+        if type(value) is not FREE_SETTINGS[key]:
+            raise UsageError(f"settings: {key} must be of kind {FREE_SETTINGS[key].__name__}; got {value!r}")
+    make_settings(dict(given))
     return dict(given)
 
 

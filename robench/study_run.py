@@ -17,17 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from robench.errors import Interrupted, RobenchError, UsageError
+from robench.errors import Interrupted, StorageError, UsageError
 from robench.files import Place, as_place, locked, make_folder, write_atomic
 from robench.runners.task import Limits, Outcome, Runner, Task
 from robench.store import LOCK_FILE, RunStore
 from robench.study import STUDY_CSV, Study, StudyRun, read_study
 from robench.study_progress import StudyProgress
-from robench.unit_table import WORST
 
 if TYPE_CHECKING:
-    from robench.result import Evaluation
-    from robench.runners.work import Planned
+    from robench.runners.work import Figures, Planned
 
 RUNNERS: Final = ("local", "ray")
 
@@ -77,7 +75,7 @@ class RunState:
         planned: its units; None until it is planned.
         left: units that are still to be done, by number.
         problem: why it will not be finished; empty where nothing went wrong.
-        result: its figures, once all units are stored.
+        figures: what came out, once all units are stored.
         store: its folder, open once it is planned.
     """
 
@@ -85,7 +83,7 @@ class RunState:
     planned: Planned | None = None
     left: set[int] = field(default_factory=set)
     problem: str = ""
-    result: Evaluation | None = None
+    figures: Figures | None = None
     store: RunStore | None = None
 
     @property
@@ -93,19 +91,14 @@ class RunState:
         """`finished`, `incomplete` (an attack failed), `failed`, or `planned`."""
         if self.problem:
             return "failed"
-        if self.result is None:
+        if self.figures is None:
             return "planned"
-        return "finished" if self.result.complete else "incomplete"
+        return "finished" if self.figures.complete else "incomplete"
 
     @property
     def reason(self) -> str:
         """What went wrong, in one line."""
-        if self.result is None or self.result.complete:
-            return self.problem
-        table = self.result.table
-        failed = sorted(set(table[table["status"] == "failed"]["attack"]) - {WORST})
-        last = [trace.strip().splitlines()[-1] for trace in self.result.failures.values() if trace.strip()]
-        return f"failed: {', '.join(failed)}" + (f" ({last[0].removeprefix('robench.errors.')})" if last else "")
+        return self.problem or (self.figures.reason if self.figures is not None else "")
 
 
 @dataclass
@@ -151,6 +144,7 @@ def do_study(path: Path, settings: StudySettings) -> StudyResult:
         for option, value in (
             ("--workers", settings.workers),
             ("--ray", settings.ray),
+            ("--device", settings.device),
             ("--data-dir", settings.data_dir),
         ):
             words += [] if value is None else [option, str(value)]
@@ -183,14 +177,17 @@ class _Driver:
         self.study, self.settings, self.folder = study, settings, folder
         self.device = settings.device if settings.device != "auto" else "cuda" if _gpus() else "cpu"
         limits = study.limits
-        self.limits = dataclasses.replace(limits, gpus=limits.gpus or 1) if self.device == "cuda" else limits
+        self.limits = dataclasses.replace(limits, gpus=(limits.gpus or 1) if self.device == "cuda" else 0)
         self.workers = settings.workers or _room(self.device, self.limits)
         self.states = {run.name: RunState(run) for run in study.runs}
         self.audits: dict[str, str] = {}
+        self.queue: deque[Task] = deque()
+        self.place = folder.resolve() if isinstance(folder, Path) else folder  # as workers on other machines see it
         self.refused: list[str] = []
 
     def work(self) -> StudyResult:
-        queue = deque(Task("plan", self._plan_request(run), run.name) for run in self.study.runs)
+        queue = self.queue
+        queue.extend(Task("plan", self._plan_request(run), run.name) for run in self.study.runs)
         planning = len(queue)
         with (
             StudyProgress(self.study.name, self.workers, enabled=self.settings.progress) as progress,
@@ -227,9 +224,9 @@ class _Driver:
             "n": self.study.n,
             "seed": run.seed,
             "device": self.device,
-            "data_dir": self.settings.data_dir,
+            "data_dir": self._data_dir(),
         }
-        place = str(self.folder / run.name)
+        place = str(self.place / run.name)
         return PlanRequest(
             place, run.defense, run.dataset, self.study.attacks, run.norm, run.eps, settings, self.settings.dry
         )
@@ -237,11 +234,11 @@ class _Driver:
     def _units(self) -> list[Task]:
         from robench.runners.work import UnitRequest
 
-        data_dir = str(self.settings.data_dir or "")
+        data_dir = str(self._data_dir() or "")
         tasks = []
         for name, state in self.states.items():
             for unit in state.planned.missing if state.planned is not None else ():
-                request = UnitRequest(str(self.folder / name), unit, data_dir, shared=True)
+                request = UnitRequest(str(self.place / name), unit, data_dir, shared=True)
                 tasks.append(Task("unit", request, name))
         return tasks
 
@@ -251,14 +248,17 @@ class _Driver:
         tasks = []
         for name, run in self.study.audits().items():
             few = self.study.n if self.study.n is not None and self.study.n < AUDIT_N else None
-            settings = {"n": few, "seed": run.seed, "device": self.device, "data_dir": self.settings.data_dir}
+            settings = {"n": few, "seed": run.seed, "device": self.device, "data_dir": self._data_dir()}
             known = _verdict(self.folder / name)
             if known:
                 self.audits[name] = known
                 continue
-            request = AuditWork(str(self.folder / name), run.defense, run.dataset, run.norm, run.eps[0], settings)
+            request = AuditWork(str(self.place / name), run.defense, run.dataset, run.norm, run.eps[0], settings)
             tasks.append(Task("audit", request, name))
         return tasks
+
+    def _data_dir(self) -> Path | None:
+        return None if self.settings.data_dir is None else self.settings.data_dir.resolve()
 
     def _is_wanted(self, task: Task) -> bool:
         return task.run not in self.states or not self.states[task.run].problem
@@ -269,41 +269,34 @@ class _Driver:
             self.audits[task.run] = f"{FAILED}{error}" if error is not None else str(outcome.value)
             return
         state = self.states[task.run]
+        if isinstance(error, StorageError):
+            raise error  # nothing more can be stored
         if task.kind == "plan":
             if isinstance(error, UsageError):
                 self.refused.append(f"{task.run}: {error}")
-            state.problem = str(error or "")
+            state.problem = "" if error is None else str(error)
             state.planned = outcome.value
             if state.planned is not None:
                 state.left = {unit.index for unit in state.planned.missing}
                 state.store = None if self.settings.dry else RunStore.open(self.folder / task.run)
                 self._close(state)
-            return
-        if isinstance(error, UsageError):  # nothing more can be stored
-            raise UsageError(f"{task.run}: {error}")
-        if error is not None:
-            state.problem = f"unit {task.request.unit.index}: {error}"
-            return
-        progress.finished(task.run, outcome.seconds)
-        if state.store is not None:
-            state.store.note_time(task.request.unit, outcome.value)
-        state.left.discard(task.request.unit.index)
-        self._close(state)
+        elif error is not None:
+            number = f"unit {task.request.unit.index}: " if task.kind == "unit" else ""
+            state.problem = f"{number}{error}"
+        elif task.kind == "close":
+            state.figures = outcome.value
+        else:
+            progress.finished(task.run, outcome.seconds)
+            if state.store is not None:
+                state.store.note_time(task.request.unit, outcome.value)
+            state.left.discard(task.request.unit.index)
+            self._close(state)
 
     def _close(self, state: RunState) -> None:
-        """Reads a run's figures and writes its row once all units are stored."""
-        from robench.result import Evaluation
-
-        if state.left or state.store is None:
-            return
-        try:
+        """Has a run's figures computed and its row written once all units are stored."""
+        if not state.left and state.store is not None:
             state.store.flush_times()
-            state.result = Evaluation.load(state.store.folder)
-            state.result.save()
-        except UsageError:
-            raise
-        except RobenchError as error:
-            state.problem = str(error)
+            self.queue.appendleft(Task("close", str(self.place / state.run.name), state.run.name))
 
     def _refuse(self) -> None:
         """Ends a study of which runs cannot be done at all: the user has to know before hours of work."""
@@ -326,9 +319,7 @@ def _verdict(folder: Place) -> str:
 
 
 def _gpus() -> int:
-    """GPUs of this machine, without importing torch where there can be none."""
-    if not (Path("/dev/nvidia0").exists() or os.environ.get("CUDA_VISIBLE_DEVICES")):
-        return 0
+    """GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()

@@ -10,6 +10,7 @@ from engine_toys import Prototypes
 from torch import Tensor
 
 from robench.data import load_dataset
+from robench.errors import PluginError
 from robench.types import Images, Logits
 
 
@@ -97,6 +98,18 @@ class SeedsLate(Attacked):
 
     def misbehave(self) -> None:
         torch.manual_seed(0)  # noqa: TID251 - what a plugin must not do
+
+
+class OwnError(PluginError):
+    """A plugin's own kind of error, which says nothing."""
+
+
+class RaisesItsOwn(Prototypes):
+    name = "raises_its_own"
+
+    def __init__(self) -> None:
+        super().__init__()
+        raise OwnError
 
 
 class RaisesLate(Prototypes):

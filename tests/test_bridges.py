@@ -20,6 +20,7 @@ from robench.bridges.foolbox import REFUSED
 from robench.bridges.foreign import ForeignAttack
 from robench.bridges.torchattacks import TRAITS
 from robench.defense import Defense
+from robench.evaluate import evaluate
 from robench.registry import load_attack, parse_spec
 from robench.rng import seeded
 from robench.testing import AttackContract
@@ -287,3 +288,11 @@ def test_what_the_images_and_classes_must_be(defense: Defense) -> None:
         threat, victim = ThreatModel("linf", 0.05), Victim(colour, "gradient", 4)
         found = pifgsm(victim, x, colour(x).argmax(1), threat)
     assert float(threat.distance(x, found).min()) > 0.9 * threat.eps, "its bound has another name"
+
+
+def test_an_attack_that_seeds_torch_itself_counts_as_done() -> None:
+    """Through the engine, which refuses plugins that seed torch's generator."""
+    x, y = make_images()
+    result = evaluate(make_defense(), "torchattacks:APGD(steps=2)", ThreatModel("linf", 0.03), (x, y), judge_repeats=1)
+    assert result.failures == {}
+    assert result.complete

@@ -15,12 +15,12 @@ from engine_toys import Prototypes
 from robench import ThreatModel, UsageError
 from robench.errors import PluginError
 from robench.evaluate import evaluate, prepare
-from robench.plan import plan_units
+from robench.plan import Unit, plan_units
 from robench.registry import load_defense
 from robench.result import Evaluation
 from robench.runners import Limits, Task, run_in_processes
 from robench.runners.cluster import run_on_ray
-from robench.runners.work import PlanRequest
+from robench.runners.work import PlanRequest, UnitRequest
 from robench.settings import Settings
 from robench.store import RunStore
 from robench.study import make_study
@@ -125,21 +125,34 @@ def plan(folder: Path, defense: str) -> Task:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["local", "ray"])
-def test_a_task_that_takes_too_long_is_given_up(way: str, tmp_path: Path) -> None:
+def test_a_task_that_hangs_is_given_up(way: str, tmp_path: Path) -> None:
     if way == "ray":
         pytest.importorskip("ray")
     runner = run_in_processes if way == "local" else run_on_ray
     queue = deque([plan(tmp_path / "a", "HangsWhenLoaded"), plan(tmp_path / "b", "Chatty")])
     outcomes = {
         outcome.task.run: outcome
-        for outcome in runner(queue, lambda _: True, workers=1, limits=Limits(task_s=8, stall_s=100))
+        for outcome in runner(queue, lambda _: True, workers=1, limits=Limits(stall_s=8, task_s=0.1))
     }
     assert outcomes["Chatty"].error is None
     expected = {
-        "local": "not done after 8 s",
+        "local": "hung: no pass through the defense was finished in 8 s",
         "ray": "Ray lost its worker (WorkerCrashedError): it died, or hung (2 times)",
     }
     assert str(outcomes["HangsWhenLoaded"].error) == expected[way]
+
+
+@pytest.mark.slow
+def test_a_unit_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    """And a plugin's own kind of error reaches a process that does not know it."""
+    hung = run_in_processes(deque([plan(tmp_path / "a", "Hangs")]), lambda _: True, limits=Limits(stall_s=6))
+    assert [str(outcome.error)[:5] for outcome in hung] == ["hung:"]  # in the calibration; the folder is there
+    queue = deque([Task("unit", UnitRequest(str(tmp_path / "a"), Unit(0, 0, 4))), plan(tmp_path / "b", "RaisesItsOwn")])
+    limits = Limits(task_s=6, stall_s=100)
+    late, own = run_in_processes(queue, lambda _: True, workers=1, limits=limits)
+    assert str(late.error) == "not done after 6 s"
+    assert type(own.error) is PluginError
+    assert str(own.error) == "OwnError"
 
 
 def test_tasks_that_are_not_wanted_are_dropped() -> None:

@@ -118,7 +118,11 @@ def test_an_audit_goes_with_each_defense_dataset_and_bound() -> None:
         ({"exclude": [{"norm": "linf"}]}, "no run is left"),
         ({"settings": {"n": 3}}, 'settings has no key "n"'),
         ({"settings": {"eot": 0}}, "eot must be at least 1"),
-        ({"settings": {"eot": "ten"}}, "settings: a value is of the wrong kind"),
+        ({"settings": {"eot": "ten"}}, "settings: eot must be of kind int; got 'ten'"),
+        ({"settings": {"unit_size": 32.0}}, "settings: unit_size must be of kind int"),
+        ({"settings": {"cascade": "yes"}}, "settings: cascade must be of kind bool"),
+        ({"audit": True, "threats": "l0 5"}, "the audit takes linf, l2 and bounds above 0"),
+        ({"audit": True, "threats": "linf 0,0.1"}, "the audit takes linf, l2 and bounds above 0"),
         ({"limits": {"threads": 0}}, "threads must be a number above 0"),
         ({"limits": {"stall_s": float("nan")}}, "stall_s must be a number above 0"),
         ({"limits": {"task_s": 1}}, 'limits has no key "task_s"'),
@@ -304,9 +308,9 @@ def test_a_duration_is_told_in_the_unit_that_a_reader_wants(seconds: float, text
 def test_the_example_is_a_study() -> None:
     study = read_study(HERE.parent / "examples" / "study.toml")
     assert [run.name for run in study.runs] == [
-        "convnet-fashion_mnist-linf-0.05_0.1",
-        "convnet_width_16-fashion_mnist-linf-0.05_0.1",
-        "convnet_width_16-fashion_mnist-l2-1.5",
-        "jem-fashion_mnist-linf-0.05_0.1",
-        "jem-fashion_mnist-l2-1.5",
+        "convnet-fashion_mnist-linf-0.05_0.1-seed0",
+        "convnet_width_16-fashion_mnist-linf-0.05_0.1-seed0",
+        "convnet_width_16-fashion_mnist-l2-1.5-seed0",
+        "jem-fashion_mnist-linf-0.05_0.1-seed0",
+        "jem-fashion_mnist-l2-1.5-seed0",
     ]

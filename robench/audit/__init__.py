@@ -181,6 +181,7 @@ def _facts(evidence: Evidence) -> dict[str, Any]:
         return {}
     spec = result.spec
     return {
+        "spec": evidence.spec,
         "norm": evidence.threat.norm,
         "eps": evidence.threat.eps,
         "eot": evidence.effort.eot,

@@ -88,7 +88,10 @@ class TorchattacksAttack(ForeignAttack):
             fill["seed"] = int(torch.randint(2**31, ()))
         filled = {name: value for name, value in fill.items() if name in known}
         attack = self.foreign(show(victim, self.access, x), **self._options(), **filled)
-        return attack(x, y)
+        if "seed" not in known:
+            return attack(x, y)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # it seeds torch with what it was given
+            return attack(x, y)
 
 
 @functools.cache

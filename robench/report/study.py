@@ -37,7 +37,7 @@ def study_csv(states: Sequence[RunState], audits: Mapping[str, str]) -> str:
 
 
 def _row(state: RunState, eps: float, audits: Mapping[str, str]) -> dict[str, str]:
-    run, result = state.run, state.result
+    run, found = state.run, state.figures
     row = dict.fromkeys(COLUMNS, "") | {
         "run": run.name,
         "defense": run.defense,
@@ -48,11 +48,11 @@ def _row(state: RunState, eps: float, audits: Mapping[str, str]) -> dict[str, st
         "status": state.status,
         "reason": " ".join(state.reason.split()),
     }
-    if result is not None:
-        row["n"] = str(result.spec.n)
-        row |= _cells("clean", result.clean_accuracy)
-        row |= _cells("robust", result.robust_at(eps) if result.complete else None)
-        row["worst_attack"] = result.worst_attack(eps)
+    if found is not None:
+        row["n"] = str(found.n)
+        row |= _cells("clean", found.clean)
+        row |= _cells("robust", found.robust[eps])
+        row["worst_attack"] = found.worst_attack[eps]
     row["audit"] = " ".join(audits.get(audit_name(run, eps), "").split())
     return row
 
@@ -74,7 +74,7 @@ def print_study(result: StudyResult, *, dry: bool = False) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(plan_table(result) if dry else figures_table(result))
     if dry:
-        total = sum(state.planned.seconds for state in result.runs if state.planned is not None)
+        total = sum(_to_do(state) * state.planned.seconds for state in result.runs if state.planned is not None)
         console.print(
             f"at most {duration(total)} of one worker, {duration(total / result.workers)} with {result.workers}: "
             "attacks stop early on images that they have broken"
@@ -98,10 +98,16 @@ def plan_table(result: StudyResult) -> Table:
             table.add_row(state.run.name, "", "", "", f"failed: {state.problem}")
             continue
         stored = len(planned.units) - len(planned.missing)
-        share = len(planned.missing) / max(len(planned.units), 1)
+        share = _to_do(state)
         queries, seconds = f"{planned.queries * share:.3g}", duration(planned.seconds * share)
         table.add_row(state.run.name, str(len(planned.units)), str(stored), queries, seconds)
     return table
+
+
+def _to_do(state: RunState) -> float:
+    """The share of a run's units that is not stored."""
+    planned = state.planned
+    return len(planned.missing) / len(planned.units) if planned is not None and planned.units else 0.0
 
 
 def figures_table(result: StudyResult) -> Table:
@@ -112,10 +118,10 @@ def figures_table(result: StudyResult) -> Table:
     for heading in ("clean", "robust", "status"):
         table.add_column(heading, no_wrap=True)
     for state in result.runs:
-        run, found = state.run, state.result
+        run, found = state.run, state.figures
         for eps in run.eps:
-            clean = f"{100 * found.clean_accuracy.value:.1f} %" if found is not None else ""
-            robust = found.robust_at(eps) if found is not None and found.complete else None
+            clean = f"{100 * found.clean.value:.1f} %" if found is not None else ""
+            robust = found.robust[eps] if found is not None else None
             seed = f" seed {run.seed}" if run.seed else ""
             cells = (run.defense.rpartition("/")[2], run.dataset + seed, f"{run.norm} {eps:.4g}")
             table.add_row(*cells, clean, str(robust or ""), state.status)
@@ -142,10 +148,10 @@ def study_json(result: StudyResult, *, dry: bool = False) -> dict[str, Any]:
             content |= {
                 "units": len(state.planned.units),
                 "missing": len(state.planned.missing),
-                "queries": state.planned.queries,
-                "seconds": round(state.planned.seconds, 1),
+                "queries": round(_to_do(state) * state.planned.queries),
+                "seconds": round(_to_do(state) * state.planned.seconds, 1),
             }
-        if state.result is not None:
-            content |= state.result.to_json()
+        if state.figures is not None:
+            content |= state.figures.content
         runs.append(content)
     return {"runs": runs, "audits": result.audits, "folder": str(result.folder), "workers": result.workers}

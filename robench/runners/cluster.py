@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any, Final
 
 from robench.errors import UsageError
@@ -49,20 +50,27 @@ def run_on_ray(
     limits = limits or Limits()
     ray = _connect(address, workers, limits)
     try:
-        yield from _run(ray, queue, wanted, workers or _room(ray, limits), limits)
+        is_capped = address is not None and workers is not None  # nothing else keeps a cluster to so many
+        room = (workers or _room(ray, limits)) * (1 if is_capped else AHEAD)
+        yield from _run(ray, queue, wanted, room, limits)
     finally:
         ray.shutdown()
 
 
 def _run(ray: Any, queue: deque[Task], wanted: Callable[[Task], bool], room: int, limits: Limits) -> Generator[Outcome]:
-    remote = ray.remote(_perform).options(
-        num_cpus=limits.threads, num_gpus=limits.gpus, max_retries=0, scheduling_strategy="SPREAD"
-    )
+    # a process that has used one GPU does not move to another that it is given later: with GPUs, one task each
+    remote = ray.remote(
+        num_cpus=limits.threads,
+        num_gpus=limits.gpus,
+        max_retries=0,
+        max_calls=1 if limits.gpus else 0,
+        scheduling_strategy="SPREAD",
+    )(_perform)
     running: dict[Any, tuple[Task, float]] = {}
     losses = Losses()
     patience = limits.stall_s if limits.task_s is None else min(limits.stall_s, limits.task_s)
     while True:
-        while queue and len(running) < AHEAD * room:
+        while queue and len(running) < room:
             task = queue.popleft()
             if wanted(task):
                 running[remote.remote(task, limits, sys.path)] = task, time.monotonic()
@@ -97,7 +105,7 @@ def _connect(address: str | None, workers: int | None, limits: Limits) -> Any:
         if address is not None:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
-            ray.init(num_cpus=None if workers is None else workers * limits.threads, **options)
+            ray.init(address="local", num_cpus=None if workers is None else workers * limits.threads, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}") from None
     return ray
@@ -152,7 +160,7 @@ def _perform(task: Task, limits: Limits, path: list[str]) -> Outcome:
     torch.set_num_threads(limits.threads)
     if limits.memory_gb and not limits.gpus:
         limit_memory(limits.memory_gb)
-    watch = _Watchdog(limits)
+    watch = _Watchdog(limits if task.kind == "unit" else replace(limits, task_s=None))
     try:
         return perform(task, watch)
     finally:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 STILLBORN: Final = 3
 """Workers in a row that die before they take a task, after which there is no point in starting more."""
 
+AWAY_S: Final = 2.0
+"""Seconds between two looks at the workers beyond which the time is not held against them."""
 GOODBYE_S: Final = 5.0
 """Seconds that a worker without a task has to end."""
 
@@ -97,7 +99,7 @@ class _Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(GOODBYE_S)
         self.pipe.close()
 
 
@@ -109,6 +111,7 @@ class _Team:
         self.limits = limits if limits.memory_gb else replace(limits, memory_gb=memory_share(size))
         self.workers: dict[int, _Worker] = {}
         self.losses, self.stillborn = Losses(), 0
+        self.listened = time.monotonic()
 
     def is_busy(self) -> bool:
         return any(worker.task is not None for worker in self.workers.values())
@@ -129,13 +132,17 @@ class _Team:
 
     def listen(self, queue: deque[Task], hear: Hear | None) -> Iterator[Outcome]:
         """Waits for a moment, and yields what was finished; lost tasks go back to the queue."""
+        away = time.monotonic() - self.listened
+        for worker in self.workers.values() if away > AWAY_S else ():  # this process was busy or stopped, not they
+            worker.heard, worker.started = worker.heard + away, worker.started + away
         by_pipe = {worker.pipe: number for number, worker in self.workers.items()}
         for pipe in wait(list(by_pipe), timeout=1.0):
             outcome = self._receive(by_pipe[pipe], queue, hear)  # type: ignore[index]
             if outcome is not None:
                 yield outcome
+        self.listened = time.monotonic()
         for number, worker in list(self.workers.items()):
-            reason = self._overdue(worker)
+            reason = "" if worker.pipe.poll() else self._overdue(worker)
             if reason and worker.task is not None:
                 worker.kill()
                 del self.workers[number]
@@ -161,7 +168,7 @@ class _Team:
     def _bury(self, number: int, queue: deque[Task]) -> Outcome | None:
         """Takes a dead worker's task back; the outcome if it killed too many."""
         worker = self.workers.pop(number)
-        worker.process.join()
+        worker.process.join(GOODBYE_S)
         code, task = worker.process.exitcode or 0, worker.task
         worker.pipe.close()
         if not worker.ready:
@@ -183,7 +190,7 @@ class _Team:
         now, limits = time.monotonic(), self.limits
         if worker.task is None:
             return ""
-        if limits.task_s is not None and now - worker.started > limits.task_s:
+        if limits.task_s is not None and worker.task.kind == "unit" and now - worker.started > limits.task_s:
             return f"not done after {limits.task_s:g} s"
         if now - worker.heard > limits.stall_s:
             return f"hung: no pass through the defense was finished in {limits.stall_s:g} s"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from robench.errors import PluginError, RobenchError
+from robench.errors import DataError, PluginError, RobenchError, StorageError, UsageError
 
 Hear = Callable[[int, str], None]
 """Hears of passes through a defense: how many, and who asked (`judge` or `attack`)."""
@@ -61,7 +61,7 @@ class Limits:
     Attributes:
         threads: of torch.
         stall_s: seconds without a finished pass through the defense after which a worker counts as hung.
-        task_s: seconds that one task may take; None: no limit.
+        task_s: seconds that a unit may take; None: no limit.
         memory_gb: memory that a worker may allocate on the CPU; None: its share of the machine's.
         gpus: of each worker; a fraction on Ray only.
     """
@@ -91,10 +91,18 @@ def perform(task: Task, hear: Hear | None = None) -> Outcome:
     try:
         value = work.FUNCTIONS[task.kind](task.request, hear)
     except RobenchError as error:
-        return Outcome(task, error=error, seconds=time.monotonic() - started)
+        return Outcome(task, error=_portable(error), seconds=time.monotonic() - started)
     except Exception as error:  # noqa: BLE001 - a plugin may fail in any way; the study goes on
         return Outcome(task, error=PluginError(_describe(error)), seconds=time.monotonic() - started)
     return Outcome(task, value, seconds=time.monotonic() - started)
+
+
+def _portable(error: RobenchError) -> RobenchError:
+    """The error as one of robench's own classes: a plugin's cannot be read by a process that has not imported it."""
+    base = next(
+        one for one in (StorageError, UsageError, DataError, PluginError, RobenchError) if isinstance(error, one)
+    )
+    return base(str(error) or type(error).__name__)
 
 
 def _describe(error: BaseException) -> str:

@@ -14,19 +14,22 @@ import torch
 
 from robench.batches import give_back_memory
 from robench.data import Dataset, load_dataset
-from robench.defense import weights_digest
-from robench.errors import PluginError, UsageError
+from robench.defense import Defense, weights_digest
+from robench.errors import PluginError
+from robench.estimate import Estimate
 from robench.evaluate import expected_passes, open_store, prepare
 from robench.files import as_place
 from robench.judge import judge
 from robench.plan import Unit, plan_units
 from robench.registry import load_attack, load_defense
+from robench.result import Evaluation
 from robench.rng import seeded
 from robench.runners.task import Hear
 from robench.settings import make_settings
 from robench.store import SPEC_FILE, RunStore
 from robench.threat import ThreatModel
 from robench.unit import UnitWork, run_unit
+from robench.unit_table import WORST
 from robench.victim import Victim
 
 
@@ -140,10 +143,9 @@ def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
     Raises:
         RobenchError: see `robench.evaluate`.
     """
-    del hear
     started = make_settings({**request.settings, "defense_spec": request.defense})
     data = _dataset(request.dataset, started.n, started.seed, str(started.data_dir or ""))
-    defense = load_defense(request.defense, request.dataset)
+    defense = _heard(load_defense(request.defense, request.dataset), hear)
     threats = [ThreatModel(request.norm, eps) for eps in request.eps]
     work = prepare(defense, list(request.attacks), threats, data, started)
     folder = as_place(request.folder)
@@ -170,18 +172,73 @@ def do_audit(request: AuditWork, hear: Hear | None) -> str:
     from robench.audit import audit
     from robench.report.audit import write_audit
 
-    del hear
     folder = Path(request.folder)
-    defense = load_defense(request.defense, request.dataset)
+    defense = _heard(load_defense(request.defense, request.dataset), hear)
     threat = ThreatModel(request.norm, request.eps)
     found = audit(defense, threat, request.dataset, out=folder, defense_spec=request.defense, **dict(request.settings))
     write_audit(found, folder)
     return found.verdict
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a study's table says of a finished run.
+
+    Attributes:
+        complete: False where an attack failed.
+        reason: which, and why.
+        n: images.
+        clean: clean accuracy.
+        robust: robust accuracy by bound; None where it is not known.
+        worst_attack: by bound.
+        content: the run's result.json.
+    """
+
+    complete: bool
+    reason: str
+    n: int
+    clean: Estimate
+    robust: Mapping[float, Estimate | None]
+    worst_attack: Mapping[float, str]
+    content: Mapping[str, Any]
+
+
+def close_run(folder: str, hear: Hear | None = None) -> Figures:
+    """Reads the units of a run, writes its result and row, and returns its figures.
+
+    Raises:
+        RobenchError: a unit is missing or damaged, or the folder cannot be written.
+    """
+    del hear
+    result = Evaluation.load(folder)
+    result.save()
+    robust = {eps: result.robust_at(eps) if result.complete else None for eps in result.spec.eps}
+    worst = {eps: result.worst_attack(eps) for eps in result.spec.eps}
+    return Figures(
+        result.complete, _what_failed(result), result.spec.n, result.clean_accuracy, robust, worst, result.to_json()
+    )
+
+
+def _what_failed(result: Evaluation) -> str:
+    if result.complete:
+        return ""
+    failed = sorted(set(result.table[result.table["status"] == "failed"]["attack"]) - {WORST})
+    last = [trace.strip().splitlines()[-1] for trace in result.failures.values() if trace.strip()]
+    return f"failed: {', '.join(failed)}" + (f" ({last[0].removeprefix('robench.errors.')})" if last else "")
+
+
+def _heard(defense: Defense, hear: Hear | None) -> Defense:
+    """Lets whoever waits hear of each pass through any part of a defense."""
+    if hear is not None:
+        for module in defense.modules():
+            module.register_forward_hook(lambda *_: hear(0, "judge"))
+    return defense
+
+
 FUNCTIONS: Final[dict[str, Callable[[Any, Hear | None], Any]]] = {
     "unit": do_unit,
     "plan": plan_run,
+    "close": close_run,
     "audit": do_audit,
 }
 
@@ -198,14 +255,14 @@ def _prepare(folder: str, data_dir: str) -> tuple[UnitWork, RunStore]:
     """Loads what a run works with.
 
     Raises:
-        UsageError: what is loaded is not what the run was planned with.
+        PluginError: what is loaded is not what the run was planned with.
     """
     store = RunStore.open(as_place(folder))
     spec = store.spec
     defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
     data = _dataset(spec.dataset, spec.n, spec.seed, data_dir)
     if (weights_digest(defense), data.digest) != (spec.weights_digest, spec.data_digest):
-        raise UsageError(f'a worker loads other weights or images by "{spec.defense}" and "{spec.dataset}"')
+        raise PluginError(f'a worker loads other weights or images by "{spec.defense}" and "{spec.dataset}"')
     attacks = {entry.key: load_attack(entry.spec) for entry in spec.attacks}
     return UnitWork(spec, defense.to(spec.device), attacks, data.x, data.y, data.index), store
 
@@ -234,6 +291,3 @@ def _time(call: Callable[[], object]) -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-__all__ = ["FUNCTIONS", "AuditWork", "PlanRequest", "Planned", "UnitRequest", "do_audit", "do_unit", "plan_run"]

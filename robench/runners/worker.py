@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Final
 
 from robench.errors import PluginError
@@ -33,8 +34,7 @@ def serve(pipe: Connection[Any, Any], limits: Limits, number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it and ends the workers
     os.dup2(2, 1)  # what plugins print must not be taken for the command's answer
     if limits.gpus:
-        count = max(round(limits.gpus), 1)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(count * (number + 1))[count * number :])
+        _take_gpus(number, max(round(limits.gpus), 1))
     import torch
 
     torch.set_num_threads(limits.threads)
@@ -79,10 +79,17 @@ class _Reporter:
         self.sent = time.monotonic()
 
 
-def _visible(count: int) -> list[str]:
-    """The first GPUs that this process may use, by name or number."""
+def _take_gpus(number: int, count: int) -> None:
+    """Leaves worker `number` its GPUs alone; with more workers than GPUs they share."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return (named.split(",") if named else [str(number) for number in range(count)])[:count]
+    here = (
+        named.split(",")
+        if named
+        else sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    )
+    if len(here) > 1:  # else there is nothing to choose, or the device files do not tell
+        chosen = [here[(count * number + place) % len(here)] for place in range(min(count, len(here)))]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
 
 
 def _die_with_parent() -> None:
