@@ -74,10 +74,7 @@ def evaluate(
     try:
         with store.locked() if store is not None else contextlib.nullcontext():
             tables, seconds = _run(work, store, chosen)
-        if weights_digest(defense) != work.spec.weights_digest:
-            raise PluginError(
-                f'defense "{defense.name}": its weights or buffers changed during the run; nothing counts'
-            )
+        work.check_unchanged()
     finally:
         defense.to("cpu")
         if store is not None:

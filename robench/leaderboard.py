@@ -98,8 +98,8 @@ def make_row(
         "protocol": spec.protocol,
         "weights_digest": spec.weights_digest[:16],
         "randomized": "yes" if spec.randomized else "no",
-        **_cells("clean", result.clean_accuracy),
-        **_cells("robust", robust),
+        **estimate_cells("clean", result.clean_accuracy),
+        **estimate_cells("robust", robust),
         "majority_acc": _number(majority.majority().value if majority and result.complete else None),
         "worst_attack": result.worst_attack(eps),
         **{key: _number(estimate.value if estimate else None) for key, estimate in attacks.items()},
@@ -125,7 +125,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _cells(kind: str, estimate: Estimate | None) -> Row:
+def estimate_cells(kind: str, estimate: Estimate | None) -> Row:
+    """The cells of an accuracy and its interval; empty where there is none."""
     values = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
     return {f"{kind}_{end}": _number(value) for end, value in zip(("acc", "low", "high"), values, strict=True)}
 
@@ -181,10 +182,11 @@ def _order(row: Row) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
 def rows_csv(rows: Sequence[Row]) -> str:
     """Rows as CSV text. A cell that a spreadsheet would take for a formula gets a leading apostrophe."""
     columns = [*HEAD, *attack_columns(rows), *TAIL]
-    return "".join([_line(columns), *(_line([row.get(name, "") for name in columns]) for row in rows)])
+    return "".join([csv_line(columns), *(csv_line([row.get(name, "") for name in columns]) for row in rows)])
 
 
-def _line(cells: Sequence[str]) -> str:
+def csv_line(cells: Sequence[str]) -> str:
+    """A line of CSV, in which no cell is a formula to a spreadsheet."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\r\n").writerow([_defuse(cell) for cell in cells])
     return f"{buffer.getvalue()[:-2]}\n"  # Python 3.11 quotes a cell with \r only where \r ends the lines

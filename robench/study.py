@@ -44,8 +44,6 @@ FREE_SETTINGS: Final[dict[str, type]] = {
     "cascade": bool,
 }
 """Settings that a study's file may hold; the others follow from the study or are given to the command."""
-AUDITED: Final = ("linf", "l2")
-"""The norms that the audit takes."""
 KEYS: Final = ("name", "defenses", "datasets", "threats", "protocol", "attacks", "seeds", "n", "audit")
 TABLES: Final = ("settings", "limits", "exclude")
 EXCLUDE: Final = ("defense", "dataset", "norm", "eps", "seed")
@@ -155,11 +153,8 @@ def make_study(content: Mapping[str, Any], name: str = "study") -> Study:
     if not kept:
         raise UsageError("no run is left; every one is excluded")
     audit = _one(content, "audit", bool, False)
-    unfit = [run.name for run in kept if run.norm not in AUDITED or run.eps[0] == 0]
-    if audit and unfit:
-        raise UsageError(
-            f"the audit takes {', '.join(AUDITED)} and bounds above 0; {unfit[0]} is none. Leave audit out"
-        )
+    if audit:
+        _check_audited(kept)
     return Study(
         _one(content, "name", str, name),
         tuple(kept),
@@ -169,6 +164,14 @@ def make_study(content: Mapping[str, Any], name: str = "study") -> Study:
         _settings(_one(content, "settings", dict, {})),
         _limits(_one(content, "limits", dict, {})),
     )
+
+
+def _check_audited(runs: Sequence[StudyRun]) -> None:
+    from robench.audit import NORMS
+
+    unfit = [run.name for run in runs if run.norm not in NORMS or run.eps[0] == 0]
+    if unfit:
+        raise UsageError(f"the audit takes {', '.join(NORMS)} and bounds above 0; {unfit[0]} is none. Leave audit out")
 
 
 def _attacks(content: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from robench.study_run import RunState
 
 LINE_S: Final = 10.0
+SHOW_S: Final = 0.5
+"""Seconds between two looks at all runs, of which there may be thousands."""
 
 
 class StudyProgress:
@@ -38,6 +40,7 @@ class StudyProgress:
         self.started = self.printed = time.monotonic()
         self.line, self.fraction = "planning", 0.0
         self.told: set[str] = set()
+        self.shown = -SHOW_S
         self.bar: RichProgress | None = None
 
     def __enter__(self) -> Self:
@@ -70,8 +73,13 @@ class StudyProgress:
         if self.bar is None and self.enabled and time.monotonic() - self.printed >= LINE_S:
             self._print()
 
+    def is_due(self) -> bool:
+        """Whether it is time to show the state of all runs again."""
+        return time.monotonic() - self.shown >= SHOW_S
+
     def show(self, states: Sequence[RunState], audits: Mapping[str, str]) -> None:
         """Shows the state of all runs; a run that failed is told at once."""
+        self.shown = time.monotonic()
         for state in states:
             if self.enabled and state.problem and state.run.name not in self.told:
                 self.told.add(state.run.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shlex
 from collections import deque
@@ -27,6 +28,7 @@ from robench.study_progress import StudyProgress
 if TYPE_CHECKING:
     from robench.runners.work import Figures, Planned
 
+LOG = logging.getLogger("robench")
 RUNNERS: Final = ("local", "ray")
 
 
@@ -125,8 +127,6 @@ class StudyResult:
 
 
 FAILED: Final = "failed: "
-AUDIT_N: Final = 128
-"""An audit takes its own number of images, and fewer where the runs have fewer than this."""
 
 
 def do_study(path: Path, settings: StudySettings) -> StudyResult:
@@ -200,8 +200,10 @@ class _Driver:
                     self._refuse()
                     queue.extend(self._units())
                     queue.extend(self._audits())
-                progress.show(list(self.states.values()), self.audits)
+                if outcome.error is not None or progress.is_due():
+                    progress.show(list(self.states.values()), self.audits)
             self._refuse()
+            progress.show(list(self.states.values()), self.audits)
         if not self.settings.dry:
             self._finish()
         return StudyResult(self.folder, list(self.states.values()), self.audits, self.workers)
@@ -243,11 +245,12 @@ class _Driver:
         return tasks
 
     def _audits(self) -> list[Task]:
+        from robench.audit import DEFAULT_N
         from robench.runners.work import AuditWork
 
         tasks = []
         for name, run in self.study.audits().items():
-            few = self.study.n if self.study.n is not None and self.study.n < AUDIT_N else None
+            few = self.study.n if self.study.n is not None and self.study.n < DEFAULT_N else None  # else its own number
             settings = {"n": few, "seed": run.seed, "device": self.device, "data_dir": self._data_dir()}
             known = _verdict(self.folder / name)
             if known:
@@ -278,6 +281,8 @@ class _Driver:
             state.planned = outcome.value
             if state.planned is not None:
                 state.left = {unit.index for unit in state.planned.missing}
+                for note in state.planned.notes:
+                    LOG.warning(note)
                 state.store = None if self.settings.dry else RunStore.open(self.folder / task.run)
                 self._close(state)
         elif error is not None:

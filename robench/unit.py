@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robench.attack import Attack
 from robench.batches import own_batches
-from robench.defense import Defense
+from robench.defense import Defense, weights_digest
 from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
 from robench.plan import AttackEntry, RunSpec, Unit
@@ -56,6 +56,17 @@ class UnitWork:
         """`on_query` for one kind of query."""
         on_query = self.on_query
         return None if on_query is None else lambda passes: on_query(passes, kind)
+
+    def check_unchanged(self) -> None:
+        """Checks that the defense still has the weights that the run was planned with.
+
+        Raises:
+            PluginError: it has not.
+        """
+        if weights_digest(self.defense) != self.spec.weights_digest:
+            raise PluginError(
+                f'defense "{self.defense.name}": its weights or buffers changed during the run; nothing counts'
+            )
 
 
 @dataclass

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
+from robench.leaderboard import csv_line, estimate_cells
 from robench.study import audit_name
 
 if TYPE_CHECKING:
-    from robench.estimate import Estimate
     from robench.study_run import RunState, StudyResult
 
 COLUMNS: Final = (
@@ -27,13 +25,8 @@ def study_csv(states: Sequence[RunState], audits: Mapping[str, str]) -> str:
 
     A study gives the same bytes however often it was interrupted.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for state in states:
-        for eps in state.run.eps:
-            writer.writerow({key: _harmless(value) for key, value in _row(state, eps, audits).items()})
-    return text.getvalue()
+    rows = [_row(state, eps, audits) for state in states for eps in state.run.eps]
+    return "".join(csv_line(cells) for cells in (COLUMNS, *([row[name] for name in COLUMNS] for row in rows)))
 
 
 def _row(state: RunState, eps: float, audits: Mapping[str, str]) -> dict[str, str]:
@@ -50,23 +43,11 @@ def _row(state: RunState, eps: float, audits: Mapping[str, str]) -> dict[str, st
     }
     if found is not None:
         row["n"] = str(found.n)
-        row |= _cells("clean", found.clean)
-        row |= _cells("robust", found.robust[eps])
+        row |= estimate_cells("clean", found.clean)
+        row |= estimate_cells("robust", found.robust[eps])
         row["worst_attack"] = found.worst_attack[eps]
     row["audit"] = " ".join(audits.get(audit_name(run, eps), "").split())
     return row
-
-
-def _cells(name: str, estimate: Estimate | None) -> dict[str, str]:
-    if estimate is None:
-        return {}
-    values = {"acc": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {f"{name}_{key}": f"{value:.4f}" for key, value in values.items()}
-
-
-def _harmless(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def print_study(result: StudyResult, *, dry: bool = False) -> None:

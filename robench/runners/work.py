@@ -126,11 +126,11 @@ def do_unit(request: UnitRequest, hear: Hear | None) -> float:
     with store.locked(shared=True) if request.shared else contextlib.nullcontext():
         work.on_query = hear
         table = run_unit(work, request.unit)
-        if weights_digest(work.defense) != work.spec.weights_digest:
+        try:
+            work.check_unchanged()
+        except PluginError:
             _prepare.cache_clear()
-            raise PluginError(
-                f'defense "{work.defense.name}": its weights or buffers changed during the run; nothing counts'
-            )
+            raise
         store.write(request.unit, table, work.failures)
     work.failures.clear()
     give_back_memory()
