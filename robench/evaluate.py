@@ -27,6 +27,7 @@ from robench.files import Place, as_place
 from robench.judge import answer
 from robench.lineup import Attacks, check_attacks, named_protocol, plan_attacks
 from robench.plan import RunSpec, Unit, plan_units
+from robench.precision import has_bfloat16
 from robench.progress import Progress
 from robench.result import Evaluation
 from robench.rng import seeded
@@ -100,6 +101,8 @@ def prepare(
     check_images(dataset.x, dataset.y, defense)
     spec, built = make_spec(defense, threats, dataset, attacks, settings=settings)
     check_attacks(built, defense, threats, dataset.name, settings)
+    if spec.precision == "bfloat16" and not has_bfloat16(spec.device):
+        LOG.warning("this device only emulates bfloat16, which is many times slower. Choose --precision float32")
     with contextlib.redirect_stdout(sys.stderr):
         check_answers(defense, dataset.x, spec)
     return UnitWork(spec, defense, built, dataset.x, dataset.y, dataset.index)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
 import torch
 from engine_toys import Noisy, grid_images
 from torch import Tensor
 from torch.nn import functional
 
+from robench.evaluate import evaluate
 from robench.losses import margin
+from robench.precision import has_bfloat16
 from robench.testing import ConvToy
 from robench.testing.attacks import conv_case
+from robench.threat import ThreatModel
+from robench.train.recipe import autocast
 from robench.victim import Victim
 
 
@@ -60,3 +68,44 @@ def test_a_randomized_defense_is_not_asked_twice() -> None:
     victim = Victim(Noisy(), "gradient", 4, eot=3, precision="bfloat16")
     victim.gradient(x, (y + 1) % 3)
     assert passes(victim) == [(3, 3)] * 4
+
+
+CAPABILITIES = {
+    "Zen 3": ({"avx2": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "AMD EPYC"}, False),
+    "Sapphire Rapids": ({"avx2": True, "avx512_bf16": True, "amx_bf16": True, "cpu_name": "Xeon"}, True),
+    "Graviton 3": ({"neon": True, "bf16": True, "architecture": "aarch64"}, True),
+}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], bool]]:
+    """Pretends to be on a CPU; tells whether it has bfloat16."""
+
+    def pretend(name: str) -> bool:
+        capabilities, has = CAPABILITIES[name]
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        has_bfloat16.cache_clear()
+        return has
+
+    yield pretend
+    monkeypatch.undo()
+    has_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_training_takes_bfloat16_only_where_the_cpu_has_it(name: str, on_cpu: Callable[[str], bool]) -> None:
+    """Where it is emulated, a step of the ConvNet takes 21 times as long as in float32."""
+    has = on_cpu(name)
+    x = torch.rand(1, 1, 3, 3)
+    with autocast(x):
+        product = x[0, 0] @ x[0, 0]
+    assert product.dtype == (torch.bfloat16 if has else torch.float32)
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_emulated_bfloat16_is_told(name: str, on_cpu: Callable[[str], bool], caplog: pytest.LogCaptureFixture) -> None:
+    has = on_cpu(name)
+    defense, x, y = conv_case(4)
+    with caplog.at_level(logging.WARNING, "robench"):
+        evaluate(defense, "fgsm", ThreatModel("linf", 0.1), (x, y), precision="bfloat16", device="cpu")
+    assert ("only emulates bfloat16" in caplog.text) == (not has)
