@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +16,7 @@ from robench.check_names import QUESTIONS
 from robench.data import load_dataset
 from robench.errors import RobenchError
 from robench.leaderboard import HEAD, TAIL, Row
+from robench.report.drawing import INK, Drawings, page_style
 from robench.report.page import load_template
 from robench.unit_table import CLEAN, WORST
 
@@ -27,11 +26,9 @@ if TYPE_CHECKING:
 
 PICTURES: Final = 8
 """Adversarial images shown of a row."""
-PLOTS: Final = 4
+PLOTS: Final = 6
 """Plots of an audit's findings shown of a row."""
 MARKERS: Final = "osD^vP*X"
-INK: Final = "#010203"
-"""What is drawn in it takes the colour of the page's text."""
 
 
 def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
@@ -49,18 +46,20 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-    with _style():
+    drawings = Drawings()
+    with page_style():
         sections = [
             {
                 "board": board,
-                "scatter": Markup(_svg(_draw_scatter(board, Figure))),  # matplotlib escapes every text
-                "curves": Markup(_svg(_draw_curves(board, boards, Figure))),
-                "rows": [_show(number, entry, Figure, data_dir) for number, entry in enumerate(board.entries, 1)],
+                "scatter": Markup(drawings.svg(_draw_scatter(board, Figure))),  # every text in it is escaped
+                "curves": Markup(drawings.svg(_draw_curves(board, boards, Figure))),
+                "rows": [_show(number, entry, drawings, data_dir) for number, entry in enumerate(board.entries, 1)],
             }
             for board in boards
         ]
     return page.render(
         sections=sections,
+        drawn=Markup(drawings.css()),
         questions=QUESTIONS,
         datasets=sorted({board.dataset for board in boards}),
         norms=sorted({board.norm for board in boards}),
@@ -68,11 +67,12 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
     )
 
 
-def _show(number: int, entry: Entry, new: type[Figure], data_dir: Path | None) -> dict[str, Any]:
+def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) -> dict[str, Any]:
     from markupsafe import Markup
+    from matplotlib.figure import Figure
 
     audit = entry.bundle.audit if entry.bundle is not None else None
-    plots = _draw_findings(audit, new) if audit is not None else None
+    plots = _draw_findings(audit, Figure) if audit is not None else None
     return {
         "number": number,
         "entry": entry,
@@ -80,7 +80,7 @@ def _show(number: int, entry: Entry, new: type[Figure], data_dir: Path | None) -
         "percent": {name: _percent(entry.row, name) for name in ("clean", "robust")},
         "attacks": [(key, 100 * float(cell)) for key, cell in entry.row.items() if _is_attack(key) and cell],
         "audit": audit,
-        "plots": Markup(_svg(plots)) if plots is not None else "",
+        "plots": Markup(drawings.svg(plots)) if plots is not None else "",
         "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",
     }
 
@@ -98,32 +98,6 @@ def _percent(row: Row, kind: str) -> tuple[float, float, float] | None:
 
 
 # plots
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Text stays text, small and searchable, and two pages of the same rows are the same."""
-    import matplotlib as mpl
-
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "robench",
-        "text.parse_math": False,
-        "font.size": 9,
-    }
-    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with mpl.rc_context(style):
-        yield
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue().decode()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'aria-hidden="true"', text, count=1)
-    text = re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
-    return text.replace(INK, "currentColor")
 
 
 def _plain(text: str) -> str:
