@@ -21,6 +21,7 @@ from robench.bundle import Bundle, bundle_folder, read_bundle
 from robench.errors import DataError, RobenchError, UsageError
 from robench.leaderboard import Row, is_complete, is_masked, read_rows, rows_csv
 from robench.publish import EVIDENCE, boards
+from robench.report.markdown import markdown_table
 from robench.threat import format_eps
 from robench.unit_table import WORST
 
@@ -244,18 +245,14 @@ def table_cells(board: Board) -> list[tuple[str, ...]]:
 
 def as_markdown(board: Board) -> str:
     """A Markdown table."""
-
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(_escape(cell, MARKDOWN) for cell in cells)} |\n"
-
-    return "".join([line(HEADINGS), line(["---"] * len(HEADINGS)), *(line(cells) for cells in table_cells(board))])
+    return markdown_table(HEADINGS, table_cells(board))
 
 
 def as_latex(board: Board) -> str:
     """A LaTeX table of the package booktabs."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(_escape(cell, LATEX) for cell in cells) + r" \\"
+        return " & ".join(_escape(cell) for cell in cells) + r" \\"
 
     rows = "\n".join(line(cells) for cells in table_cells(board))
     columns = "rlrrllrl"
@@ -318,7 +315,6 @@ FORMATS: Final[dict[str, Callable[[Board], str]]] = {
     "robustbench": as_robustbench,
 }
 
-MARKDOWN: Final = {**{sign: f"\\{sign}" for sign in "\\|*_`<>"}, "\n": " ", "\r": " "}
 LATEX: Final = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -329,5 +325,5 @@ LATEX: Final = {
 }
 
 
-def _escape(text: str, signs: dict[str, str]) -> str:
-    return "".join(signs.get(sign, sign) for sign in text)
+def _escape(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in text)

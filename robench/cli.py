@@ -259,12 +259,14 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
 def reproduce(  # noqa: PLR0913 - each parameter is an option of the command line
     name: Annotated[str, typer.Argument(help="A defense whose paper has tables: shortrun, fortified, jem.")],
     table: Annotated[str | None, typer.Option(help="Only tables whose name holds this; several: 2.1,2.5.")] = None,
+    row: Annotated[str | None, typer.Option(help="Only rows whose heading holds this; several: JEM-0,JEM-1.")] = None,
     n: Annotated[
         int | None, typer.Option(help="Images behind each figure; default 128, fewer where it is slow.")
     ] = None,
     protocol: Annotated[
         str, typer.Option(help="Also measured in each cell's threat model; none for none.")
     ] = "standard",
+    protocol_n: Annotated[int | None, typer.Option(help="Images under the protocol; default as --n.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[
@@ -274,26 +276,28 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     as_json: Json = False,
 ) -> None:
     """Measure the tables of a defense's paper again, cell by cell, and print them beside the paper's."""
-    from robench.report.reproduced import print_outcomes, write_csv
+    from robench.report.reproduced import print_outcomes, write_outcomes
     from robench.reproduce import ReproduceRequest, reproduce_all
 
     request = ReproduceRequest(
         name,
         out or Path("runs") / f"reproduce-{name}",
         tables=tuple(table.split(",")) if table else (),
+        rows=tuple(row.split(",")) if row else (),
         n=n,
         protocol="" if protocol == "none" else protocol,
+        protocol_n=protocol_n,
         seed=seed,
         device=device,
         data_dir=data_dir,
     )
     outcomes = reproduce_all(request)
-    write_csv(outcomes, request.folder / "tables.csv")
+    written = write_outcomes(outcomes, request)
     if as_json:
         print_json({"cells": [outcome.to_json() for outcome in outcomes], "folder": str(request.folder)})
     else:
         print_outcomes(outcomes, request.protocol)
-        sys.stdout.write(f"{request.folder / 'tables.csv'}\n")
+        sys.stdout.write("".join(f"{path}\n" for path in written))
     if any(outcome.problem for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from robench.data import load_dataset
 from robench.defense import Defense
@@ -124,13 +124,13 @@ class Outcome:
     Attributes:
         cell: what was asked.
         ours: the paper's own measurement, made here; None where it could not be.
-        standard: worst-case accuracy under the protocol in the cell's threat model; None where there is none.
+        worst: worst-case accuracy under the request's protocol in the cell's threat model; None where there is none.
         problem: why `ours` is missing.
     """
 
     cell: Cell
     ours: Figure | None
-    standard: Figure | None = None
+    worst: Figure | None = None
     problem: str = ""
 
     @property
@@ -152,7 +152,7 @@ class Outcome:
             "measured_on": cell.dataset,
             "ours": vars(self.ours) if self.ours else None,
             "difference": self.difference,
-            "standard": vars(self.standard) if self.standard else None,
+            "worst": vars(self.worst) if self.worst else None,
             "problem": self.problem,
             "note": cell.note,
         }
@@ -166,8 +166,10 @@ class ReproduceRequest:
         name: the defense whose paper it is.
         folder: where runs are kept; a second call takes up what is there.
         tables: only tables whose name holds one of these texts; () for all.
+        rows: likewise, only rows whose heading holds one of these texts.
         n: images of each figure; None: 128, or the defense's first look where it is slow.
         protocol: measured besides the paper's attack; "" for none.
+        protocol_n: images of the figures under the protocol, which costs far more; None: as many as `n` says.
         seed: seeds everything.
         device: `auto`, `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
@@ -176,8 +178,10 @@ class ReproduceRequest:
     name: str
     folder: Path
     tables: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     n: int | None = None
     protocol: str = "standard"
+    protocol_n: int | None = None
     seed: int = 0
     device: str = "auto"
     data_dir: Path | None = None
@@ -192,18 +196,19 @@ class _Runs:
 
     def clean(self, cell: Cell) -> Figure:
         """Clean accuracy; the attack with bound 0 is a formality."""
-        result = self._run(cell, "fgsm", 0.0)
+        result = self._run(cell, "fgsm", 0.0, self.request.n)
         return _figure(result, result.clean_accuracy)
 
     def attacked(self, cell: Cell, attacks: Sequence[str]) -> Figure:
         """Accuracy under the cell's attack, measured in one run with the others of its threat model."""
-        result = self._run(cell, ",".join(attacks), cell.eps)
+        result = self._run(cell, ",".join(attacks), cell.eps, self.request.n)
         entries, _ = plan_attacks(cell.attack, self._defense(cell), cell.norm, cell.dataset)
         return _figure(result, result.per_attack[entries[0].key])
 
     def protocol(self, cell: Cell) -> Figure:
         """Worst-case accuracy under the protocol."""
-        result = self._run(cell, get_protocol(self.request.protocol).name, cell.eps)
+        n = self.request.protocol_n or self.request.n
+        result = self._run(cell, get_protocol(self.request.protocol).name, cell.eps, n)
         return _figure(result, result.robust_accuracy)
 
     def _defense(self, cell: Cell) -> Defense:
@@ -212,11 +217,11 @@ class _Runs:
             self.defenses[key] = load_defense(cell.defense, cell.dataset)
         return self.defenses[key]
 
-    def _run(self, cell: Cell, attacks: str, eps: float) -> Evaluation:
+    def _run(self, cell: Cell, attacks: str, eps: float, asked: int | None) -> Evaluation:
         request = self.request
         defense = self._defense(cell)
         first_look = dict(defense.first_look)
-        n = request.n or first_look.pop("n", DEFAULT_N)
+        n = asked or first_look.pop("n", DEFAULT_N)
         said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps:g} {n} {request.seed} {first_look}"
         plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}").strip("-")[:60]
         folder = request.folder / f"{plain}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
@@ -234,7 +239,7 @@ class _Runs:
             progress=True,
             data_dir=request.data_dir,
             defense_spec=cell.defense,
-            **{name: value for name, value in settings.items() if request.n is None and value is not None},
+            **{name: value for name, value in settings.items() if asked is None and value is not None},
         )
 
 
@@ -268,10 +273,8 @@ def reproduce(request: ReproduceRequest) -> Iterable[Outcome]:
     Raises:
         UsageError: unknown defense, no tables, or none of the names asked for.
     """
-    cells = [cell for cell in load_tables(request.name) if _is_wanted(cell, request.tables)]
-    if not cells:
-        known = ", ".join(dict.fromkeys(cell.table for cell in load_tables(request.name)))
-        raise UsageError(f"no table is called {', '.join(request.tables)}; there are: {known}")
+    cells = _choose(load_tables(request.name), request.tables, "table")
+    cells = _choose(cells, request.rows, "row")
     runs = _Runs(request)
     for cell in cells:
         try:
@@ -297,8 +300,17 @@ def reproduce_all(request: ReproduceRequest) -> list[Outcome]:
         raise Interrupted("interrupted; the same command goes on where this one stopped") from None
 
 
-def _is_wanted(cell: Cell, tables: Sequence[str]) -> bool:
-    return not tables or any(text in cell.table for text in tables)
+def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row"]) -> list[Cell]:
+    """The cells whose table or row holds one of the texts; all without a text.
+
+    Raises:
+        UsageError: none does.
+    """
+    chosen = [cell for cell in cells if not texts or any(text in getattr(cell, what) for text in texts)]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(getattr(cell, what) for cell in cells))
+        raise UsageError(f"no {what} is called {', '.join(texts)}; there are: {known}")
+    return chosen
 
 
 def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:

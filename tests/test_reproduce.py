@@ -64,7 +64,7 @@ def test_figures_are_those_of_evaluate(tmp_path: Path) -> None:
     assert clean.ours is not None
     assert clean.ours.value == pytest.approx(100 * expected.clean_accuracy.value)
     assert clean.difference == pytest.approx(clean.ours.value - 50)
-    assert clean.standard is None
+    assert clean.worst is None
     for outcome, key in ((fgsm, "fgsm"), (pgd, "pgd(steps=5)")):
         estimate = expected.per_attack[key]
         assert estimate is not None
@@ -75,8 +75,8 @@ def test_figures_are_those_of_evaluate(tmp_path: Path) -> None:
         )
         worst = by_protocol.robust_accuracy
         assert worst is not None
-        assert outcome.standard is not None
-        assert outcome.standard.value == pytest.approx(100 * worst.value)
+        assert outcome.worst is not None
+        assert outcome.worst.value == pytest.approx(100 * worst.value)
     assert pgd.difference is None
     assert ratio.difference == pytest.approx(0.5)
 
@@ -109,7 +109,43 @@ def test_command_prints_tables_and_writes_csv(
         rows = list(csv.DictReader(file))
     assert [row["column"] for row in rows] == ["clean", "FGSM", "PGD", "hidden"]
     assert rows[3]["ours"] == "10.0"
-    assert rows[1]["standard"] == ""
+    assert rows[1]["worst"] == rows[1]["protocol"] == ""
+
+
+def test_the_protocol_may_have_fewer_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("toy", "--row", "Proto", "--n", 20, "--protocol", "quick", "--protocol-n", 10, "--out", tmp_path / "runs")
+    assert call(monkeypatch, *words) == 0
+    assert "n = 20, under the protocol = 10" in capsys.readouterr().out
+    with (tmp_path / "runs" / "tables.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["n"], row["protocol"], row["worst_n"]) for row in rows] == [
+        ("20", "", ""),
+        ("20", "quick", "10"),
+        ("20", "quick", "10"),
+    ]
+    defense = load_defense(TOY)
+    worst = evaluate(defense, "quick", ThreatModel("linf", EPS), "fashion_mnist", n=10).robust_accuracy
+    assert worst is not None
+    assert float(rows[2]["worst"]) == pytest.approx(100 * worst.value)
+
+
+def test_the_page_in_markdown_shows_every_cell_and_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del capsys
+    hostile = Cell("table | 3", "<b>row</b>", "a", 1.0, "Fashion-MNIST", "fashion_mnist", measure=ten)
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: [*CELLS, hostile])
+    assert call(monkeypatch, "toy", "--n", 20, "--protocol", "none", "--out", tmp_path / "runs") == 0
+    page = (tmp_path / "runs" / "tables.md").read_text()
+    assert "`robench reproduce toy --n 20 --protocol none --seed 0`" in page
+    assert "| ratio | hidden | 9.5 | 10.0 [9.0, 11.0] | +0.50 |" in page
+    assert "## table \\| 3" in page
+    assert "\\<b\\>row" in page
+    assert page.count("\n## ") == 3
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(tables) == 3 * 2 + 5
 
 
 def test_one_dataset_under_two_names_is_comparable(
@@ -182,3 +218,15 @@ def test_wrong_names_are_one_line(
 def test_a_cell_is_measured_in_one_way(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         cell("wrong", **more)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("--table", "no table is called 9.9"), ("--row", "no row is called 9.9")]
+)
+def test_a_name_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert call(monkeypatch, "toy", option, "9.9", "--out", tmp_path / "runs") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error

@@ -1,18 +1,22 @@
-"""A paper's tables beside ours, on the terminal and as a CSV file."""
+"""A paper's tables beside ours: on the terminal, as a CSV file, and as a page in Markdown."""
 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
-from robench.reproduce import Outcome
+from robench.files import write_atomic
+from robench.report.markdown import escape, markdown_table
+from robench.reproduce import Outcome, ReproduceRequest
 
-COLUMNS = (
+COLUMNS: Final = (
     "table",
     "row",
     "column",
@@ -24,42 +28,94 @@ COLUMNS = (
     "high",
     "n",
     "difference",
-    "standard",
-    "standard_low",
-    "standard_high",
+    "protocol",
+    "worst",
+    "worst_low",
+    "worst_high",
+    "worst_n",
     "problem",
     "note",
 )
+NAMES: Final = ("row", "column")
+"""Headings of a table's columns that hold text; the others hold figures."""
 
 
 def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
     """Prints one table for each of the paper's, with what differs below it."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    for name, group in itertools.groupby(outcomes, key=lambda outcome: outcome.cell.table):
-        rows = list(group)
-        console.print(_table(name, rows, protocol))
-        for line in dict.fromkeys(_remarks(rows)):
+    for name, group in _by_table(outcomes):
+        table = Table(title=name, title_justify="left")
+        for heading in _headings(protocol):
+            table.add_column(heading, justify="left" if heading in NAMES else "right")
+        for outcome in group:
+            table.add_row(*_cells(outcome, protocol))
+        console.print(table)
+        for line in _remarks(group):
             console.print(f"  {line}")
 
 
-def _table(name: str, outcomes: Sequence[Outcome], protocol: str) -> Table:
-    table = Table(title=name, title_justify="left")
-    for heading in ("row", "column", "paper", "ours", "difference", protocol or "protocol"):
-        table.add_column(heading, justify="left" if heading in ("row", "column") else "right")
-    for outcome in outcomes:
-        cell, difference = outcome.cell, outcome.difference
-        table.add_row(
-            cell.row,
-            cell.column,
-            "" if cell.published is None else f"{cell.published:g}",
-            str(outcome.ours) if outcome.ours else "not measured",
-            "" if difference is None else f"{difference:+.2f}",
-            str(outcome.standard) if outcome.standard else "",
-        )
-    return table
+def write_outcomes(outcomes: Sequence[Outcome], request: ReproduceRequest) -> list[Path]:
+    """Writes `tables.csv`, a line for each cell, and `tables.md`, a page to read, into the request's folder."""
+    files = {"tables.csv": as_csv(outcomes, request.protocol), "tables.md": as_page(outcomes, request)}
+    for name, text in files.items():
+        write_atomic(request.folder / name, text.encode())
+    return [request.folder / name for name in files]
+
+
+def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest) -> str:
+    """One table in Markdown for each of the paper's, with what differs below it and the command that measures it."""
+    parts = [
+        f"# The tables of `{request.name}`'s paper, measured again\n\n",
+        f"`{_command(request)}`\n\n95 % intervals in brackets; accuracies in percent. The CSV beside this page has the "
+        "images behind each figure.\n",
+    ]
+    for name, group in _by_table(outcomes):
+        rows = [_cells(outcome, request.protocol) for outcome in group]
+        parts.append(f"\n## {escape(name)}\n\n{markdown_table(_headings(request.protocol), rows)}\n")
+        parts += [f"- {escape(line)}\n" for line in _remarks(group)]
+    return "".join(parts)
+
+
+def _command(request: ReproduceRequest) -> str:
+    options = {
+        "table": ",".join(request.tables),
+        "row": ",".join(request.rows),
+        "n": request.n,
+        "protocol": request.protocol or "none",
+        "protocol-n": request.protocol_n,
+        "seed": request.seed,
+    }
+    told = [f"--{name} {_quote(value)}" for name, value in options.items() if value not in (None, "")]
+    return " ".join(["robench reproduce", request.name, *told])
+
+
+def _quote(value: object) -> str:
+    return f"'{value}'" if " " in str(value) else str(value)
+
+
+def _by_table(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
+    for name, group in itertools.groupby(outcomes, key=lambda outcome: outcome.cell.table):
+        yield name, list(group)
+
+
+def _headings(protocol: str) -> list[str]:
+    return [*NAMES, "paper", "ours", "difference", *([protocol] if protocol else [])]
+
+
+def _cells(outcome: Outcome, protocol: str) -> list[str]:
+    cell, difference = outcome.cell, outcome.difference
+    return [
+        cell.row,
+        cell.column,
+        "" if cell.published is None else f"{cell.published:g}",
+        str(outcome.ours) if outcome.ours else "not measured",
+        "" if difference is None else f"{difference:+.2f}",
+        *([str(outcome.worst) if outcome.worst else ""] if protocol else []),
+    ]
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
+    """What a reader has to know of a table, each once."""
     lines = []
     for outcome in outcomes:
         cell = outcome.cell
@@ -69,9 +125,12 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
             lines.append(f"{cell.row}, {cell.column}: {outcome.problem}")
         if cell.note:
             lines.append(f"{cell.row}: {cell.note}")
-        if outcome.ours:
-            lines.append(f"95 % intervals; n = {outcome.ours.n}")
-    return lines
+    counts = {
+        "n": {outcome.ours.n for outcome in outcomes if outcome.ours},
+        "under the protocol": {outcome.worst.n for outcome in outcomes if outcome.worst},
+    }
+    told = ", ".join(f"{name} = {' or '.join(map(str, sorted(found)))}" for name, found in counts.items() if found)
+    return [*dict.fromkeys(lines), *([f"95 % intervals; {told}"] if told else [])]
 
 
 def _plain(name: str) -> str:
@@ -79,21 +138,22 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Writes one line for each cell."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for outcome in outcomes:
-            content = outcome.to_json()
-            ours, standard = content.pop("ours") or {}, content.pop("standard") or {}
-            writer.writerow(
-                {
-                    **content,
-                    "ours": ours.get("value"),
-                    **{key: ours.get(key) for key in ("low", "high", "n")},
-                    "standard": standard.get("value"),
-                    "standard_low": standard.get("low"),
-                    "standard_high": standard.get("high"),
-                }
-            )
+def as_csv(outcomes: Sequence[Outcome], protocol: str) -> str:
+    """One line for each cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for outcome in outcomes:
+        content = outcome.to_json()
+        ours, worst = content.pop("ours") or {}, content.pop("worst") or {}
+        writer.writerow(
+            {
+                **content,
+                "ours": ours.get("value"),
+                **{key: ours.get(key) for key in ("low", "high", "n")},
+                "protocol": protocol if worst else "",
+                "worst": worst.get("value"),
+                **{f"worst_{key}": worst.get(key) for key in ("low", "high", "n")},
+            }
+        )
+    return text.getvalue()
