@@ -15,6 +15,7 @@ from torch.nn import functional
 from robench.batches import pass_in_batches
 from robench.defense import Defense
 from robench.errors import PluginError
+from robench.progress import Progress
 from robench.threat import ThreatModel
 from robench.types import Images
 
@@ -87,6 +88,12 @@ def judge(defense: Defense, x: Images, repeats: int, *, on_query: Callable[[int]
             if on_query is not None:
                 on_query(len(x))
     return votes
+
+
+def judge_in_units(defense: Defense, x: Images, repeats: int, unit_size: int) -> Tensor:
+    """As `judge`, some images after others as in a run, with progress: a slow defense takes minutes."""
+    with Progress(f"{defense.name}: judged again", {"answers": len(x) * repeats}, brief=True) as progress:
+        return torch.cat([judge(defense, rows, repeats, on_query=progress.advance) for rows in x.split(unit_size)])
 
 
 def answer(defense: Defense, x: Images) -> Tensor:

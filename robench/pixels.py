@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from robench.estimate import Answers
-from robench.judge import judge
+from robench.judge import judge_in_units
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.stats import differ
@@ -90,7 +90,7 @@ def decode(table: pa.Table, x: Images, shape: tuple[int, ...]) -> Images:
 def _harmless(spec: RunSpec, stored: Answers, rounded: Images, defense: Defense) -> Mask:
     """On which rounded images the defense answers as it did on those of the run; of a randomized one on all or none."""
     with seeded(spec.seed, "bundle"):
-        votes = torch.cat([judge(defense, rows, spec.judge_repeats) for rows in rounded.split(spec.unit_size)]).numpy()
+        votes = judge_in_units(defense, rounded, spec.judge_repeats, spec.unit_size).numpy()
     if not defense.randomized:
         return torch.from_numpy((votes == stored.votes).all(1))
     before = stored.right / stored.repeats

@@ -32,6 +32,7 @@ class Progress:
         done: int = 0,
         weights: Mapping[str, float] | None = None,
         enabled: bool = True,
+        brief: bool = False,
     ) -> None:
         """Prepares the display.
 
@@ -41,8 +42,10 @@ class Progress:
             done: steps of the first kind that were done before.
             weights: how long a step of a kind takes against one of the others; default 1.
             enabled: False shows nothing.
+            brief: work that is often short: no line at the end where none was due before.
         """
         self.label, self.totals, self.weights, self.enabled = label, dict(totals), dict(weights or {}), enabled
+        self.brief = brief
         self.before = dict.fromkeys(totals, 0)
         self.before[next(iter(totals))] = done
         self.steps = dict(self.before)
@@ -103,7 +106,7 @@ class Progress:
         if self.bar is not None:
             self._draw()
             self.bar.stop()
-        elif self.enabled:
+        elif self.enabled and not (self.brief and self.printed == self.started):
             self._print()
 
     def _text(self) -> tuple[float, str]:

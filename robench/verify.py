@@ -14,7 +14,7 @@ from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
 from robench.errors import DataError, UsageError
 from robench.estimate import Answers, Estimate
-from robench.judge import check_bounds, judge
+from robench.judge import check_bounds, judge_in_units
 from robench.leaderboard import Row
 from robench.plan import RunSpec
 from robench.registry import builtin_names, load_defense, parse_spec
@@ -154,8 +154,8 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
     defense.to(device)
 
     def fresh(x: torch.Tensor) -> Answers:
-        parts = [judge(defense, rows, spec.judge_repeats) for rows in x.to(device).split(spec.unit_size)]
-        return Answers(torch.cat(parts).numpy(), data.y.numpy())
+        votes = judge_in_units(defense, x.to(device), spec.judge_repeats, spec.unit_size)
+        return Answers(votes.numpy(), data.y.numpy())
 
     with seeded(spec.seed, "verify", device=device):
         claims = [("clean accuracy", clean, data.x)]

@@ -10,8 +10,9 @@ import torch
 from engine_toys import Broken, Linear, Noisy, grid_images
 from torch import Tensor
 
+from robench import progress
 from robench.errors import PluginError
-from robench.judge import answer, check_bounds, judge
+from robench.judge import answer, check_bounds, judge, judge_in_units
 from robench.rng import seeded
 from robench.threat import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE, ThreatModel
 
@@ -111,6 +112,28 @@ def test_judge_depends_on_the_seed_alone() -> None:
 
     assert torch.equal(votes(0), votes(0))
     assert not torch.equal(votes(0), votes(1))
+
+
+def test_judging_in_units_is_as_each_unit_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a run judges them; and what is short says nothing."""
+    x, _ = grid_images(20)
+    with seeded(0, "judge"):
+        expected = torch.cat([judge(Noisy(), rows, 5) for rows in x.split(8)])
+    with seeded(0, "judge"):
+        assert torch.equal(judge_in_units(Noisy(), x, 5, 8), expected)
+    assert capsys.readouterr().err == ""
+
+
+def test_judging_that_takes_long_shows_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    judge_in_units(Linear(), grid_images(20)[0], 2, 8)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2
+    assert all(line.startswith("linear: judged again: ") for line in lines)
+    assert "s left" in lines[0]
+    assert lines[-1].endswith("done")
 
 
 def test_batches_keep_the_order() -> None:
