@@ -146,6 +146,37 @@ def test_the_page_in_markdown_shows_every_cell_and_its_command(
     assert page.count("\n## ") == 3
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert len(tables) == 3 * 2 + 5
+    assert page.count("- the paper's data are Other data, ours fashion\\_mnist: not comparable\n") == 2  # once a table
+
+
+def test_a_remark_names_the_rows_it_is_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        Cell("table 1", row, "ratio", None, "", "fashion_mnist", measure=ten, note=note)
+        for row, note in (("one", "odd"), ("two", ""), ("three", "odd"), ("three", "odd"))
+    ]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: rows)
+    assert call(monkeypatch, "toy", "--out", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert out.count("odd") == 1
+    assert "one, three: odd" in out
+    assert "not comparable" not in out
+
+
+def test_files_to_publish_do_not_say_where_the_data_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    absent = Cell("table 1", "JEM-0", "clean", 96.7, "SVHN", "svhn", "jem")
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: [absent])
+    assert call(monkeypatch, "toy", "--data-dir", data, "--out", tmp_path / "runs") == 1
+    assert str(data) in capsys.readouterr().out
+    for name in ("tables.csv", "tables.md"):
+        text = (tmp_path / "runs" / name).read_text()
+        assert "svhn/test-" in text
+        assert str(tmp_path) not in text
 
 
 def test_one_dataset_under_two_names_is_comparable(

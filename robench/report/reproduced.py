@@ -12,6 +12,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
+from robench.data_names import find_data_root
 from robench.files import write_atomic
 from robench.report.markdown import escape, markdown_table
 from robench.reproduce import Outcome, ReproduceRequest
@@ -55,10 +56,14 @@ def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
 
 
 def write_outcomes(outcomes: Sequence[Outcome], request: ReproduceRequest) -> list[Path]:
-    """Writes `tables.csv`, a line for each cell, and `tables.md`, a page to read, into the request's folder."""
+    """Writes `tables.csv`, a line for each cell, and `tables.md`, a page to read, into the request's folder.
+
+    Both may be published: where the data lie on this machine is left out.
+    """
     files = {"tables.csv": as_csv(outcomes, request.protocol), "tables.md": as_page(outcomes, request)}
+    root = find_data_root(request.data_dir)
     for name, text in files.items():
-        write_atomic(request.folder / name, text.encode())
+        write_atomic(request.folder / name, (text.replace(f"{root}/", "") if root else text).encode())
     return [request.folder / name for name in files]
 
 
@@ -115,22 +120,29 @@ def _cells(outcome: Outcome, protocol: str) -> list[str]:
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    """What a reader has to know of a table, each once."""
-    lines = []
+    """What a reader has to know of a table: each remark once, with the rows it is about unless it is about all."""
+    about: dict[str, dict[str, None]] = {}
     for outcome in outcomes:
-        cell = outcome.cell
-        if _plain(cell.published_on) != _plain(cell.dataset):
-            lines.append(f"{cell.row}: the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable")
-        if outcome.problem:
-            lines.append(f"{cell.row}, {cell.column}: {outcome.problem}")
-        if cell.note:
-            lines.append(f"{cell.row}: {cell.note}")
+        for remark in _remarks_on(outcome):
+            about.setdefault(remark, {})[outcome.cell.row] = None
+    every = dict.fromkeys(outcome.cell.row for outcome in outcomes)
+    lines = [remark if rows == every else f"{', '.join(rows)}: {remark}" for remark, rows in about.items()]
     counts = {
         "n": {outcome.ours.n for outcome in outcomes if outcome.ours},
         "under the protocol": {outcome.worst.n for outcome in outcomes if outcome.worst},
     }
     told = ", ".join(f"{name} = {' or '.join(map(str, sorted(found)))}" for name, found in counts.items() if found)
-    return [*dict.fromkeys(lines), *([f"95 % intervals; {told}"] if told else [])]
+    return [*lines, *([f"95 % intervals; {told}"] if told else [])]
+
+
+def _remarks_on(outcome: Outcome) -> Iterator[str]:
+    cell = outcome.cell
+    if cell.published_on and _plain(cell.published_on) != _plain(cell.dataset):
+        yield f"the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable"
+    if outcome.problem:
+        yield outcome.problem
+    if cell.note:
+        yield cell.note
 
 
 def _plain(name: str) -> str:
