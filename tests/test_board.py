@@ -181,6 +181,20 @@ def test_the_page_is_the_same_twice(boards: Path, page: str) -> None:
     assert render_boards(load_boards(boards)) == page
 
 
+def test_a_page_without_the_data_says_so(
+    boards: Path, page: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def absent(*_: object) -> None:
+        raise UsageError("no data")
+
+    monkeypatch.setattr("robench.report.board.load_dataset", absent)
+    bare = render_boards(load_boards(boards))
+    assert "<img" in page
+    assert "<img" not in bare
+    (record,) = caplog.records
+    assert "no adversarial images of fashion_mnist" in record.getMessage()
+
+
 def test_everything_from_outside_is_escaped(page: str) -> None:
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3  # the row, a chart's legend, a reference

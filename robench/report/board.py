@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +29,7 @@ PICTURES: Final = 8
 """Adversarial images shown of a row."""
 PLOTS: Final = 6
 """Plots of an audit's findings shown of a row."""
+LOG = logging.getLogger("robench")
 MARKERS: Final = "osD^vP*X"
 
 
@@ -57,6 +59,11 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
             }
             for board in boards
         ]
+    for dataset in _without_images(sections):
+        LOG.warning(
+            "the page has no adversarial images of %s, whose test split is not at hand. Give --data-dir or ROBENCH_DATA",
+            dataset,
+        )
     return page.render(
         sections=sections,
         drawn=Markup(drawings.css()),
@@ -65,6 +72,16 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
         norms=sorted({board.norm for board in boards}),
         verdicts=sorted({entry.row["audit_verdict"] for board in boards for entry in board.entries}),
     )
+
+
+def _without_images(sections: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The datasets of rows that have adversarial images which could not be drawn."""
+    rows = [row for section in sections for row in section["rows"]]
+    return sorted({row["entry"].bundle.spec.dataset for row in rows if _has_images(row["entry"]) and not row["grid"]})
+
+
+def _has_images(entry: Entry) -> bool:
+    return entry.bundle is not None and bool(entry.bundle.encodings)
 
 
 def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) -> dict[str, Any]:
