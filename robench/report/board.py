@@ -61,7 +61,7 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
         ]
     for dataset in _without_images(sections):
         LOG.warning(
-            "the page has no adversarial images of %s, whose test split is not at hand. Give --data-dir or ROBENCH_DATA",
+            "the page has no adversarial images of %s, whose test split is not at hand: see --data-dir",
             dataset,
         )
     return page.render(
