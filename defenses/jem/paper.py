@@ -18,6 +18,7 @@ from robench.errors import UsageError
 from robench.registry import load_defense
 from robench.reproduce import Cell, Context, Figure
 from robench.rng import seeded
+from robench.threat import format_eps
 from robench.types import Images
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _curve_cells() -> list[Cell]:
                 Cell(
                     CURVES,
                     f"JEM-{steps}, {attack}",
-                    f"{data}, {norm} {eps:.3g}",
+                    f"{data}, {norm} {format_eps(eps, norm) if norm == 'linf' else format(eps, '.3g')}",
                     None,
                     f"CIFAR-10, {WIDE}: a curve without figures in print",
                     data,
