@@ -149,18 +149,19 @@ def test_the_page_in_markdown_shows_every_cell_and_its_command(
     assert page.count("- the paper's data are Other data, ours fashion\\_mnist: not comparable\n") == 2  # once a table
 
 
-def test_a_remark_names_the_rows_it_is_about(
+def test_a_remark_names_the_cells_it_is_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        Cell("table 1", row, "ratio", None, "", "fashion_mnist", measure=ten, note=note)
-        for row, note in (("one", "odd"), ("two", ""), ("three", "odd"), ("three", "odd"))
+    notes = {("one", "a"): "odd", ("two", "a"): "", ("two", "b"): "odd", ("three", "a"): "odd", ("three", "b"): "odd"}
+    cells = [
+        Cell("table 1", row, column, None, "", "fashion_mnist", measure=ten, note=note)
+        for (row, column), note in notes.items()
     ]
-    monkeypatch.setattr(reproduce, "load_tables", lambda name: rows)
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
     assert call(monkeypatch, "toy", "--out", tmp_path) == 0
     out = capsys.readouterr().out
     assert out.count("odd") == 1
-    assert "one, three: odd" in out
+    assert "one; two (b); three: odd" in out
     assert "not comparable" not in out
 
 

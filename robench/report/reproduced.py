@@ -120,19 +120,34 @@ def _cells(outcome: Outcome, protocol: str) -> list[str]:
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    """What a reader has to know of a table: each remark once, with the rows it is about unless it is about all."""
-    about: dict[str, dict[str, None]] = {}
+    """What a reader has to know of a table: each remark once, with the cells it is about unless it is about all."""
+    about: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         for remark in _remarks_on(outcome):
-            about.setdefault(remark, {})[outcome.cell.row] = None
-    every = dict.fromkeys(outcome.cell.row for outcome in outcomes)
-    lines = [remark if rows == every else f"{', '.join(rows)}: {remark}" for remark, rows in about.items()]
+            about.setdefault(remark, []).append(outcome)
+    lines = [
+        remark if len(those) == len(outcomes) else f"{_name(those, outcomes)}: {remark}"
+        for remark, those in about.items()
+    ]
     counts = {
         "n": {outcome.ours.n for outcome in outcomes if outcome.ours},
         "under the protocol": {outcome.worst.n for outcome in outcomes if outcome.worst},
     }
     told = ", ".join(f"{name} = {' or '.join(map(str, sorted(found)))}" for name, found in counts.items() if found)
     return [*lines, *([f"95 % intervals; {told}"] if told else [])]
+
+
+def _name(those: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
+    """Cells of a table by their rows, with the columns where not all of a row are meant."""
+    columns, whole = _by_row(those), _by_row(outcomes)
+    return "; ".join(row if few == whole[row] else f"{row} ({', '.join(few)})" for row, few in columns.items())
+
+
+def _by_row(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
+    rows: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        rows.setdefault(outcome.cell.row, []).append(outcome.cell.column)
+    return rows
 
 
 def _remarks_on(outcome: Outcome) -> Iterator[str]:
