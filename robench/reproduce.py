@@ -186,6 +186,16 @@ class ReproduceRequest:
     device: str = "auto"
     data_dir: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Checks the counts.
+
+        Raises:
+            UsageError: one is below 1.
+        """
+        for name, count in (("n", self.n), ("protocol-n", self.protocol_n)):
+            if count is not None and count < 1:
+                raise UsageError(f"{name} must be at least 1; got {count}")
+
 
 @dataclass
 class _Runs:

@@ -253,12 +253,23 @@ def test_a_cell_is_measured_in_one_way(more: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("--table", "no table is called 9.9"), ("--row", "no row is called 9.9")]
+    ("option", "value", "message"),
+    [
+        ("--table", "9.9", "no table is called 9.9"),
+        ("--row", "9.9", "no row is called 9.9"),
+        ("--n", 0, "n must be at least 1; got 0"),
+        ("--protocol-n", 0, "protocol-n must be at least 1; got 0"),
+    ],
 )
-def test_a_name_that_is_not_there_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, message: str
+def test_what_cannot_be_meant_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: object,
+    message: str,
 ) -> None:
-    assert call(monkeypatch, "toy", option, "9.9", "--out", tmp_path / "runs") == 2
+    assert call(monkeypatch, "toy", option, value, "--out", tmp_path / "runs") == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
