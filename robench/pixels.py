@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from robench.estimate import Answers
 from robench.judge import judge_in_units
 from robench.result import Evaluation
 from robench.rng import seeded
@@ -60,13 +59,16 @@ def encode(result: Evaluation, eps: float, x: Images, defense: Defense | None) -
     x_adv = torch.from_numpy(result.images(WORST, eps))
     threat = ThreatModel(result.spec.norm, eps)
     chosen = np.full(len(x), "float32", dtype=object)
+    exact = stored.votes
+    if defense is not None and defense.randomized:
+        exact = _judge(result.spec, x_adv, defense)
     for encoding in ROUNDINGS[:-1]:
         left = chosen == "float32"
         if defense is None or not left.any():
             break
         rounded = _round(encoding, x, x_adv, threat)
         inside = threat.contains(x, rounded) & ((rounded >= 0) & (rounded <= 1)).flatten(1).all(1)
-        harmless = inside & _harmless(result.spec, stored, x_adv, rounded, defense)
+        harmless = inside & _harmless(exact, _judge(result.spec, rounded, defense), stored.labels, defense)
         if defense.randomized:
             harmless[:] = harmless.all()
         chosen[left & harmless.numpy()] = encoding
@@ -103,17 +105,18 @@ def _image(
     return values if encoding == "float32" else values / np.float32(255)
 
 
-def _harmless(spec: RunSpec, stored: Answers, x_adv: Images, rounded: Images, defense: Defense) -> Mask:
-    """On which rounded images the defense answers as it did on those of the run; of a randomized one on all or none.
+def _harmless(
+    exact: npt.NDArray[np.int64], votes: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], defense: Defense
+) -> Mask:
+    """On which rounded images the defense answers as on the exact ones; of a randomized one on all or none.
 
-    A randomized defense judges both on the same draws, so that what differs is the rounding's doing alone.
+    A randomized defense judged both on the same draws, so that what differs is the rounding's doing alone.
     """
     if not defense.randomized:
-        votes = _judge(spec, rounded, defense)
-        return torch.from_numpy((votes == stored.votes).all(1))
-    rows = np.arange(len(stored.labels))
-    before, after = (_judge(spec, x, defense)[rows, stored.labels] / spec.judge_repeats for x in (x_adv, rounded))
-    noise = np.sqrt((2 * before * (1 - before) / spec.judge_repeats).sum()) / len(before)
+        return torch.from_numpy((votes == exact).all(1))
+    rows, repeats = np.arange(len(labels)), exact.sum(1)
+    before, after = (counts[rows, labels] / repeats for counts in (exact, votes))
+    noise = np.sqrt((2 * before * (1 - before) / repeats).sum()) / len(rows)
     moved = abs(float((after - before).mean())) > LARGEST_DRIFT * noise
     return torch.full((len(rows),), not moved)
 

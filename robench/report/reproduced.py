@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -90,12 +91,8 @@ def _command(request: ReproduceRequest) -> str:
         "protocol-n": request.protocol_n,
         "seed": request.seed,
     }
-    told = [f"--{name} {_quote(value)}" for name, value in options.items() if value not in (None, "")]
-    return " ".join(["robench reproduce", request.name, *told])
-
-
-def _quote(value: object) -> str:
-    return f"'{value}'" if " " in str(value) else str(value)
+    told = [(f"--{name}", str(value)) for name, value in options.items() if value not in (None, "")]
+    return shlex.join(["robench", "reproduce", request.name, *itertools.chain.from_iterable(told)])
 
 
 def _by_table(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
