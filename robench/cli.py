@@ -236,13 +236,17 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log losses and figures into --out.")] = False,
+    init: Annotated[Path | None, typer.Option(help="Weights to start from, instead of random ones.")] = None,
+    first_stage: Annotated[str, typer.Option(help="The recipe's stage to begin with; default the first.")] = "",
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Train a defense and write its weights with a model card."""
     from robench.command import TrainRequest, train_command
 
-    request = TrainRequest(defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard)
+    request = TrainRequest(
+        defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard, init, first_stage
+    )
     path, card = train_command(request)
     if as_json:
         print_json({"weights": str(path), "card": card})

@@ -235,6 +235,8 @@ class TrainRequest:
     resume: bool
     data_dir: Path | None
     tensorboard: bool = False
+    init: Path | None = None
+    first_stage: str = ""
 
 
 def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
@@ -253,6 +255,8 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
         scale=request.scale,
         device=Settings(device=request.device).resolve_device(),
         tensorboard=request.tensorboard,
+        init=request.init,
+        first_stage=request.first_stage,
     )
     job = TrainJob(
         request.defense, request.dataset, folder, recipe=request.recipe, data_dir=request.data_dir, settings=settings
@@ -268,6 +272,8 @@ def _train_again(request: TrainRequest, folder: Path) -> str:
     words += ["--seed", str(request.seed), "--scale", repr(request.scale), "--device", request.device, "--resume"]
     words += ["--tensorboard"] if request.tensorboard else []
     words += ["--recipe", request.recipe] if request.recipe is not None else []
+    words += ["--init", str(request.init)] if request.init is not None else []
+    words += ["--first-stage", request.first_stage] if request.first_stage else []
     words += ["--data-dir", str(request.data_dir)] if request.data_dir is not None else []
     return shlex.join(words)
 

@@ -15,6 +15,7 @@ from robench import UsageError, load_data
 from robench.data import Dataset, digest_data
 from robench.defenses.shortrun import ShortRun, auto_sigma
 from robench.defenses.shortrun import model as model_module
+from robench.defenses.shortrun import train as train_module
 from robench.defenses.shortrun.figures import reconstruct
 from robench.defenses.shortrun.train import ShortRunRecipe, make_recipe
 from robench.rng import seeded
@@ -107,7 +108,11 @@ def test_bfloat16_sweeps_barely_move_the_gradient() -> None:
         assert 0 < error < 0.05
 
 
-def test_only_training_sweeps_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has", [True, False], ids=["has_bfloat16", "emulates_it"])
+def test_only_training_sweeps_in_bfloat16_and_only_where_the_device_has_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "has_bfloat16", lambda _device: has)
     model, x = make_model(torch.float32), draw_images(2, dtype=torch.float32)
     seen: list[torch.dtype | None] = []
     infer = model.infer
@@ -121,14 +126,15 @@ def test_only_training_sweeps_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> No
     recipe.reconstruction_loss(x, torch.tensor([0, 1]))
     recipe.label_loss(x, torch.tensor([0, 1]))
     recipe.measure(x, torch.tensor([0, 1]))
-    assert seen == [torch.bfloat16] * 2 + [None] * 10
+    assert seen == [torch.bfloat16 if has else None] * 2 + [None] * 10
 
 
 # the recipe
 
 
-def test_stage_3_adds_the_misfit_of_the_same_code() -> None:
+def test_stage_3_adds_the_misfit_of_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """L_dis + w |x - g(z)|^2 / (2 sigma^2 D), by hand from the code that the seed gives."""
+    monkeypatch.setattr(train_module, "has_bfloat16", lambda _device: True)
     model, x, y = make_model(torch.float32), draw_images(3, dtype=torch.float32), torch.tensor([1, 2, 3])
     with seeded("stage 3"):
         plain = make_recipe(model, "thesis(reconstruction=0)").unrolled_loss(x, y).item()

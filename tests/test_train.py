@@ -37,7 +37,7 @@ from robench.registry import resolve
 from robench.rng import seeded
 from robench.train import Recipe, Stage, TrainSettings, run, train
 from robench.train.named import TrainJob, train_named
-from robench.weights import read_card
+from robench.weights import read_card, save_weights
 
 TOY = f"{Path(__file__).with_name('cli_toys.py')}:Trainable"
 TRAIN_IMAGES = 600
@@ -467,6 +467,8 @@ def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: py
         (["--scale", "nan"], "scale must be positive"),
         (["--device", "tpu"], "device must be auto, cpu or cuda"),
         (["--resume"], "nothing to resume"),
+        (["--init", "nowhere.safetensors"], "weights file nowhere.safetensors does not exist"),
+        (["--first-stage", "third"], 'recipe "noise" has no stage "third"; its stages are: first, second'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -511,6 +513,25 @@ def test_card_says_what_was_done(data_dir: Path, place: Path, job: TrainJob) -> 
     assert test["clean_low"] <= test["clean_accuracy"] <= test["clean_high"]
     defense = load_defense(TOY, weights=path)
     assert weights_digest(defense) == card["weights_digest"]
+
+
+def test_training_goes_on_from_weights_at_a_later_stage(trained: TrainJob, tmp_path: Path) -> None:
+    """A few steps leave the weights near those that were given, and the card says whose they were."""
+    first = trained.folder / "fashion_mnist.safetensors"
+    defense = load_defense(TOY, weights=first)
+    with torch.no_grad():
+        for parameter in defense.parameters():
+            parameter.fill_(7.0)
+    given = tmp_path / "given.safetensors"
+    card = {**read_card(first), "weights_digest": weights_digest(defense)}
+    save_weights(defense, given, card)
+    settings = TrainSettings(scale=0.02, init=given, first_stage="second")
+    path, further = train_named(dataclasses.replace(trained, folder=tmp_path / "further", settings=settings))
+    moved = [(parameter - 7.0).abs().max().item() for parameter in load_defense(TOY, weights=path).parameters()]
+    assert 0 < max(moved) < 0.1
+    assert [stage["name"] for stage in further["stages"]] == ["second"]
+    assert list(further["held_out"]) == ["images", "second"]
+    assert further["init"] == {name: card[name] for name in ("weights_digest", "recipe", "stages", "seed")}
 
 
 def test_same_seed_same_weights_other_seed_others(job: TrainJob, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.errors import UsageError
+from robench.precision import has_bfloat16
 from robench.registry import parse_spec
 from robench.train.recipe import Recipe, Stage, autocast, ranger
 from robench.types import Images, Labels
@@ -41,8 +42,8 @@ class ShortRunRecipe(Recipe):
     (`depth`): the gradient through 5 of 20 steps has a cosine of 0.94 with the whole one at half the cost, while that
     of the same batch under other noise has 0.1. Stage 3 also learns sigma, the weight of the data term, down to a floor
     that rises where the chain becomes unstable, and holds the generator to its reconstructions (`reconstruction`).
-    Chains in training are swept in bfloat16, which moves a gradient by 0.6 %; codes, losses and weights stay in
-    float32.
+    Chains in training are swept in bfloat16 where the device has it, which moves a gradient by 0.6 %; codes, losses and
+    weights stay in float32.
     """
 
     def __init__(
@@ -149,7 +150,8 @@ class ShortRunRecipe(Recipe):
 
     @contextmanager
     def _quick_sweeps(self) -> Iterator[None]:
-        self.defense.sweep_dtype = torch.bfloat16
+        device = self.defense.log_sigma.device.type
+        self.defense.sweep_dtype = torch.bfloat16 if has_bfloat16(device) else None
         try:
             yield
         finally:

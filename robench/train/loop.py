@@ -21,6 +21,7 @@ from robench.train.log import Log, open_log
 from robench.train.recipe import Recipe, Stage
 from robench.train.run import Run, TrainSettings
 from robench.types import Images, Labels
+from robench.weights import load_weights, read_card
 
 
 def train(
@@ -45,8 +46,9 @@ def train(
         variant: the defense's options as text; a checkpoint of another variant is refused.
 
     Raises:
-        UsageError: a checkpoint of another run, none to resume, too few images, or a folder that cannot be made.
-        DataError: the loss is no longer finite, or too many checks failed.
+        UsageError: a checkpoint of another run, none to resume, too few images, no weights or stage to start from, or
+            a folder that cannot be made.
+        DataError: the loss is no longer finite, too many checks failed, or the weights to start from do not fit.
     """
     run = Run(defense, recipe, data, folder, settings, variant)
     try:
@@ -55,16 +57,25 @@ def train(
         raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Choose another --out") from None
     defense.to(settings.device)
     recipe.prepare(run.x)
+    if settings.init is not None:  # after `prepare`: constants fitted to the images are part of the weights
+        load_weights(defense, settings.init)
     with seeded(settings.seed, "init", device=settings.device), open_log(folder, settings.tensorboard) as log:
         optimizer_state = run.load() if resume else None
-        stages = recipe.stages()
+        stages = recipe.stages()[_first_stage(recipe, settings.first_stage) :]
         for index in range(run.state.stage, len(stages)):
             _train_stage(run, stages[index], optimizer_state, log)
             run.end_stage(stages[index])
             log.figures(run.state.step, stages[index].name, run.measured[stages[index].name])
             optimizer_state = None
     defense.freeze()
-    return _card(run, data)
+    return _card(run, stages, data)
+
+
+def _first_stage(recipe: Recipe, name: str) -> int:
+    names = [stage.name for stage in recipe.stages()]
+    if name and name not in names:
+        raise UsageError(f'recipe "{recipe.name}" has no stage "{name}"; its stages are: {", ".join(names)}')
+    return names.index(name) if name else 0
 
 
 def _train_stage(run: Run, stage: Stage, optimizer_state: dict[str, Any] | None, log: Log) -> None:
@@ -141,9 +152,9 @@ def _look(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, loss: float)
             run.roll_back(stage, optimizer, f"checked: {run.checks[-1]}")
 
 
-def _card(run: Run, data: Dataset) -> dict[str, Any]:
+def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:
     settings = run.settings
-    stages = [
+    listed = [
         {
             "name": stage.name,
             "iterations": _iterations(stage, settings),
@@ -152,14 +163,15 @@ def _card(run: Run, data: Dataset) -> dict[str, Any]:
             "flat": stage.flat,
             "optimizer": stage.optimizer.__name__,
         }
-        for stage in run.recipe.stages()
+        for stage in stages
     ]
     device = settings.device if settings.device == "cpu" else torch.cuda.get_device_name()
     return {
         "defense": run.defense.name,
         "dataset": data.name,
         "recipe": run.recipe.name,
-        "stages": stages,
+        **({"init": _origin(settings.init)} if settings.init is not None else {}),
+        "stages": listed,
         "train_images": len(run.x),
         "train_digest": data.digest,
         "seed": settings.seed,
@@ -170,3 +182,9 @@ def _card(run: Run, data: Dataset) -> dict[str, Any]:
         **({"checks": run.checks} if run.checks else {}),
         **run.recipe.facts(),
     }
+
+
+def _origin(weights: Path) -> dict[str, Any]:
+    """What the card of the weights that training started from says of their own training."""
+    card = read_card(weights)
+    return {name: card[name] for name in ("weights_digest", "init", "recipe", "stages", "seed") if name in card}

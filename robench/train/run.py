@@ -39,6 +39,8 @@ class TrainSettings:
         scale: multiplies the iterations of every stage; 0.01 is a smoke test.
         device: `cpu` or `cuda`.
         tensorboard: also write losses and figures for TensorBoard, into the folder of the checkpoint.
+        init: weights to start from, instead of random ones.
+        first_stage: the stage to begin with, for weights that are past the ones before; empty: the first.
     """
 
     seed: int = 0
@@ -46,6 +48,8 @@ class TrainSettings:
     scale: float = 1.0
     device: str = "cpu"
     tensorboard: bool = False
+    init: Path | None = None
+    first_stage: str = ""
 
 
 @dataclass
