@@ -280,7 +280,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     as_json: Json = False,
 ) -> None:
     """Measure the tables of a defense's paper again, cell by cell, and print them beside the paper's."""
-    from robench.report.reproduced import print_outcomes, write_outcomes
+    from robench.report.reproduced import OUTPUTS, print_outcomes, write_outcomes
     from robench.reproduce import ReproduceRequest, reproduce_all
 
     request = ReproduceRequest(
@@ -295,13 +295,12 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
         device=device,
         data_dir=data_dir,
     )
-    outcomes = reproduce_all(request)
-    written = write_outcomes(outcomes, request)
+    outcomes = reproduce_all(request, keep=lambda done: write_outcomes(done, request))
     if as_json:
         print_json({"cells": [outcome.to_json() for outcome in outcomes], "folder": str(request.folder)})
     else:
         print_outcomes(outcomes, request.protocol)
-        sys.stdout.write("".join(f"{path}\n" for path in written))
+        sys.stdout.write("".join(f"{request.folder / name}\n" for name in OUTPUTS))
     if any(outcome.problem for outcome in outcomes):
         raise typer.Exit(1)
 

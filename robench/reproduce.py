@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -275,10 +276,14 @@ def load_tables(name: str) -> list[Cell]:
     return tables
 
 
-def reproduce(request: ReproduceRequest) -> Iterable[Outcome]:
+def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], None] | None = None) -> Iterator[Outcome]:
     """Measures the cells of a paper's tables, in their order; yields each as it is done.
 
     A cell that cannot be measured (weights or data that are not at hand) is yielded with its reason.
+
+    Args:
+        request: which cells, and on how many images.
+        announce: called before each cell with its number from 1, how many there are, and the cell.
 
     Raises:
         UsageError: unknown defense, no tables, or none of the names asked for.
@@ -286,15 +291,24 @@ def reproduce(request: ReproduceRequest) -> Iterable[Outcome]:
     cells = _choose(load_tables(request.name), request.tables, "table")
     cells = _choose(cells, request.rows, "row")
     runs = _Runs(request)
-    for cell in cells:
+    for number, cell in enumerate(cells, start=1):
+        if announce is not None:
+            announce(number, len(cells), cell)
         try:
             yield _measure(cell, cells, runs)
         except UsageError as error:
             yield Outcome(cell, None, problem=str(error))
 
 
-def reproduce_all(request: ReproduceRequest) -> list[Outcome]:
-    """As `reproduce`, for the command line.
+def reproduce_all(
+    request: ReproduceRequest, keep: Callable[[Sequence[Outcome]], object] | None = None
+) -> list[Outcome]:
+    """As `reproduce`, for the command line: says on standard error which cell is next.
+
+    Args:
+        request: which cells, and on how many images.
+        keep: called after each cell with all that are done, so that hours of work leave their tables when they are cut
+            off.
 
     Raises:
         UsageError: as `reproduce`, or the folder cannot be made.
@@ -305,9 +319,19 @@ def reproduce_all(request: ReproduceRequest) -> list[Outcome]:
     except OSError as error:
         raise UsageError(f"cannot make the folder {request.folder}: {error.strerror}. Choose another --out") from None
     try:
-        return list(reproduce(request))
+        outcomes: list[Outcome] = []
+        for outcome in reproduce(request, _announce):
+            outcomes.append(outcome)
+            if keep is not None:
+                keep(outcomes)
+        return outcomes
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command goes on where this one stopped") from None
+
+
+def _announce(number: int, cells: int, cell: Cell) -> None:
+    sys.stderr.write(f"cell {number} of {cells}: {cell.table}, {cell.row}, {cell.column}\n")
+    sys.stderr.flush()
 
 
 def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row"]) -> list[Cell]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -110,6 +111,28 @@ def test_command_prints_tables_and_writes_csv(
     assert [row["column"] for row in rows] == ["clean", "FGSM", "PGD", "hidden"]
     assert rows[3]["ours"] == "10.0"
     assert rows[1]["worst"] == rows[1]["protocol"] == ""
+
+
+def test_what_is_done_is_written_at_once_and_the_next_cell_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted in the third cell: two are in the tables, and the line above says which one it was."""
+    folder = tmp_path / "runs"
+
+    def interrupt(context: reproduce.Context) -> reproduce.Figure:
+        raise KeyboardInterrupt
+
+    cells = [*CELLS[:2], dataclasses.replace(CELLS[3], measure=interrupt)]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    assert call(monkeypatch, "toy", "--n", 20, "--protocol", "none", "--out", folder) == 130
+    with (folder / "tables.csv").open(newline="") as file:
+        assert [row["column"] for row in csv.DictReader(file)] == ["clean", "FGSM"]
+    assert "FGSM" in (folder / "tables.md").read_text(encoding="utf-8")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("cell ")][2] == (
+        f"cell 3 of 3: {cells[2].table}, {cells[2].row}, {cells[2].column}"
+    )
+    assert "the same command goes on" in lines[-1]
 
 
 def test_the_protocol_may_have_fewer_images(

@@ -307,6 +307,7 @@ class BeforeStage3(ShortRunRecipe):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_code_carries_information_before_stage_3(tmp_path: Path) -> None:
     """A third of stages 1 and 2, on the embedded images: chains agree, and stage 2 is over three times chance."""
     x, y = load_data("fashion_mnist", n=3000)

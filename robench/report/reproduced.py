@@ -7,7 +7,6 @@ import io
 import itertools
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -40,6 +39,8 @@ COLUMNS: Final = (
 )
 NAMES: Final = ("row", "column")
 """Headings of a table's columns that hold text; the others hold figures."""
+OUTPUTS: Final = ("tables.csv", "tables.md")
+"""What `write_outcomes` writes: a line for each cell, and a page to read."""
 
 
 def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
@@ -56,16 +57,14 @@ def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
             console.print(f"  {line}")
 
 
-def write_outcomes(outcomes: Sequence[Outcome], request: ReproduceRequest) -> list[Path]:
-    """Writes `tables.csv`, a line for each cell, and `tables.md`, a page to read, into the request's folder.
+def write_outcomes(outcomes: Sequence[Outcome], request: ReproduceRequest) -> None:
+    """Writes `OUTPUTS` into the request's folder.
 
     Both may be published: where the data lie on this machine is left out.
     """
-    files = {"tables.csv": as_csv(outcomes, request.protocol), "tables.md": as_page(outcomes, request)}
     root = find_data_root(request.data_dir)
-    for name, text in files.items():
+    for name, text in zip(OUTPUTS, (as_csv(outcomes, request.protocol), as_page(outcomes, request)), strict=True):
         write_atomic(request.folder / name, (text.replace(f"{root}/", "") if root else text).encode())
-    return [request.folder / name for name in files]
 
 
 def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest) -> str:
