@@ -6,6 +6,7 @@ spec -> units -> for each unit: clean pass, attacks, judge -> store -> Evaluatio
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -130,26 +131,28 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
             store.write(unit, table, work.failures)
             work.failures.clear()
             give_back_memory()
-        count(unit, time.monotonic() - start)
+            store.note_time(unit, time.monotonic() - start)
 
-    def count(unit: Unit, seconds: float) -> None:
-        if store is not None:
-            store.note_time(unit, seconds)
-        finished.append(unit)
-        for kind, passes in expected_passes(work, finished).items():
-            progress.finish(kind, passes)
-
-    finished: list[Unit] = []
     shown = settings.progress and bool(missing)
     totals, weights = expected_passes(work, missing), {"judge": work.defense.forward_cost}
     with Progress(work.spec.defense_name, totals, weights=weights, enabled=shown) as progress:
-        work.on_query = progress.advance
+        work.on_query = functools.partial(_hear, progress)
         if settings.workers > 1 and store is not None:
-            for unit, taken in _run_by_workers(store, missing, settings, progress.advance):
-                count(unit, taken)
+            for unit, taken in _run_by_workers(store, missing, settings, work.on_query):
+                store.note_time(unit, taken)
         else:
             run_here(missing, work_on)
     return tables, time.monotonic() - started
+
+
+def _hear(progress: Progress, passes: int, kind: str) -> None:
+    """Takes what units tell; see `UnitWork.on_query`."""
+    if kind == "begun":
+        progress.begin(passes, "attack")
+    elif kind == "spared":
+        progress.spare(passes, "attack")
+    else:
+        progress.advance(passes, kind)
 
 
 def _run_by_workers(
@@ -180,8 +183,8 @@ def expected_passes(work: UnitWork, units: Sequence[Unit]) -> dict[str, int]:
     spec = work.spec
     images = sum(unit.stop - unit.start for unit in units)
     judged = 1 + len(spec.eps) * (len(spec.attacks) + int(spec.randomized and len(spec.attacks) > 1))
-    attacked = len(spec.eps) * sum(work.attacks[entry.key].passes() * spec.eot for entry in spec.attacks)
-    return {"judge": images * judged * spec.judge_repeats, "attack": images * attacked}
+    attacked = len(spec.eps) * sum(work.expected(entry, images) for entry in spec.attacks)
+    return {"judge": images * judged * spec.judge_repeats, "attack": attacked}
 
 
 def make_spec(

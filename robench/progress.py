@@ -20,8 +20,9 @@ class Progress:
     """Shows how far a known amount of work has come, where the work may be of several kinds of different speed.
 
     The time left is that of the steps left of each kind at the speed seen so far; a kind not seen yet is taken to
-    differ from the others as its `weights` say. On a terminal this is one live bar; where the output is no terminal it
-    is a plain line at most every ten seconds, and one at the end.
+    differ from the others as its `weights` say. Where `begin` and `spare` tell how much of what was begun is not needed
+    after all, what was not begun is taken to need the same share. On a terminal this is one live bar; where the output
+    is no terminal it is a plain line at most every ten seconds, and one at the end.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Progress:
         self.before[next(iter(totals))] = done
         self.steps = dict(self.before)
         self.seconds = dict.fromkeys(totals, 0.0)
+        self.begun, self.spared = dict.fromkeys(totals, 0), dict.fromkeys(totals, 0)
         self.note = ""
         self.started = self.printed = self.seen = time.monotonic()
         self.bar: RichProgress | None = None
@@ -78,9 +80,18 @@ class Progress:
         elif self.bar is None and self.enabled and now - self.printed >= LINE_SECONDS:
             self._print()
 
-    def finish(self, kind: str, steps: int) -> None:
-        """Counts steps of a kind up to `steps` as done: what was planned and turned out not to be needed."""
-        self.steps[kind] = max(self.steps[kind], min(steps, self.totals[kind]))
+    def begin(self, steps: int, kind: str) -> None:
+        """Notes that work of at most so many steps of a kind was begun."""
+        self.begun[kind] += steps
+
+    def spare(self, steps: int, kind: str) -> None:
+        """Notes that so many steps of what was begun are not needed."""
+        self.spared[kind] += steps
+
+    def needed(self, kind: str) -> float:
+        """Steps of a kind that are expected to be needed in all."""
+        share = 1 - self.spared[kind] / self.begun[kind] if self.begun[kind] else 1.0
+        return max(self.totals[kind] * share, self.steps[kind])
 
     def left(self) -> float | None:
         """Seconds left, None while nothing is known."""
@@ -93,8 +104,8 @@ class Progress:
             return None
         unit = sum(rate / self.weights.get(kind, 1.0) for kind, rate in rates.items()) / len(rates)
         return sum(
-            (total - self.steps[kind]) * rates.get(kind, unit * self.weights.get(kind, 1.0))
-            for kind, total in self.totals.items()
+            (self.needed(kind) - self.steps[kind]) * rates.get(kind, unit * self.weights.get(kind, 1.0))
+            for kind in self.totals
         )
 
     def __exit__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import traceback
 from collections.abc import Callable
@@ -39,8 +40,11 @@ class UnitWork:
         x: all images of the run.
         y: their labels.
         index: position of each image in its split.
-        on_query: called after each query with the number of passes and who asked: `judge` or `attack`.
+        on_query: called after each query with the number of passes and who asked: `judge` or `attack`. Also told, for
+            the time left: `begun`, the passes of attacks that a unit takes at most, and `spared`, those of them that
+            turn out not to be needed.
         failures: tracebacks of attacks that failed in this unit, by key; filled by `run_unit`.
+        passes: of attacks so far, in all units.
     """
 
     spec: RunSpec
@@ -51,11 +55,18 @@ class UnitWork:
     index: Tensor
     on_query: Callable[[int, str], None] | None = None
     failures: dict[str, str] = field(default_factory=dict)
+    passes: int = 0
 
-    def counter(self, kind: str) -> Callable[[int], None] | None:
-        """`on_query` for one kind of query."""
-        on_query = self.on_query
-        return None if on_query is None else lambda passes: on_query(passes, kind)
+    def tell(self, kind: str, passes: int) -> None:
+        """Tells whoever hears of progress."""
+        if kind == "attack":
+            self.passes += passes
+        if self.on_query is not None and passes > 0:
+            self.on_query(passes, kind)
+
+    def expected(self, entry: AttackEntry, images: int) -> int:
+        """Passes of an attack on images at one bound if none of them goes wrong before its end."""
+        return images * self.attacks[entry.key].passes() * self.spec.eot
 
     def check_unchanged(self) -> None:
         """Checks that the defense still has the weights that the run was planned with.
@@ -161,6 +172,7 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     with own_batches(work.defense) as notes, contextlib.redirect_stdout(sys.stderr):  # what plugins print
         clean = judge_seeded(work, x, work.spec.seed, unit.index, CLEAN)
         table.add(0.0, CLEAN, ["ok"] * len(x), clean)
+        work.tell("begun", len(work.spec.eps) * sum(work.expected(entry, len(x)) for entry in work.spec.attacks))
         scene = _Scene(work, unit, x, y, clean, table)
         for eps in work.spec.eps:
             _run_bound(scene, ThreatModel(work.spec.norm, eps))
@@ -174,7 +186,7 @@ def judge_seeded(work: UnitWork, x: Images, *purpose: str | int) -> Tensor:
         PluginError: the defense broke the contract.
     """
     with seeded(*purpose, device=x.device):
-        votes = judge(work.defense, x, work.spec.judge_repeats, on_query=work.counter("judge"))
+        votes = judge(work.defense, x, work.spec.judge_repeats, on_query=functools.partial(work.tell, "judge"))
         check_unseeded(*purpose, who=f'defense "{work.defense.name}"')
     return votes
 
@@ -184,13 +196,20 @@ def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
     work, x = scene.work, scene.x
     worst = _carry_over(scene)
     succeeded = 0
-    for entry in work.spec.attacks:
+    alive = len(x)
+    for number, entry in enumerate(work.spec.attacks):
+        gone = alive - _open(scene, worst) if work.spec.cascade else 0
+        work.tell("spared", sum(work.expected(later, gone) for later in work.spec.attacks[number:]))
+        alive -= gone
+        until = work.passes + work.expected(entry, alive)
         try:
             found = _search(scene, entry, threat, worst)
         except Exception:  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so
             work.failures[entry.key] = traceback.format_exc()
             scene.table.add(threat.eps, entry.key, ["failed"] * len(x), torch.zeros_like(scene.clean))
             continue
+        finally:
+            work.tell("spared", until - work.passes)
         votes = scene.judge(found.x_adv, *scene.purpose(entry.key, threat.eps), "judge")
         found.right = scene.count_right(votes)
         scene.found[entry.key] = found
@@ -212,6 +231,11 @@ def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
         )
     _add_worst(scene, threat, worst, succeeded=succeeded)
     scene.worst = worst
+
+
+def _open(scene: _Scene, worst: Worst) -> int:
+    """Images of the unit that a cascade's next attack is run on: right without an attack, and no error established."""
+    return int((scene.right & ~scene.is_settled(worst.right)).sum())
 
 
 def _carry_over(scene: _Scene) -> Worst:
@@ -280,7 +304,7 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
         precision=spec.precision,
         dataset=spec.dataset,
         start=before.x_adv[mask] if before else None,
-        on_query=scene.work.counter("attack"),
+        on_query=functools.partial(scene.work.tell, "attack"),
     )
     originals, labels = scene.x[mask], scene.y[mask]
     if spec.query_budget is not None:
