@@ -164,7 +164,7 @@ def _curve_cells() -> list[Cell]:
                 Cell(
                     CURVES,
                     f"JEM-{steps}, {attack}",
-                    f"{data}, {norm} {format_eps(eps, norm) if norm == 'linf' else format(eps, '.3g')}",
+                    f"{data}, {norm} {format_eps(eps, norm)}",
                     None,
                     f"CIFAR-10, {WIDE}: a curve without figures in print",
                     data,

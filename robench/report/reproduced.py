@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import shlex
 from collections.abc import Iterator, Sequence
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from robench.data_names import find_data_root
 from robench.files import write_atomic
+from robench.leaderboard import csv_line
 from robench.report.markdown import escape, markdown_table
 from robench.reproduce import Outcome, ReproduceRequest
 
@@ -162,21 +161,18 @@ def _plain(name: str) -> str:
 
 
 def as_csv(outcomes: Sequence[Outcome], protocol: str) -> str:
-    """One line for each cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for outcome in outcomes:
-        content = outcome.to_json()
-        ours, worst = content.pop("ours") or {}, content.pop("worst") or {}
-        writer.writerow(
-            {
-                **content,
-                "ours": ours.get("value"),
-                **{key: ours.get(key) for key in ("low", "high", "n")},
-                "protocol": protocol if worst else "",
-                "worst": worst.get("value"),
-                **{f"worst_{key}": worst.get(key) for key in ("low", "high", "n")},
-            }
-        )
-    return text.getvalue()
+    """One line for each cell, none of which is a formula to a spreadsheet."""
+    return "".join(csv_line(cells) for cells in (COLUMNS, *(_csv_cells(outcome, protocol) for outcome in outcomes)))
+
+
+def _csv_cells(outcome: Outcome, protocol: str) -> list[str]:
+    content = outcome.to_json()
+    ours, worst = content["ours"] or {}, content["worst"] or {}
+    content |= {
+        "ours": ours.get("value"),
+        **{key: ours.get(key) for key in ("low", "high", "n")},
+        "protocol": protocol if worst else "",
+        "worst": worst.get("value"),
+        **{f"worst_{key}": worst.get(key) for key in ("low", "high", "n")},
+    }
+    return ["" if content[name] is None else str(content[name]) for name in COLUMNS]
