@@ -15,7 +15,7 @@ from engine_toys import Prototypes
 from robench.cli import main
 from robench.errors import UsageError
 from robench.evaluate import evaluate
-from robench.leaderboard import read_rows
+from robench.leaderboard import board_name, read_rows
 from robench.plan import Unit
 from robench.report.study import duration, study_csv
 from robench.runners.work import Planned
@@ -270,6 +270,16 @@ def state(name: str, units: int, seconds: float, left: int, problem: str = "") -
     run = StudyRun(name, "convnet", "mnist", "linf", (0.1,), 0)
     every = tuple(Unit(number, number, number + 1) for number in range(units))
     return RunState(run, Planned(every, every, (), 10, seconds), set(range(left)), problem)
+
+
+def test_the_study_of_the_leaderboards_has_their_threat_models_and_no_others() -> None:
+    root = Path(__file__).parents[1]
+    study = read_study(root / "examples" / "leaderboards.toml")
+    boards = {board_name(run.dataset, run.norm, eps) for run in study.runs for eps in run.eps}
+    assert boards == {path.name for path in (root / "leaderboards").glob("*.csv")}
+    assert (study.attacks, study.n, study.audit) == (("standard-1",), 1000, True)
+    published = {row["defense"] for board in boards for row in read_rows(root / "leaderboards" / board)}
+    assert {run.defense for run in study.runs} == published - {"shortrun"}
 
 
 def test_the_time_left_goes_by_what_units_took_and_else_by_corrected_guesses() -> None:
