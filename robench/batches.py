@@ -6,12 +6,13 @@ import contextlib
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from robench.defense import Defense
+from robench.errors import PluginError
 
 T = TypeVar("T")
 
@@ -45,6 +46,37 @@ def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor) 
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
     return done
+
+
+def pass_once(defense: Defense, call: Callable[[Tensor], Any], x: Tensor, *, forward: str = "forward") -> Any:
+    """What `call`, a forward of the defense, returns for x, which it must leave as it is.
+
+    Args:
+        defense: whose forward it is.
+        call: the forward.
+        x: images; give a copy where the caller still needs them, for a change by way of `x.data` or numpy goes unseen.
+        forward: what the forward is called in the message.
+
+    Raises:
+        PluginError: the forward changed x.
+    """
+    before = _version(x)
+    try:
+        answer = call(x)
+        changed = _version(x) != before
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" not in str(error):
+            raise
+        changed = True
+    if changed:
+        raise PluginError(
+            f'defense "{defense.name}": {forward} changes its input in place; work on a copy (x = x.clone())'
+        )
+    return answer
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # torch counts the changes in place, those through views too
 
 
 def is_out_of_memory(error: BaseException) -> bool:

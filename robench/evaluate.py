@@ -10,37 +10,39 @@ import functools
 import logging
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import robench
 from robench.attack import Attack
-from robench.batches import give_back_memory
+from robench.batches import give_back_memory, is_out_of_memory
 from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense, weights_digest
-from robench.errors import PluginError, UsageError
+from robench.errors import PluginError, RobenchError, UsageError
 from robench.files import Place, as_place
 from robench.judge import answer
-from robench.lineup import Attacks, check_attacks, named_protocol, plan_attacks
+from robench.lineup import Attacks, check_attacks, check_defense, named_protocol, plan_attacks
 from robench.plan import RunSpec, Unit, plan_units
 from robench.precision import has_bfloat16
 from robench.progress import Progress
+from robench.registry import describe_error, plugin_errors
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.runners import Limits, Task, run_here, run_in_processes, threads_for
 from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings, make_settings
 from robench.store import RunStore
-from robench.threat import ThreatModel
+from robench.threat import ThreatModel, as_threats
 from robench.types import Images, Labels
 from robench.unit import UnitWork, run_unit
 
 LOG = logging.getLogger("robench")
-Data = str | tuple[torch.Tensor, torch.Tensor] | Dataset
+Data = str | tuple[Any, Any] | Dataset
+"""A dataset's name, a Dataset, or images `b c h w` and labels: tensors, arrays, or a list of labels."""
 
 
 def evaluate(
@@ -56,7 +58,7 @@ def evaluate(
         defense: see `load_defense` and `wrap`.
         attacks: an attack, a name (`pgd(steps=100)`, `fgsm,pgd`), a list of either, or a protocol's name.
         threat: norm and bound; several of one norm give the whole curve.
-        data: a dataset's name, or images in [0, 1] and labels.
+        data: a dataset's name, or images in [0, 1] and labels, as tensors or arrays.
         **settings: the fields of `Settings`.
 
     Returns:
@@ -96,8 +98,8 @@ def prepare(
     Raises:
         RobenchError: see `evaluate`.
     """
-    defense.check_traits()
-    threats = sorted([threat] if isinstance(threat, ThreatModel) else threat, key=lambda model: model.eps)
+    check_defense(defense)
+    threats = sorted(as_threats(threat), key=lambda model: model.eps)
     dataset = _load(data, settings)
     check_images(dataset.x, dataset.y, defense)
     spec, built = make_spec(defense, threats, dataset, attacks, settings=settings)
@@ -125,6 +127,10 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
             table = run_unit(work, unit)
         except SystemExit as stop:
             raise PluginError(f"unit {unit.index}: a plugin called exit({stop.code})") from stop
+        except Exception as error:
+            if isinstance(error, RobenchError) or is_out_of_memory(error):
+                raise
+            raise PluginError(f"unit {unit.index}: {describe_error(error)}") from error
         if store is None:
             tables.append(table)
         else:
@@ -216,7 +222,7 @@ def make_spec(
         norm=norm,
         eps=tuple(sorted({model.eps for model in threats})),
         attacks=tuple(entries),
-        protocol=protocol.name if protocol else "",
+        protocol=protocol.name if protocol and settings.query_budget is None else "",  # a budget makes it another one
         cascade=bool(protocol and protocol.cascade) if settings.cascade is None else settings.cascade,
         unit_size=settings.unit_size,
         eot=(settings.eot or RANDOMIZED_EOT) if defense.randomized else 1,
@@ -236,15 +242,39 @@ def _load(data: Data, settings: Settings) -> Dataset:
     if isinstance(data, str):
         folder = Path(settings.data_dir) if settings.data_dir is not None else None
         return load_dataset(data, "test", settings.n or DEFAULT_N, settings.seed, folder)
-    x, y = data
-    if len(x) != len(y) or x.ndim != 4:
-        raise UsageError(f"data must be images b c h w and as many labels; got {tuple(x.shape)} and {tuple(y.shape)}")
+    x, y = _as_pair(data)
     if settings.n is not None and settings.n > len(x):
         raise UsageError(f"n must be at most the {len(x)} images given; got {settings.n}")
     count = settings.n or len(x)
     x, y = x[:count].float().cpu(), y[:count].long().cpu()
     classes = tuple(str(number) for number in range(int(y.max()) + 1)) if len(y) else ()
     return Dataset("", "", x, y, torch.arange(count), classes, digest_data(x, y))
+
+
+def _as_pair(data: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels as tensors without a graph.
+
+    Raises:
+        UsageError: they are not two, or of other shapes, or the labels are no whole numbers.
+    """
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        came = f"{len(data)} things" if isinstance(data, tuple | list) else type(data).__name__
+        raise UsageError(
+            f"data must be a dataset's name or a pair of images and labels; got {came}. "
+            "Gather a torch Dataset or DataLoader in two tensors first"
+        )
+    try:
+        x, y = (torch.as_tensor(part.copy() if isinstance(part, np.ndarray) else part).detach() for part in data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"data must be images and labels as tensors or arrays of numbers: {error}") from error
+    if x.ndim != 4 or y.ndim != 1 or len(x) != len(y):
+        raise UsageError(
+            f"data must be images b c h w and as many labels, one number each; got {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
+        )
+    if not bool((y == y.long()).all()):  # NaN too
+        raise UsageError("labels must be whole numbers, the number of each image's class; got some that are not")
+    return x, y
 
 
 def check_images(x: Images, y: Labels, defense: Defense) -> None:
@@ -273,23 +303,18 @@ def check_answers(defense: Defense, x: Images, spec: RunSpec) -> None:
     """Asks the defense for two answers, so that one that breaks the contract is refused before any work.
 
     Raises:
-        PluginError: training mode, an error of its own, logits of the wrong shape, not finite, or random although
-            declared deterministic.
+        PluginError: training mode, an error of its own or a call of exit(), logits of the wrong shape, not finite, or
+            random although declared deterministic, or images changed in place.
     """
     if defense.training:
         raise PluginError(f'defense "{defense.name}" is in training mode; call its freeze() (or eval()) first')
     few = x[: min(4, len(x))].to(spec.device)
     defense.to(spec.device)
     with torch.no_grad(), seeded(spec.seed, "check", device=spec.device):
-        try:
+        with plugin_errors(f'defense "{defense.name}": forward'):
             answer(defense, few)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise PluginError(
-                f'defense "{defense.name}": forward raised {type(error).__name__} at '
-                f"{Path(frame.filename).name}:{frame.lineno}: {error}"
-            ) from error
-        if not defense.randomized and not torch.equal(defense(few), defense(few)):
+            differ = not defense.randomized and not torch.equal(defense(few.clone()), defense(few.clone()))
+        if differ:
             raise PluginError(
                 f'defense "{defense.name}" is declared deterministic, but two calls on the same images differ. '
                 "Set randomized = True, or robench's number would be wrong"

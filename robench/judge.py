@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robench.batches import pass_in_batches
+from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
 from robench.errors import PluginError
 from robench.progress import Progress
@@ -78,7 +78,7 @@ def judge(defense: Defense, x: Images, repeats: int, *, on_query: Callable[[int]
         on_query: called with the number of images after each pass (progress).
 
     Raises:
-        PluginError: logits of the wrong shape, or not finite.
+        PluginError: logits of the wrong shape, or not finite, or images changed in place.
     """
     votes = torch.zeros(len(x), defense.num_classes, dtype=torch.int64)
     with torch.no_grad():
@@ -100,9 +100,9 @@ def answer(defense: Defense, x: Images) -> Tensor:
     """One answer of the defense for each image: `b` int64.
 
     Raises:
-        PluginError: logits of the wrong shape, or not finite.
+        PluginError: logits of the wrong shape, or not finite, or images changed in place.
     """
-    logits = defense(x)
+    logits = pass_once(defense, defense, x.clone())
     expected = (len(x), defense.num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

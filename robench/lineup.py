@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from robench.attack import ACCESS_LEVELS, Attack
 from robench.defense import Defense
 from robench.errors import UsageError
@@ -18,9 +20,49 @@ from robench.weights import has_weights
 Attacks = Attack | str | Sequence[Attack | str]
 
 
+def check_defense(defense: object) -> None:
+    """Checks that something is a defense, and its traits.
+
+    Raises:
+        UsageError: it is none.
+        PluginError: a trait is missing or of the wrong kind.
+    """
+    if isinstance(defense, Defense):
+        defense.check_traits()
+        return
+    came, hint = repr(defense), "see robench.load_defense and robench.wrap"
+    if isinstance(defense, str):
+        hint = f"load it with robench.load_defense({defense!r})"
+    elif isinstance(defense, type):
+        came, hint = f"the class {defense.__name__}", f"make one: {defense.__name__}()"
+    elif isinstance(defense, nn.Module):
+        came, hint = f"the module {type(defense).__name__}", "robench.wrap(module, num_classes=..., input_shape=...)"
+    raise UsageError(f"defense must be a robench.Defense; got {came}; {hint}")
+
+
+def _listed(attacks: object) -> list[Attack | str]:
+    """An attack or a name, or several, as a list.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    listed: list[Attack | str] = []
+    for one in attacks if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]:
+        if isinstance(one, Attack | str):
+            listed.append(one)
+            continue
+        hint = f"the class {one.__name__}; make one: {one.__name__}()" if isinstance(one, type) else repr(one)
+        raise UsageError(f"attacks must be an attack, a name such as pgd, or a list of them; got {hint}")
+    return listed
+
+
 def named_protocol(attacks: Attacks) -> Protocol | None:
-    """The protocol that the argument `attacks` names, if it names one."""
-    given = [attacks] if isinstance(attacks, Attack | str) else list(attacks)
+    """The protocol that the argument `attacks` names, if it names one.
+
+    Raises:
+        UsageError: it is no attack, no name and no list of them.
+    """
+    given = _listed(attacks)
     return find_protocol(given[0]) if len(given) == 1 and isinstance(given[0], str) else None
 
 
@@ -33,10 +75,11 @@ def plan_attacks(
     gradients along all of them, and on a defense of fewer than four classes the margin stands in for its targeted dlr.
 
     Raises:
-        UsageError: an unknown name, option or mode, no attack at all, or two different ones of one name.
+        UsageError: an unknown name, option or mode, no attack at all, something else, or two different ones of one
+            name.
     """
     protocol = named_protocol(attacks)
-    given: list[Attack | str] = [attacks] if isinstance(attacks, Attack | str) else list(attacks)
+    given = _listed(attacks)
     if protocol is not None:
         listed = [_for_classes(text, defense.num_classes) for text in protocol.attacks_for(norm)]
         given = [*listed, *_transfers(protocol, defense, dataset)]

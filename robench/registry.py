@@ -6,6 +6,7 @@ Listing names imports nothing, so that `robench list` is quick; a plugin is impo
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -13,7 +14,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -140,11 +143,53 @@ def _base(kind: Kind) -> type:
     return cast("type", getattr(importlib.import_module(module), name))
 
 
+@contextlib.contextmanager
+def plugin_errors(what: str) -> Iterator[None]:
+    """Turns what a plugin's code raises in the block into one line that says who and where: `WHAT raised ...`.
+
+    Lets robench's own errors pass, an interrupt, and a lack of memory, which smaller batches may heal.
+
+    Raises:
+        PluginError: the plugin's code raised or called exit().
+    """
+    from robench.batches import is_out_of_memory
+
+    try:
+        yield
+    except RobenchError:
+        raise
+    except SystemExit as stop:
+        raise PluginError(f"{what} called exit({stop.code})") from stop
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise PluginError(f"{what} raised {describe_error(error)}") from error
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: the kind of an error, where it was raised (rather in a plugin's file than in torch's), its text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if _may_be_a_plugin_s(frame.filename)][-1:] or frames[-1:]
+    place = f" at {Path(frame[0].filename).name}:{frame[0].lineno}" if frame else ""
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())}"
+
+
+def _may_be_a_plugin_s(filename: str) -> bool:
+    """False for files of torch, of Python, and of robench but for its plugins."""
+    path, here = Path(filename), Path(__file__).parent
+    if path.is_relative_to(here):
+        return path.relative_to(here).parts[0] in ("defenses", "attacks")
+    is_python_s = path.is_relative_to(sysconfig.get_path("stdlib")) and "site-packages" not in path.parts
+    return not (is_python_s or filename.startswith("<") or "torch" in path.parts)
+
+
 def _import(what: str, load: Any) -> Any:
     try:
         return load()
     except RobenchError:
         raise
+    except SystemExit as stop:
+        raise PluginError(f"{what} cannot be imported: it called exit({stop.code})") from stop
     except Exception as error:
         raise PluginError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
 
@@ -255,9 +300,13 @@ def load_attack(name: str, **options: Any) -> Attack:
         meant = f'did you mean "{near[0]}"? ' if near else ""
         raise UsageError(f'attack "{plugin}" has no option "{wrong[0]}"; {meant}Options: {", ".join(sorted(fields))}')
     try:
-        attack = cls(**{**written, **options})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f'attack "{plugin}": an option is missing or of the wrong kind: {error}') from error
+        with plugin_errors(f'attack "{plugin}": its constructor'):
+            attack = cls(**{**written, **options})
+    except PluginError as error:
+        if not isinstance(error.__cause__, TypeError | ValueError):
+            raise
+        reason = error.__cause__
+        raise UsageError(f'attack "{plugin}": an option is missing or of the wrong kind: {reason}') from reason
     attack.check_traits()
     return attack
 

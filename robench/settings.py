@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -67,14 +69,17 @@ class Settings:
     defense_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Checks kinds and ranges.
 
         Raises:
-            UsageError: a setting is out of range.
+            UsageError: a setting is of the wrong kind or out of range.
         """
-        for name in ("n", "unit_size", "workers", "eot", "judge_repeats", "query_budget"):
+        for name in ("n", "seed", "unit_size", "workers", "eot", "judge_repeats", "query_budget"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None or name == "seed":
+                value = _as_whole(name, value)
+                object.__setattr__(self, name, value)
+            if name != "seed" and value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1; got {value}")
         _check_choice("runner", self.runner, ("local",))
         _check_choice("precision", self.precision, ("float32", "bfloat16"))
@@ -94,6 +99,13 @@ class Settings:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
         return self.device
+
+
+def _as_whole(name: str, value: Any) -> int:
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)  # numpy's whole numbers too
+    raise UsageError(f"{name} must be a whole number; got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

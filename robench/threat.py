@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -53,10 +53,10 @@ class ThreatModel:
 
     Args:
         norm: `linf`, `l2`, `l1`, or `l0` (pixels changed; all channels of one location count as one).
-        eps: the bound, in the unit of images in [0, 1]; for `l0` a number of pixels.
+        eps: the bound, in the unit of images in [0, 1]; for `l0` a number of pixels. Text is read by `parse_eps`.
 
     Raises:
-        UsageError: unknown norm; eps negative or not finite; above 1 for linf; not whole for l0.
+        UsageError: unknown norm; eps no number, negative or not finite; above 1 for linf; not whole for l0.
     """
 
     norm: str
@@ -65,6 +65,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise UsageError(f'norm must be one of {", ".join(NORMS)}; got "{self.norm}"')
+        object.__setattr__(self, "eps", _as_number(self.eps))  # 1 and 1.0 are one bound: seeds, digests take it as text
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise UsageError(f"eps must be finite and not negative; got {self.eps}")
         if self.norm == "linf" and self.eps > 1:
@@ -74,7 +75,6 @@ class ThreatModel:
             )
         if self.norm == "l0" and self.eps != int(self.eps):
             raise UsageError(f"eps for l0 is a number of pixels; got {self.eps:g}")
-        object.__setattr__(self, "eps", float(self.eps))  # 1 and 1.0 are one bound: seeds and digests take it as text
 
     def __str__(self) -> str:
         return f"{self.norm} eps={format_eps(self.eps, self.norm)}"
@@ -108,6 +108,29 @@ class ThreatModel:
     def random_start(self, x: Images) -> Images:
         """A point drawn uniformly from the ball (linf, l2, l1; l0: random pixels), clipped to the box."""
         return self.project(x, x + _DRAWS[self.norm](x, self.eps))
+
+
+def _as_number(eps: object) -> float:
+    if isinstance(eps, str):
+        return parse_eps(eps)
+    try:
+        return float(cast("float", eps))
+    except (TypeError, ValueError):
+        raise UsageError(f'eps must be a number such as 8 / 255, or text such as "8/255"; got {eps!r}') from None
+
+
+def as_threats(threat: object) -> list[ThreatModel]:
+    """A threat model, or several in a list or tuple, as a list.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    threats = list(threat) if isinstance(threat, Sequence) and not isinstance(threat, str) else [threat]
+    if not all(isinstance(one, ThreatModel) for one in threats):
+        raise UsageError(
+            f'threat must be a ThreatModel such as ThreatModel("linf", 8 / 255), or a list of them; got {threat!r}'
+        )
+    return cast("list[ThreatModel]", threats)
 
 
 def _column(values: PerExample) -> Tensor:

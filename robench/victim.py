@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robench.attack import ACCESS_LEVELS, Access, Randomness
-from robench.batches import pass_in_batches
+from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError
 from robench.losses import Loss, TargetedLoss, aim, margin
@@ -89,8 +89,11 @@ class Victim:
     as many draws. On a deterministic defense there is one draw. An attack may have the draws `fixed`, so that each
     query of the same batch meets the same ones, or `off` (see `Attack.randomness`).
 
-    Precision: with `bfloat16` the passes of `gradient` run under autocast; where such a pass finds a deterministic
-    defense in error, its logits come from another forward pass in float32, so that no error is taken for granted.
+    Precision: with `bfloat16` the passes of `gradient` run under autocast. Where such a pass, or one through an
+    `adaptive_forward` of the defense's own, which may be a stand-in, finds a deterministic defense in error, its logits
+    come from another pass of `forward` in float32, so that no error is taken for granted.
+
+    Logits that are not finite are refused, as the judge does: an attack compares them, and NaN would look robust.
 
     Attributes:
         randomized: whether the defense is.
@@ -167,7 +170,7 @@ class Victim:
         """The class that the defense answers; of a randomized one, the most frequent of `eot` answers.
 
         Raises:
-            PluginError: the attack declared no access to decisions.
+            PluginError: the attack declared no access to decisions, or the logits are not finite.
             BudgetExhausted: the query budget would be exceeded.
         """
         self._open("decisions", "labels")
@@ -181,7 +184,7 @@ class Victim:
         """The defense's logits; of a randomized one, their mean over `eot` draws.
 
         Raises:
-            PluginError: the attack declared no access to scores.
+            PluginError: the attack declared no access to scores, or the logits are not finite.
             BudgetExhausted: the query budget would be exceeded.
         """
         self._open("scores", "logits")
@@ -193,7 +196,9 @@ class Victim:
         return result.loss, result.grad
 
     def gradient(self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None) -> Gradient:
-        """Loss, gradient and logits, each the mean over `eot` draws, from the same passes.
+        """Loss, gradient and logits, each the mean over `eot` draws, from the same passes (but see the class).
+
+        Entries of the gradient that are not finite become 0, so that the others still lead.
 
         Args:
             x: images in [0, 1].
@@ -202,7 +207,8 @@ class Victim:
             target: classes to reach; takes the targeted form of a loss given by name.
 
         Raises:
-            PluginError: the attack declared no access to gradients, or the defense gives none.
+            PluginError: the attack declared no access to gradients, the defense gives none, or one without a finite
+                entry, or its logits are not finite.
             BudgetExhausted: the query budget would be exceeded.
         """
         self._open("gradient", "loss_grad")
@@ -212,8 +218,9 @@ class Victim:
         with self._controlled(x):
             folded = self._fold(x), self._fold(y), self._fold(goal)
             parts = pass_in_batches(self._defense, lambda x, y, goal: self._differentiate(x, y, goal, aimed), *folded)
-        mean = [torch.cat(part).unflatten(0, (self.eot, -1)).mean(0) for part in zip(*parts, strict=True)]
-        result = self._confirm(Gradient(*mean), x, y, goal, aimed)
+        losses, grads, logits = (torch.cat(part).unflatten(0, (self.eot, -1)) for part in zip(*parts, strict=True))
+        mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0))
+        result = self._confirm(mean, x, y, goal, aimed)
         self._remember(x, result.logits)
         return result
 
@@ -222,9 +229,8 @@ class Victim:
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             with self._fast(x):
-                logits = self._defense.adaptive_forward(leaf, self._mode)
+                logits = self._adapt(leaf)
             logits = logits.float()
-            self._check_shape(logits, len(leaf))
             values = loss(logits, y, target)
             if not values.requires_grad:
                 raise PluginError(
@@ -234,15 +240,48 @@ class Victim:
             (grad,) = torch.autograd.grad(values.sum(), leaf)
         return Gradient(values.detach(), grad, logits.detach())
 
+    def _adapt(self, x: Images) -> Logits:
+        """One pass of `adaptive_forward`, checked."""
+        logits = pass_once(
+            self._defense, lambda x: self._defense.adaptive_forward(x, self._mode), x, forward="adaptive_forward"
+        )
+        return self._check(logits, len(x), "adaptive_forward")
+
+    def _mend(self, grads: Tensor) -> Tensor:
+        """The gradients of the draws (eot b c h w) with 0 where they are not finite.
+
+        Raises:
+            PluginError: nothing of an image's gradient is finite.
+        """
+        if bool(grads.sum().isfinite()):  # a mask of all entries takes five times as long
+            return grads
+        finite = grads.isfinite()
+        lost = int((~finite.transpose(0, 1).flatten(1).any(1)).sum())
+        if lost:
+            raise PluginError(
+                f'defense "{self._defense.name}": no entry of the gradient is finite for {lost} of {grads.shape[1]} '
+                "images. Implement adaptive_forward with a stand-in for the step without a derivative (BPDA)"
+            )
+        return grads.where(finite, 0)
+
     def _confirm(self, found: Gradient, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> Gradient:
-        """Puts float32 logits and losses where a faster pass of a deterministic defense met an error."""
-        if self._precision == "float32" or self.randomized:
+        """Puts logits and losses of `forward` where a faster pass, or perhaps a stand-in, met an error.
+
+        Only of a deterministic defense. An error that the budget cannot confirm stands.
+        """
+        is_forward = type(self._defense).adaptive_forward is Defense.adaptive_forward
+        if self.randomized or (self._precision == "float32" and is_forward):
             return found
         wrong = margin(found.logits, y) > 0
-        if len(x) != len(self._rows) or not bool(wrong.any()):
-            return found
-        logits = self.subset(wrong)._draw(x[wrong])[0]
-        found.logits[wrong], found.loss[wrong] = logits, loss(logits, y[wrong], target[wrong])
+        for number, rows in enumerate(wrong.split(len(self._rows))):  # one candidate of each example
+            if not bool(rows.any()):
+                continue
+            place = rows.nonzero()[:, 0] + number * len(rows)
+            try:
+                logits = self.subset(rows)._draw(x[place])[0].float()
+            except BudgetExhausted:
+                return found
+            found.logits[place], found.loss[place] = logits, loss(logits, y[place], target[place])
         return found
 
     def differentiable(self, x: Images) -> Logits:
@@ -252,7 +291,7 @@ class Victim:
         backward pass is counted when the gradient comes back. Without a graph to keep this is `logits`.
 
         Raises:
-            PluginError: the attack declared no access to gradients.
+            PluginError: the attack declared no access to gradients, or the logits are not finite.
             BudgetExhausted: the query budget would be exceeded.
         """
         self._open("gradient", "differentiable")
@@ -260,11 +299,10 @@ class Victim:
             return self._draw(x).mean(0)
         self._charge(len(x), forwards=self.eot, backwards=0)
         with self._controlled(x):
-            answers = pass_in_batches(
-                self._defense, lambda rows: self._defense.adaptive_forward(rows, self._mode), self._fold(x)
-            )
+            folded = self._fold(x)
+            folded.register_hook(lambda grad: self._mend(grad.unflatten(0, (self.eot, -1))).flatten(0, 1))
+            answers = pass_in_batches(self._defense, self._adapt, folded)
         logits = torch.cat(answers).unflatten(0, (self.eot, -1)).mean(0)
-        self._check_shape(logits, len(x))
         logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
         self._remember(x.detach(), logits.detach())
         return logits
@@ -291,9 +329,7 @@ class Victim:
         self._charge(len(x), forwards=self.eot, backwards=0)
 
         def answer(rows: Images) -> Logits:
-            logits = self._defense(rows)
-            self._check_shape(logits, len(rows))
-            return logits
+            return self._check(pass_once(self._defense, self._defense, rows), len(rows), "forward")
 
         with torch.no_grad(), self._controlled(x):
             answers = pass_in_batches(self._defense, answer, self._fold(x))
@@ -305,11 +341,15 @@ class Victim:
         """The EOT draws of images or labels as one batch, draw-major."""
         return rows.repeat(self.eot, *[1] * (rows.ndim - 1))
 
-    def _check_shape(self, logits: Tensor, rows: int) -> None:
-        if logits.shape != (rows, self.num_classes):
-            raise PluginError(
-                f'defense "{self._defense.name}": logits must be {(rows, self.num_classes)}; got {tuple(logits.shape)}'
-            )
+    def _check(self, logits: object, rows: int, forward: str) -> Logits:
+        expected, who = (rows, self.num_classes), f'defense "{self._defense.name}"'
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise PluginError(f"{who}: logits must be {expected}; got {came} from {forward}")
+        if not bool(logits.isfinite().all()):
+            wrong = int((~logits.isfinite().all(1)).sum())
+            raise PluginError(f"{who}: logits must be finite; {wrong} of {rows} rows of {forward} hold NaN or inf")
+        return logits
 
     def _open(self, needed: Access, query: str) -> None:
         if ACCESS_LEVELS.index(needed) > ACCESS_LEVELS.index(self._access):

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from robench.data_names import KNOWN, list_plugins
 from robench.defense import Defense, weights_digest
-from robench.errors import DataError, UsageError
+from robench.errors import DataError, PluginError, UsageError
 from robench.files import write_atomic
 
 D = TypeVar("D", bound=Defense)
@@ -64,11 +65,11 @@ def _locate(
     path = weights_folder(cls) / f"{stem}.safetensors"
     if not path.exists():
         shipped = ", ".join(shipped_weights(cls)) or "none"
-        raise UsageError(
-            f'no weights "{stem}" of defense "{cls.name}" (shipped: {shipped}). '
-            f"Train them with 'robench train --defense {_spec(cls, options)} --dataset {dataset}' "
-            "or pass --weights FILE"
-        )
+        advice = "Pass --weights FILE"
+        if dataset in KNOWN or dataset in list_plugins():  # training takes no other
+            train = f"robench train --defense {_spec(cls, options)} --dataset {dataset}"
+            advice = f"Train them with '{train}' or pass --weights FILE"
+        raise UsageError(f'no weights "{stem}" of defense "{cls.name}" (shipped: {shipped}). {advice}')
     return path
 
 
@@ -85,15 +86,21 @@ def weights_stem(cls: type[Defense], dataset: str, options: dict[str, Any]) -> s
 
 
 def _build(cls: type[D], options: dict[str, Any]) -> D:
+    from robench.registry import plugin_errors
+
     try:
         inspect.signature(cls).bind(**options)
     except TypeError as error:
         takes = ", ".join(inspect.signature(cls).parameters) or "none"
         raise UsageError(f'defense "{cls.name}": {error}; its options are: {takes}') from None
     try:
-        return cls(**options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f'defense "{cls.name}": an option is of the wrong kind: {error}') from error
+        with plugin_errors(f'defense "{cls.name or cls.__name__}": its constructor'):
+            return cls(**options)
+    except PluginError as error:
+        if not (options and isinstance(error.__cause__, TypeError | ValueError)):
+            raise
+        reason = error.__cause__
+        raise UsageError(f'defense "{cls.name}": an option is of the wrong kind: {reason}') from reason
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -98,8 +98,9 @@ class ForeignAttack(Attack):
             return x.clone()
         part, originals = victim.subset(rows), x[rows]
         found = self._run_safely(part, originals, y[rows], threat).clamp(0, 1)
-        holds = threat.contains(originals, found) & (part.labels(found) != y[rows])
-        return x.index_copy(0, rows, torch.where(holds.view(-1, 1, 1, 1), found, originals))
+        found = torch.where(threat.contains(originals, found).view(-1, 1, 1, 1), found, originals)  # NaN too is outside
+        wrong = part.labels(found) != y[rows]
+        return x.index_copy(0, rows, torch.where(wrong.view(-1, 1, 1, 1), found, originals))
 
     def _run_safely(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         with foreign_generators(), contextlib.redirect_stdout(sys.stderr):

@@ -6,6 +6,9 @@ import torch
 
 from robench.audit.checks.base import Check, Outcome
 from robench.audit.evidence import Evidence
+from robench.batches import pass_once
+from robench.errors import PluginError
+from robench.registry import plugin_errors
 from robench.rng import seeded
 from robench.types import Images, Logits
 
@@ -16,12 +19,23 @@ FIRST = "first answers"
 
 
 def _ask(evidence: Evidence, x: Images) -> Logits:
-    with torch.no_grad(), seeded(evidence.seed, "audit", "contract", device=evidence.device):
-        return evidence.defense(x)
+    """One answer, on a copy of the images.
+
+    Raises:
+        PluginError: the defense raised, called exit() or changed the images in place.
+    """
+    defense, what = evidence.defense, f'defense "{evidence.defense.name}": forward'
+    with torch.no_grad(), seeded(evidence.seed, "audit", "contract", device=evidence.device), plugin_errors(what):
+        logits: Logits = pass_once(defense, defense, x.clone())
+    return logits
 
 
 def remember(evidence: Evidence) -> None:
-    """Asks for some images before any run, so that what the runs change in the defense shows."""
+    """Asks for some images before any run, so that what the runs change in the defense shows.
+
+    Raises:
+        PluginError: the defense raised, called exit() or changed the images in place.
+    """
     evidence.shared[FIRST] = _ask(evidence, evidence.x[:FEW])
 
 
@@ -29,6 +43,13 @@ def judge(evidence: Evidence) -> Outcome:
     """Asks for some images together, alone, and compares with the answers before all runs."""
     if evidence.broken:
         return Outcome("fail", None, None, evidence.broken)
+    try:
+        return _judge_answers(evidence)
+    except PluginError as error:  # on one image alone, say
+        return Outcome("fail", None, None, str(error))
+
+
+def _judge_answers(evidence: Evidence) -> Outcome:
     x = evidence.x[:FEW]
     logits = _ask(evidence, x)
     if not bool(logits.isfinite().all()):
