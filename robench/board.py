@@ -20,9 +20,12 @@ import numpy as np
 from robench.bundle import Bundle, bundle_folder, read_bundle
 from robench.errors import DataError, RobenchError, UsageError
 from robench.leaderboard import Row, is_complete, is_masked, read_rows, rows_csv
+from robench.plan import RunSpec
+from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
 from robench.report.markdown import markdown_table
-from robench.threat import format_eps
+from robench.settings import Settings
+from robench.threat import format_eps, parse_eps
 from robench.unit_table import WORST
 
 REFERENCE: Final = "reference"
@@ -85,15 +88,7 @@ class Entry:
         """The command that makes the run again; "" without evidence."""
         if self.bundle is None or not self.bundle.spec.defense:
             return ""
-        spec = self.bundle.spec
-        attacks = ["--attack", ",".join(entry.key for entry in spec.attacks)]
-        words = ["robench", "run", "--defense", spec.defense, "--dataset", spec.dataset, "--norm", spec.norm]
-        words += ["--weights", str(spec.defense_options["weights"])] if "weights" in spec.defense_options else []
-        words += ["--eps", ",".join(format_eps(eps, spec.norm) for eps in spec.eps).replace("_", "/")]
-        words += [*(["--protocol", spec.protocol] if spec.protocol else attacks), "--n", str(spec.n)]
-        words += ["--seed", str(spec.seed)]
-        words += ["--eot", str(spec.eot), "--judge-repeats", str(spec.judge_repeats)] if spec.randomized else []
-        return shlex.join(words)
+        return repeat_command(self.bundle.spec)
 
     @property
     def verify(self) -> str:
@@ -212,6 +207,37 @@ def read_references(path: Path) -> list[Reference]:
     if not all(0 <= value <= 1 for value in values) or not all(one.source for one in found):
         raise DataError(f"{path}: each row needs a source, and accuracies are shares between 0 and 1")
     return found
+
+
+# the command that makes a run again
+
+
+def eps_text(spec: RunSpec) -> str:
+    """A run's bounds as --eps takes them, each read back as the same number: `8/255`, `0.05,0.1`."""
+    texts = ((eps, format_eps(eps, spec.norm)) for eps in spec.eps)
+    return ",".join(text if parse_eps(text) == eps else repr(eps) for eps, text in texts)
+
+
+def attack_specs(spec: RunSpec) -> list[str]:
+    """A run's attacks as --attack takes them."""
+    return [entry.spec + (f"@{entry.mode}" if entry.mode else "") for entry in spec.attacks]
+
+
+def repeat_command(spec: RunSpec) -> str:
+    """The command that makes a run again."""
+    protocol = find_protocol(spec.protocol) if spec.protocol else None
+    words = ["robench", "run", "--defense", spec.defense, "--dataset", spec.dataset, "--norm", spec.norm]
+    words += ["--weights", str(spec.defense_options["weights"])] if "weights" in spec.defense_options else []
+    words += ["--eps", eps_text(spec)]
+    words += ["--protocol", spec.protocol] if spec.protocol else ["--attack", ",".join(attack_specs(spec))]
+    words += ["--n", str(spec.n), "--seed", str(spec.seed)]
+    words += ["--eot", str(spec.eot), "--judge-repeats", str(spec.judge_repeats)] if spec.randomized else []
+    words += ["--unit-size", str(spec.unit_size)] if spec.unit_size != Settings.unit_size else []
+    words += ["--query-budget", str(spec.query_budget)] if spec.query_budget is not None else []
+    if spec.cascade != (protocol is not None and protocol.cascade):
+        words.append("--cascade" if spec.cascade else "--no-cascade")
+    words += ["--precision", spec.precision] if spec.precision != Settings.precision else []
+    return shlex.join(words)
 
 
 # tables

@@ -14,12 +14,14 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from robench.check_names import VERDICTS, overall
 from robench.errors import DataError, UsageError
 from robench.files import write_atomic
 from robench.unit_table import CLEAN, WORST
@@ -84,6 +86,13 @@ class Bundle:
             return self.figures
         return self._evaluation(pixels.decode(self._images, x, self.spec.image_shape))
 
+    @property
+    def is_told_right(self) -> bool:
+        """Whether the manifest says how the images are stored: how many in which way, and of which positions."""
+        found = Counter(self._images["encoding"].to_pylist())
+        positions = self._images["index"].to_pylist()
+        return found == self.encodings and (not found or positions == self.figures.indices.tolist())
+
     @cached_property
     def figures(self) -> Evaluation:
         """The evaluation at the bound without images."""
@@ -117,7 +126,12 @@ class Bundle:
 
 
 def write_bundle(
-    result: Evaluation, eps: float, root: Path, audit: Mapping[str, Any] | None = None, defense: Defense | None = None
+    result: Evaluation,
+    eps: float,
+    root: Path,
+    audit: Mapping[str, Any] | None = None,
+    defense: Defense | None = None,
+    data_dir: Path | None = None,
 ) -> Bundle:
     """Writes the bundle of a finished run at one of its bounds into `root/<digest>`; the same run gives the same bytes.
 
@@ -127,6 +141,7 @@ def write_bundle(
         root: the folder of all bundles.
         audit: what `Audit.to_json` gave for this defense and threat model.
         defense: the defense, to see which images may be rounded without a change of its answers; None keeps float32.
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
 
     Raises:
         UsageError: the run's data has no name, an attack failed, or the folder cannot be written.
@@ -137,7 +152,7 @@ def write_bundle(
     spec = result.spec
     if not spec.dataset:
         raise UsageError("evidence needs a named dataset; this run was on tensors handed over by the caller")
-    data = load_dataset(spec.dataset, "test", spec.n, spec.seed)
+    data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
     if data.digest != spec.data_digest:
         raise UsageError(f'"{spec.dataset}" here holds other images than those of the run')
     images, encodings = pixels.encode(result, eps, data.x, defense)
@@ -201,7 +216,7 @@ def check_audit(content: bytes, path: Path) -> dict[str, Any]:
     """The findings of an audit as `Audit.to_json` wrote them.
 
     Raises:
-        DataError: a field is missing or of the wrong kind.
+        DataError: a field is missing or of the wrong kind, or the verdict is not that of the findings.
     """
     try:
         audit: dict[str, Any] = json.loads(content)
@@ -218,6 +233,10 @@ def check_audit(content: bytes, path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}). Run the audit again") from None
     if wrong:
         raise DataError(f"{path} does not fit the schema: {wrong[0]} is of the wrong kind. Run the audit again")
+    verdicts = [finding["verdict"] for finding in audit["findings"]]
+    failed = [finding["check"] for finding in audit["findings"] if finding["verdict"] == "fail"]
+    if not {*verdicts} <= {*VERDICTS} or (audit["verdict"], audit["failed"]) != (overall(verdicts), failed):
+        raise DataError(f"{path}: its verdict is not that of its findings. Run the audit again")
     return audit
 
 

@@ -1,8 +1,13 @@
-"""The checks of the audit by name, in the order of the report. Imports nothing, so that listing them is fast."""
+"""The checks of the audit by name, in the order of the report, and their verdicts. Imports nothing: listing is fast."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Collection
+from typing import Final, Literal, get_args
+
+Verdict = Literal["pass", "suspect", "fail", "not run"]
+Overall = Literal["pass", "suspect", "masked"]
+VERDICTS: Final[tuple[str, ...]] = get_args(Verdict)
 
 QUESTIONS: Final = {
     "null_control": "Is the accuracy under an attack of bound 0 the clean one?",
@@ -33,3 +38,14 @@ QUESTIONS: Final = {
     "binarisation": "Does PGD find adversarial examples that exist by construction?",
     "contract": "Are the logits finite, no probabilities, and the image's own?",
 }
+
+
+def overall(verdicts: Collection[str]) -> Overall:
+    """The verdict on the defense: `masked` if any check fails, else `suspect` if any is or if none was run.
+
+    Args:
+        verdicts: of the checks.
+    """
+    if "fail" in verdicts:
+        return "masked"
+    return "suspect" if "suspect" in verdicts or set(verdicts) <= {"not run"} else "pass"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -149,7 +150,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     )
     result = run_command(request)
     if as_json:
-        print_json({**result.to_json(), "run": str(result.folder), "seconds": result.seconds})
+        print_json({"failures": {}, **result.to_json(), "run": str(result.folder), "seconds": result.seconds})
     else:
         print_run(result, request)
     if not result.complete:
@@ -242,7 +243,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     as_json: Json = False,
 ) -> None:
     """Train a defense and write its weights with a model card."""
-    from robench.command import TrainRequest, train_command
+    from robench.command import TrainRequest, data_words, train_command
 
     request = TrainRequest(
         defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard, init, first_stage
@@ -252,10 +253,12 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
         print_json({"weights": str(path), "card": card})
         return
     test = card["test"]
+    again = ["robench", "run", "--defense", defense, "--dataset", dataset, "--weights", str(path), "--attack", "pgd"]
+    again += data_words(data_dir)
     sys.stdout.write(
         f"clean accuracy {100 * test['clean_accuracy']:.1f} % [{100 * test['clean_low']:.1f}, "
         f"{100 * test['clean_high']:.1f}] on {test['images']} test images\nweights {path}\n"
-        f"next: robench run --defense {defense} --dataset {dataset} --weights {path} --attack pgd\n"
+        f"next: {shlex.join(again)}\n"
     )
 
 

@@ -17,18 +17,26 @@ leaderboard_app = typer.Typer(
 Folder = Annotated[Path, typer.Option("--leaderboards", help="Folder of the CSV files.")]
 
 
+def _tell(line: str) -> None:
+    sys.stderr.write(f"robench: {line}\n")
+
+
 @leaderboard_app.command("add")
 def leaderboard_add(
     folders: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Folders of runs, of audits, or of whole studies.")
     ],
     folder: Folder = Path("leaderboards"),
+    data_dir: DataDir = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Also replace a row that is better evidenced: more images, an audit.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Add the rows of finished runs, with their audits and evidence, to leaderboards/<dataset>-<norm>-<eps>.csv."""
     from robench.publish import publish
 
-    written = publish([as_place(one) for one in folders], folder)
+    written = publish([as_place(one) for one in folders], folder, data_dir, replace=replace, tell=_tell)
     if as_json:
         print_json({"leaderboards": [str(path) for path in written]})
     else:
@@ -39,19 +47,20 @@ def leaderboard_add(
 def leaderboard_build(
     folder: Folder = Path("leaderboards"),
     board: Annotated[list[str] | None, typer.Option(help="Only these: fashion_mnist-linf-0.1; repeatable.")] = None,
-    kind: Annotated[
-        str, typer.Option("--format", help="html (a page), or csv, md, latex, json on the terminal.")
-    ] = "html",
-    out: Annotated[Path | None, typer.Option(help="The page; default index.html in the folder.")] = None,
+    kind: Annotated[str, typer.Option("--format", help="html (a page), or csv, md, latex, json: tables.")] = "html",
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default index.html in the folder, and tables are printed.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Make the leaderboards' page, or print tables."""
-    from robench.command import build_page, print_tables
+    """Make the leaderboards' page, or tables."""
+    from robench.command import build_page, print_tables, write_text
 
     if kind == "html":
         sys.stdout.write(f"{build_page(folder, board or [], out, data_dir)}\n")
-    else:
-        sys.stdout.write(print_tables(folder, board or [], kind))
+        return
+    text = print_tables(folder, board or [], kind)
+    sys.stdout.write(text if out is None else f"{write_text(out, text)}\n")
 
 
 @leaderboard_app.command("export")
@@ -93,16 +102,19 @@ def leaderboard_verify(
 
 
 @leaderboard_app.command("check")
-def leaderboard_check(
+def leaderboard_check(  # noqa: PLR0913 - each parameter is an option of the command line
     row: Annotated[str, typer.Argument(metavar="ROW", help="The row's evidence: its digest or its folder.")],
     folder: Folder = Path("leaderboards"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     data_dir: DataDir = None,
     trust: Trust = False,
+    attack: Annotated[int, typer.Option(help="Also attack so many of its images again; 0: none.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Draws these images; default one that nobody knows.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check whether a row may be published: form, audit, size, and the images judged again."""
-    from robench.submission import check_submission, digest_of
+    """Check whether a row may be published: form, audit, size, the images judged and, if asked, attacked again."""
+    from robench.submission import Attack, check_submission, digest_of
 
-    report = check_submission(folder, digest_of(row), device=device, data_dir=data_dir, trust=trust)
+    again = Attack(attack, seed)
+    report = check_submission(folder, digest_of(row), device=device, data_dir=data_dir, trust=trust, attack=again)
     end_with_report(report, as_json)

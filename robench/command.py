@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from robench.data import load_dataset
 from robench.data_names import KNOWN
 from robench.defense import Defense
-from robench.errors import Interrupted, UsageError
+from robench.errors import Interrupted, RobenchError, UsageError
 from robench.evaluate import evaluate
 from robench.files import Place, write_atomic
 from robench.lineup import plan_attacks
@@ -60,19 +60,34 @@ class RunRequest:
     resume: Place | None = None
     data_dir: Path | None = None
 
-    def is_first_look(self, result: Evaluation) -> bool:
-        """True if the run was smaller than the full protocol."""
-        return result.spec.n < FULL_N or not result.spec.protocol.startswith(("standard", "thorough"))
-
     def full_command(self, result: Evaluation) -> str:
-        """The command that runs the full protocol on the same defense and threat model."""
-        spec = result.spec
-        eps = ",".join(f"{value:g}" for value in spec.eps)
+        """The command that runs the full protocol on the same defense and threat model; "" if that is what was run."""
+        from robench.board import eps_text
+
+        spec, n = result.spec, FULL_N
+        if spec.n < FULL_N:
+            n = self._most_images(spec)
+        if spec.n >= n and spec.protocol.startswith(("standard", "thorough")):
+            return ""
         words = ["robench", "run", "--defense", spec.defense, "--protocol", "standard", "--dataset", spec.dataset]
-        words += ["--norm", spec.norm, "--eps", eps, "--n", str(FULL_N), "--seed", str(spec.seed)]
+        words += ["--norm", spec.norm, "--eps", eps_text(spec), "--n", str(n), "--seed", str(spec.seed)]
         if "weights" in spec.defense_options:
             words += ["--weights", str(spec.defense_options["weights"])]
-        return shlex.join(words)
+        return shlex.join([*words, *data_words(self.data_dir)])
+
+    def _most_images(self, spec: RunSpec) -> int:
+        """FULL_N, or all images where the data has fewer; as many as were run where the data is gone."""
+        for n in (FULL_N, None):
+            try:
+                return len(load_dataset(spec.dataset, "test", n, spec.seed, self.data_dir).index)
+            except RobenchError:
+                continue  # fewer images than FULL_N, so that all are quickly read
+        return spec.n
+
+
+def data_words(data_dir: Path | None) -> list[str]:
+    """The option that names the folder of the data, where one was given."""
+    return [] if data_dir is None else ["--data-dir", str(data_dir)]
 
 
 def run_command(request: RunRequest) -> Evaluation:
@@ -137,21 +152,21 @@ def _run(
     try:
         return evaluate(defense, attacks, threats, dataset, **content)
     except KeyboardInterrupt:
-        folder = [] if settings.data_dir is None else ["--data-dir", str(settings.data_dir)]
-        again = shlex.join(["robench", "run", "--resume", str(settings.out), *folder])
+        folder = None if settings.data_dir is None else Path(settings.data_dir)
+        again = shlex.join(["robench", "run", "--resume", str(settings.out), *data_words(folder)])
         raise Interrupted(f"interrupted; finish it with: {again}") from None
 
 
 def _resume(folder: Place, request: RunRequest) -> Evaluation:
+    from robench.board import attack_specs
+
     spec = RunStore.open(folder).spec
     _check_same(request, spec, folder)
     if not spec.defense or not spec.dataset:
         raise UsageError(f"{folder} was run from Python on a defense or data without a name; resume it there")
     defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
     _check_attacks(request, spec, defense, folder)
-    attacks: str | list[str] = spec.protocol or [
-        entry.spec + (f"@{entry.mode}" if entry.mode else "") for entry in spec.attacks
-    ]
+    attacks: str | list[str] = spec.protocol or attack_specs(spec)
     settings = Settings(
         n=spec.n,
         seed=spec.seed,
@@ -274,8 +289,7 @@ def _train_again(request: TrainRequest, folder: Path) -> str:
     words += ["--recipe", request.recipe] if request.recipe is not None else []
     words += ["--init", str(request.init)] if request.init is not None else []
     words += ["--first-stage", request.first_stage] if request.first_stage else []
-    words += ["--data-dir", str(request.data_dir)] if request.data_dir is not None else []
-    return shlex.join(words)
+    return shlex.join([*words, *data_words(request.data_dir)])
 
 
 @dataclass(frozen=True)
@@ -344,13 +358,21 @@ def build_page(folder: Path, names: Sequence[str], out: Path | None, data_dir: P
     from robench.report.board import render_boards
 
     page = render_boards(load_boards(folder, names), data_dir)
-    target = out or folder / "index.html"
+    return write_text(out or folder / "index.html", page)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file of text, in a folder that need not be there; returns its path.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {target.parent}: {error.strerror}") from None
-    write_atomic(target, page.encode())
-    return target
+        raise UsageError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+    write_atomic(path, text.encode())
+    return path
 
 
 def print_tables(folder: Path, names: Sequence[str], kind: str) -> str:

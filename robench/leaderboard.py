@@ -94,7 +94,7 @@ def make_row(
     queries = result.queries(eps)
     return {
         "rank": "",
-        "defense": spec.defense if spec.defense.startswith(f"{spec.defense_name}(") else spec.defense_name,
+        "defense": spec.defense_name + _options(spec.defense),
         "protocol": spec.protocol,
         "weights_digest": spec.weights_digest[:16],
         "randomized": "yes" if spec.randomized else "no",
@@ -119,6 +119,12 @@ def make_row(
         "evidence": spec.digest()[:16] if evidence is None else evidence,
         "date": result.created,
     }
+
+
+def _options(defense: str) -> str:
+    """The options as written in a defense's spec, also of one from a file: `(sigma=2.0)`; "" where there are none."""
+    _, parenthesis, rest = defense.partition("(")
+    return parenthesis + rest
 
 
 def _number(value: float | None) -> str:
@@ -171,12 +177,9 @@ def rank_rows(rows: Sequence[Row]) -> list[Row]:
     return [*ranked, *({**row, "rank": ""} for row in partial)]
 
 
-def _identity(row: Row) -> tuple[str, ...]:
-    return row["defense"], row["protocol"], row["weights_digest"], row["evidence"]
-
-
 def _order(row: Row) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
-    return _identity(row), sorted((key, cell) for key, cell in row.items() if key != "rank")
+    named = row["defense"], row["protocol"], row["weights_digest"], row["evidence"]
+    return named, sorted((key, cell) for key, cell in row.items() if key != "rank")
 
 
 def rows_csv(rows: Sequence[Row]) -> str:
@@ -247,13 +250,76 @@ def board_name(dataset: str, norm: str, eps: float) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
 
 
-def add_row(row: Row, path: Path) -> list[Row]:
-    """Adds a row to the leaderboard at `path`, which need not be there; returns the rows that it replaced.
+def identity(row: Row) -> tuple[str, ...]:
+    """What a board has one row of: defense, protocol and weights; without a protocol also the attacks.
 
-    A row of the same defense, protocol and weights is replaced, so that adding twice changes nothing.
+    A free list in which an attack failed stands beside those that are whole: its column does not say which one failed.
+    """
+    of_run = row["defense"], row["protocol"], row["weights_digest"]
+    if row["protocol"]:
+        return of_run
+    return *of_run, "whole" if is_complete(row) else "partial", *(key for key in attack_columns([row]) if row[key])
+
+
+def find_replaced(row: Row, rows: Sequence[Row], *, replace: bool = False, whose: str = "a row") -> list[Row]:
+    """The rows of a board whose place a row takes: those of the same identity.
+
+    Args:
+        row: the new one.
+        rows: the board.
+        replace: also where an old row is better evidenced.
+        whose: names the new row in the message.
 
     Raises:
-        UsageError: the folder cannot be written.
+        UsageError: the new row is not at least as well evidenced as one whose place it would take.
+    """
+    replaced = [old for old in rows if identity(old) == identity(row)]
+    for old in replaced:
+        if not replace and (reason := _find_lack(row, old)):
+            raise UsageError(f"{name_clash(row, old, whose, reason)}. Leave it out, or pass --replace")
+    return replaced
+
+
+def name_clash(row: Row, old: Row, whose: str, reason: str) -> str:
+    """Says that a row would take the place of an old one, and why it should not."""
+    named = f"{row['defense']}, {row['protocol'] or 'free list'}"
+    return (
+        f"{whose} ({named}, {describe(row)}) would replace the row of evidence {old['evidence'] or 'unknown'} "
+        f"({describe(old)}): {reason}"
+    )
+
+
+def describe(row: Row) -> str:
+    """A row's images and seed: `n=128 seed=0`."""
+    return f"n={row['n']} seed={row['seed']}"
+
+
+def _find_lack(row: Row, old: Row) -> str:
+    """In what a row is less well evidenced than an old one, or else not the same run again; "" if in nothing."""
+
+    def less(name: str) -> bool:
+        return float(row[name] or 0) < float(old[name] or 0)
+
+    audits = [one["audit_verdict"] not in ("", "not run") for one in (row, old)]
+    reasons = {
+        "it misses a number": is_complete(old) and not is_complete(row),
+        "it has fewer images": less("n"),
+        "it has another seed and no more images": row["n"] == old["n"] and row["seed"] != old["seed"],
+        "it has fewer draws for a gradient or a verdict": less("eot") or less("judge_repeats"),
+        "it comes without an audit": audits == [False, True],
+    }
+    return next((reason for reason, lacks in reasons.items() if lacks), "")
+
+
+def add_row(row: Row, path: Path, *, replace: bool = False) -> list[Row]:
+    """Adds a row to the leaderboard at `path`, which need not be there; returns the rows that it replaced.
+
+    A row of the same identity is replaced if the new one is at least as well evidenced, so that adding twice changes
+    nothing.
+
+    Raises:
+        UsageError: a row of the same identity is better evidenced (`replace` goes over that), or the folder cannot be
+            written.
         DataError: the leaderboard is damaged.
     """
     try:
@@ -261,6 +327,6 @@ def add_row(row: Row, path: Path) -> list[Row]:
     except OSError as error:
         raise UsageError(f"cannot make the folder {path.parent}: {error.strerror}") from None
     rows = read_rows(path) if path.exists() else []
-    replaced = [old for old in rows if _identity(old)[:3] == _identity(row)[:3]]
+    replaced = find_replaced(row, rows, replace=replace)
     write_atomic(path, rows_csv(rank_rows([*(old for old in rows if old not in replaced), row])).encode())
     return replaced

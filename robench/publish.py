@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from robench.bundle import AUDIT, bundle_folder, check_audit, write_bundle
+from robench.bundle import AUDIT, bundle_folder, check_audit, read_bundle, write_bundle
 from robench.check_names import QUESTIONS
 from robench.defense import Defense, weights_digest
 from robench.errors import RobenchError, UsageError
-from robench.leaderboard import Row, add_row, board_name, rank_rows, read_rows
+from robench.leaderboard import (
+    Row,
+    add_row,
+    board_name,
+    describe,
+    find_replaced,
+    identity,
+    make_row,
+    name_clash,
+    rank_rows,
+    read_rows,
+)
 from robench.plan import RunSpec
 from robench.registry import load_defense
 from robench.result import Evaluation
@@ -24,16 +37,29 @@ EVIDENCE: Final = "evidence"
 """The folder of all bundles, beside the CSV files."""
 
 
-def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
+def publish(
+    folders: Sequence[Path],
+    leaderboards: Path,
+    data_dir: Path | None = None,
+    *,
+    replace: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> list[Path]:
     """Adds the rows of runs, with their evidence, to the leaderboards; returns the CSV files that were written.
+
+    Nothing is written where a row may not take the place of another; docs/leaderboards.md has the rule.
 
     Args:
         folders: run folders, folders of audits, and folders of studies, which stand for all finished runs and audits
             in them. An audit goes with the runs of the same weights, data and bound.
         leaderboards: the folder of the CSV files.
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        replace: let a row take the place of one that is better evidenced.
+        tell: hears one line for each row that was replaced by another run's.
 
     Raises:
-        UsageError: a folder is neither, a run has no named data, an audit is of some checks only or fits no run.
+        UsageError: a folder is neither, a run has no named data, an audit is of some checks only or fits no run, two of
+            the runs would be one row, or a row would take the place of one that is better evidenced.
         DataError: a run, an audit or a leaderboard is damaged.
     """
     every = [inner for folder in folders for inner in _inside(folder)]
@@ -42,16 +68,59 @@ def publish(folders: Sequence[Path], leaderboards: Path) -> list[Path]:
     pairs = [(result, eps, _audit_for(result, eps, audits)) for result in runs for eps in result.spec.eps]
     for folder in set(audits).intersection(folders).difference(found for _, _, found in pairs if found is not None):
         raise UsageError(f"the audit in {folder} fits no run that was named: it is of other weights, data or bounds")
+    _check_places(
+        [(result, eps, audits[found] if found else None) for result, eps, found in pairs], leaderboards, replace=replace
+    )
     defenses = {result.folder: _defense_of(result.spec) for result in runs}
     written: dict[Path, None] = {}
     for result, eps, found in pairs:
         audit = audits[found] if found is not None else None
-        bundle = write_bundle(result, eps, leaderboards / EVIDENCE, audit, defenses[result.folder])
-        path = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps)
-        for old in add_row(bundle.row(), path):
+        bundle = write_bundle(result, eps, leaderboards / EVIDENCE, audit, defenses[result.folder], data_dir)
+        path, row = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps), bundle.row()
+        for old in add_row(row, path, replace=replace):
+            if tell is not None and old["evidence"] != bundle.digest:
+                named = f"{row['defense']}, {row['protocol'] or 'free list'}"
+                tell(f"{path.name}: {named}: replaces {describe(old)} by {describe(row)} of {result.folder}")
             _remove(leaderboards, old["evidence"], keep=bundle.digest)
         written[path] = None
     return list(written)
+
+
+def _check_places(
+    runs: Sequence[tuple[Evaluation, float, Mapping[str, Any] | None]], leaderboards: Path, *, replace: bool
+) -> None:
+    """Refuses runs whose rows would take a place that is not theirs.
+
+    Raises:
+        UsageError: two of the runs would be one row, or a row is less well evidenced than one that it would replace.
+        DataError: a leaderboard is damaged.
+    """
+    taken: dict[tuple[Path, tuple[str, ...]], tuple[Row, object]] = {}
+    for result, eps, audit in runs:
+        path, row = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps), make_row(result, eps, audit)
+        first, folder = taken.setdefault((path, identity(row)), (row, result.folder))
+        if first != row:
+            raise UsageError(
+                f"{folder} ({describe(first)}) and {result.folder} ({describe(row)}) would be one row of {path.name}: "
+                f"{row['defense']}, {row['protocol'] or 'free list'}. Name one of them"
+            )
+        whose = f"{path.name}: {result.folder}"
+        for old in find_replaced(row, read_rows(path) if path.exists() else [], replace=replace, whose=whose):
+            reason = "" if replace else _find_other(leaderboards, old, result.spec)
+            if reason:
+                raise UsageError(f"{name_clash(row, old, whose, reason)}. Leave it out, or pass --replace")
+
+
+def _find_other(leaderboards: Path, old: Row, spec: RunSpec) -> str:
+    """What an old row's evidence tells beyond the row: it is of other code, or was given more queries."""
+    try:
+        before = read_bundle(bundle_folder(leaderboards / EVIDENCE, old["evidence"])).spec
+    except RobenchError:
+        return ""
+    if before.defense != spec.defense:
+        return f'it is of "{spec.defense}", the old one of "{before.defense}"'
+    limit, limit_before = (math.inf if one.query_budget is None else one.query_budget for one in (spec, before))
+    return f"it has a query budget of {limit}, the old one {limit_before}" if limit < limit_before else ""
 
 
 def _audit_for(result: Evaluation, eps: float, audits: Mapping[Path, Mapping[str, Any]]) -> Path | None:
@@ -152,14 +221,18 @@ def verify_boards(
         for path in boards(leaderboards)
         for ranked in rank_rows(read_rows(path))
     }
+    counts = Counter(row["evidence"] for _, row in all_rows(leaderboards))
     for path, row in rows:
         rank = places.get((path, row["evidence"]), "")
+        if counts[row["evidence"]] > 1:
+            yield path, row, "does not hold", f"{counts[row['evidence']]} rows have this evidence"
+            continue
         if row["rank"] != rank:
             yield path, row, "does not hold", f"its rank is {row['rank'] or 'none'}; by its figures {rank or 'none'}"
             continue
         try:
             folder = bundle_folder(leaderboards / EVIDENCE, row["evidence"])
-            report = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
+            report = verify_evidence(folder, row=row, board=path.name, device=device, data_dir=data_dir, trust=trust)
         except RobenchError as error:
             yield path, row, "cannot be checked", str(error)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -290,10 +291,26 @@ class Evaluation:
 
         return make_row(self, self._bound(eps))
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why attacks failed, by key: `Type: message`, the first line of the exception that ended them."""
+        failed = set(self.table[self.table["status"] == "failed"]["attack"])
+        found = {}
+        for key in (entry.key for entry in self.spec.attacks if entry.key in failed):
+            traces = [self.failures[name] for name in self.failures if name == key or name[6:] == failure_stem(key)]
+            found[key] = _reason(traces[0]) if traces else "the reason was not kept"
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON types; what `--json` prints but for the run folder and the time."""
+        """The figures as JSON types; what `--json` prints but for the run folder and the time.
+
+        Where `complete` is false an attack failed, `failures` says why, and what rests on the worst case is null.
+        """
         per_attack = {key: estimate.to_json() if estimate else None for key, estimate in self.per_attack.items()}
-        robust, majority, clean_majority = self.robust_accuracy, self.majority, self.clean_majority
+        whole = self.complete
+        robust, majority = (self.robust_accuracy, self.majority) if whole else (None, None)
+        clean_majority = self.clean_majority
+        unknown = dict.fromkeys(("value", "low", "high"))
         return {
             "defense": self.spec.defense_name,
             "dataset": self.spec.dataset,
@@ -308,9 +325,9 @@ class Evaluation:
             },
             "best_of": {
                 "clean": {str(n): estimate.to_json() for n, estimate in self.clean_best_of.items()},
-                "robust": {str(n): estimate.to_json() for n, estimate in self.best_of.items()},
+                "robust": {str(n): estimate.to_json() for n, estimate in self.best_of.items()} if whole else {},
             },
-            "curve": self.curve,
+            "curve": [point if whole or not point["eps"] else {**point, **unknown} for point in self.curve],
             "worst_attack": self.worst_attack(),
             "queries": self.queries(),
             "n": self.spec.n,
@@ -322,6 +339,7 @@ class Evaluation:
             "precision": self.spec.precision,
             "median_distance": self.median_distances(),
             **({"notes": list(self.notes)} if self.notes else {}),
+            **({} if whole else {"failures": self.reasons}),
             "row": self.row(),
         }
 
@@ -329,6 +347,19 @@ class Evaluation:
     def threat(self) -> ThreatModel:
         """The threat model at the largest bound."""
         return ThreatModel(self.spec.norm, self.spec.eps[-1])
+
+
+def failure_stem(key: str) -> str:
+    """An attack's key as it stands in the name of the file that holds its traceback."""
+    return re.sub(r"[^A-Za-z0-9_.=@-]+", "_", key)
+
+
+def _reason(trace: str) -> str:
+    """The exception in a traceback: its type, and the first line of its message."""
+    *_, last = trace.strip().split("Traceback (most recent call last):")
+    lines = [line for line in last.splitlines() if line.strip()]
+    told = next((line for line in lines if not line.startswith(" ")), lines[-1] if lines else "")
+    return told.strip().removeprefix("robench.errors.")
 
 
 def _without_images(unit: pa.Table) -> pa.Table:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, t
+from scipy.stats import chi2, norm, t
 
 
 def wilson(right: float, n: float, level: float = 0.95, quantile: float | None = None) -> tuple[float, float]:
@@ -51,15 +51,38 @@ def mean_interval(fractions: npt.NDArray[np.float64], repeats: int, level: float
     return wilson(p * effective, effective, level, quantile=float(t.ppf((1 + level) / 2, n - 1)))
 
 
-def differ(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], level: float = 0.001) -> bool:
-    """True if two measurements of the same examples differ in mean beyond noise: a paired t-test at `level`."""
-    gaps = second - first
-    if len(gaps) < 2 or not gaps.any():
+def answers_differ(
+    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], tries: int, again: int, level: float = 0.001
+) -> bool:
+    """True if right answers of the same examples, counted twice, cannot come from the same chances of being right.
+
+    Given how many of an example's answers were right in both counts together, the first count is hypergeometric, which
+    gives the gap of the two shares its exact variance; so nothing in the counts can widen the noise that is allowed.
+    Two things are asked: whether the sum of the gaps is beyond noise (normal, two-sided at `level`), and whether the
+    gaps of single examples are, by the sum of their squares over their variances. Its expectation is the number of
+    examples that are not always right or never; half as much again is allowed beyond chance, for images that rounding
+    has moved a little.
+
+    Args:
+        first: right answers of each example, of `tries`.
+        second: the same of `again` fresh ones.
+        tries: answers behind the first counts.
+        again: answers behind the second.
+        level: two-sided.
+    """
+    total = tries + again
+    pooled = (first + second) / total
+    gaps = second / again - first / tries
+    variances = pooled * (1 - pooled) * (1 / tries + 1 / again) * total / max(total - 1, 1)
+    open_ones = variances > 0  # elsewhere both counts are all or nothing alike, and the gap is 0
+    count = int(open_ones.sum())
+    if count == 0:
         return False
-    error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
-    if error == 0:
+    quantile = float(norm.ppf(1 - level / 2))
+    if abs(float(gaps.sum())) > quantile * math.sqrt(float(variances.sum())):
         return True
-    return bool(abs(float(gaps.mean())) / error > t.ppf(1 - level / 2, len(gaps) - 1))
+    scatter = float((gaps[open_ones] ** 2 / variances[open_ones]).sum())
+    return scatter > 1.5 * float(chi2.ppf(1 - level, count))
 
 
 def paired_interval(

@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
 from robench.bundle import Bundle, bundle_folder, read_bundle, size
 from robench.check_names import QUESTIONS
+from robench.data import digest_data, load_dataset
 from robench.errors import DataError, UsageError
+from robench.evaluate import evaluate
 from robench.leaderboard import Row, board_name, is_complete, rank_rows, read_rows, rows_csv
 from robench.protocol import PROTOCOLS
 from robench.publish import EVIDENCE, audit_fits
+from robench.registry import load_defense
+from robench.stats import paired_interval
+from robench.threat import ThreatModel
+from robench.unit_table import WORST
 from robench.verify import Report, verify_evidence
 
 LARGEST: Final = 2_000_000
 """Bytes of a bundle."""
 FEWEST: Final = 64
 """Images; the interval of fewer is wider than most differences between defenses."""
+FEWEST_AUDITED: Final = 32
+"""Images of the audit."""
+SLACK: Final = 0.02
+"""How far a row may lie above a new attack beyond what chance explains: attacks draw their starts."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How many images of a row to attack again.
+
+    Attributes:
+        images: how many; 0 for none. At most those of the row.
+        seed: draws them, and seeds the attacks; None draws one, so that no submitter can know it.
+    """
+
+    images: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the count.
+
+        Raises:
+            UsageError: it is negative.
+        """
+        if self.images < 0:
+            raise UsageError(f"attack must be at least 0 images; got {self.images}")
 
 
 def check_submission(
-    leaderboards: Path, evidence: str, *, device: str = "auto", data_dir: Path | None = None, trust: bool = False
+    leaderboards: Path,
+    evidence: str,
+    *,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    trust: bool = False,
+    attack: Attack | None = None,
 ) -> Report:
-    """Checks a row and its evidence: form first, then the images, judged again.
+    """Checks a row and its evidence: form first, then the images, judged again; then, if asked, attacked again.
 
     Args:
         leaderboards: the folder with the CSV files.
@@ -30,6 +73,8 @@ def check_submission(
         device: `auto`, `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         trust: run the code of a defense that is not one of robench's.
+        attack: run the row's protocol on some of its images, which alone shows whether it had been run on them. Costs
+            as much as that many images of a run.
 
     Raises:
         UsageError: there is no such bundle, or something that the check needs is missing.
@@ -48,7 +93,42 @@ def check_submission(
     judged = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
     report.lines += judged.lines
     report.failures += judged.failures
+    if attack is not None and attack.images and report.holds:
+        _attack_again(report, bundle, attack, device, data_dir)
     return report
+
+
+def _attack_again(report: Report, bundle: Bundle, attack: Attack, device: str, data_dir: Path | None) -> None:
+    """Runs the row's protocol on images drawn here: the row may not claim more than chance and `SLACK` above it."""
+    spec = bundle.spec
+    seed = secrets.randbelow(2**31) if attack.seed is None else attack.seed
+    data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
+    rows = sorted(random.Random(seed).sample(range(spec.n), min(attack.images, spec.n)))
+    x, y = data.x[rows], data.y[rows]
+    drawn = dataclasses.replace(data, x=x, y=y, index=data.index[rows], digest=digest_data(x, y))
+    defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    found = evaluate(
+        defense,
+        spec.protocol,
+        ThreatModel(spec.norm, bundle.eps),
+        drawn,
+        seed=seed,
+        eot=spec.eot,
+        judge_repeats=spec.judge_repeats,
+        device=device,
+        progress=True,
+    ).answers(WORST)
+    claimed = bundle.figures.answers(WORST)
+    if found is None or claimed is None:
+        report.check("attacked again, the row claims no more", held=False, detail="an attack failed")
+        return
+    before, now = claimed.right[rows] / claimed.repeats, found.right / found.repeats
+    _, low, _ = paired_interval(now, before, level=0.998)
+    report.check(
+        "attacked again, the row claims no more",
+        bool(low <= SLACK),
+        f"on {len(rows)} images {100 * before.mean():.1f} %, now {100 * now.mean():.1f} %, seed {seed}",
+    )
 
 
 def _check_form(report: Report, bundle: Bundle, leaderboards: Path) -> Row | None:
@@ -71,9 +151,21 @@ def _check_form(report: Report, bundle: Bundle, leaderboards: Path) -> Row | Non
     report.check("the audit made every check", made >= QUESTIONS.keys(), f"{len(made)} of {len(QUESTIONS)}")
     fitting = bundle.audit is not None and audit_fits(bundle.audit, bundle.spec, bundle.eps)
     report.check("the audit is of these weights and this bound", fitting, f"eps {bundle.eps:g}")
-    report.check("there are enough images", bundle.spec.n >= FEWEST, f"{bundle.spec.n}, at least {FEWEST}")
+    audited = bundle.audit["n"] if bundle.audit is not None else 0
+    enough = bundle.spec.n >= FEWEST and audited >= FEWEST_AUDITED
+    counts = f"{bundle.spec.n}, at least {FEWEST}; {audited} audited, at least {FEWEST_AUDITED}"
+    report.check("there are enough images", enough, counts)
+    report.check("the day of the run is past", _is_past(bundle.created), bundle.created)
     report.check("the evidence is small", size(bundle.folder) <= LARGEST, f"{size(bundle.folder)} of {LARGEST} bytes")
     return row
+
+
+def _is_past(day: str) -> bool:
+    """Whether a day, in any time zone, has begun."""
+    try:
+        return date.fromisoformat(day) <= datetime.now(UTC).date() + timedelta(days=1)
+    except ValueError:
+        return False
 
 
 def digest_of(text: str) -> str:

@@ -11,17 +11,19 @@ import torch
 
 from robench.bundle import MANIFEST, read_bundle
 from robench.data import Dataset, load_dataset
-from robench.defense import weights_digest
+from robench.defense import Defense, weights_digest
 from robench.errors import DataError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge_in_units
-from robench.leaderboard import Row
+from robench.leaderboard import Row, board_name
+from robench.lineup import plan_attacks
 from robench.plan import RunSpec
+from robench.protocol import PROTOCOLS, find_protocol
 from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Evaluation
 from robench.rng import seeded
-from robench.settings import Settings
-from robench.stats import differ
+from robench.settings import RANDOMIZED_EOT, Settings
+from robench.stats import answers_differ
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
 
@@ -68,10 +70,11 @@ def verify(path: Path, *, device: str = "auto", data_dir: Path | None = None, tr
 
 
 def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = None) -> Report:
-    """Re-judges a run: digests, box and eps, and every accuracy under fresh randomness.
+    """Re-judges a run: digests, settings, its table, box and eps, and clean and worst-case accuracy anew.
 
-    A deterministic defense must give the same answers; of a randomized one each accuracy must agree within the noise
-    of two runs of the judge (a paired test over the examples at the 0.1 % level).
+    A deterministic defense must give the same answers; those of a randomized one must agree within the noise of two
+    runs of the judge (`robench.stats.answers_differ`). That an attack was run, and at full strength, no judging of its
+    images shows.
 
     Raises:
         UsageError: the defense or the data cannot be had by name.
@@ -85,13 +88,20 @@ def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = No
 
 
 def verify_evidence(
-    folder: Path, *, row: Row | None = None, device: str = "auto", data_dir: Path | None = None, trust: bool = False
+    folder: Path,
+    *,
+    row: Row | None = None,
+    board: str | None = None,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    trust: bool = False,
 ) -> Report:
     """Re-judges the bundle of a leaderboard row: its files, its row, and then as `verify_run` does.
 
     Args:
         folder: the bundle.
         row: the row as published; None checks the bundle alone.
+        board: the name of the file that the row stands in; None does not ask.
         device: `auto`, `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         trust: run the defense's code also where it comes from a file or a package that is not robench's.
@@ -114,6 +124,9 @@ def verify_evidence(
             if key != "rank" and row.get(key, "") != value
         ]
         report.check("row is that of the evidence", not changed, ", ".join(changed) or f"{len(published)} cells")
+    if board is not None:
+        own = board_name(bundle.spec.dataset, bundle.spec.norm, bundle.eps)
+        report.check("the row is on the board of its threat model", board == own, own)
     name = bundle.spec.defense
     if not trust and name and parse_spec(name)[0] not in builtin_names("defense"):
         raise UsageError(
@@ -123,9 +136,11 @@ def verify_evidence(
     if data.digest == bundle.spec.data_digest:  # else _verify says so, and the images would not fit the originals
         try:
             result = bundle.result(data.x)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, DataError) as error:
             report.check("images can be read", held=False, detail=str(error))
             return report
+        told = ", ".join(f"{count} as {name}" for name, count in bundle.encodings.items())
+        report.check("images are stored as the manifest says", bundle.is_told_right, told or "none")
     else:
         result = bundle.figures
     _verify(report, result, data, device)
@@ -149,6 +164,14 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
     if clean is not None:
         wrong = int((clean.labels != data.y.numpy()).sum()) if len(clean.labels) == len(data.y) else len(data.y)
         report.check("labels are those of the data", wrong == 0, f"{wrong} of {len(data.y)} differ")
+    told = "randomized" if spec.randomized else "deterministic"
+    alike = (spec.defense_name, spec.randomized) == (defense.name, defense.randomized)
+    report.check("the defense is what the run calls it", alike, f"{spec.defense_name}, {told}")
+    if spec.protocol:
+        departure = _departure(spec, defense)
+        report.check(f"the run is that of {spec.protocol}", not departure, departure or "attacks and settings")
+    problem = _find_gap(result, data, defense)
+    report.check("every image has its answers, clean and under each attack", not problem, problem or f"{spec.n} images")
     if report.failures:
         return
     defense.to(device)
@@ -175,17 +198,62 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
             if stored is None:
                 report.check(claim, held=False, detail="an attack failed, so there is no claim")
                 continue
-            _compare(report, claim, stored, fresh(x))
+            _compare(report, claim, stored, fresh(x), randomized=defense.randomized)
 
 
-def _compare(report: Report, claim: str, stored: Answers, fresh: Answers) -> None:
-    before, now = stored.right / stored.repeats, fresh.right / fresh.repeats
+def _departure(spec: RunSpec, defense: Defense) -> str:
+    """In what a run differs from the protocol whose name it bears; empty if in nothing that could weaken it."""
+    protocol = find_protocol(spec.protocol)
+    if protocol is None or protocol.name != spec.protocol:
+        return f"there is no such protocol; there are: {', '.join(PROTOCOLS)}"
+    entries, _ = plan_attacks(protocol.name, defense, spec.norm, spec.dataset)
+    eot, repeats = (RANDOMIZED_EOT, protocol.judge_repeats) if defense.randomized else (1, 1)
+    return "; ".join(
+        text
+        for departs, text in (
+            (list(spec.attacks) != entries, f"the attacks are {', '.join(entry.key for entry in spec.attacks)}"),
+            (spec.cascade != protocol.cascade, f"cascade is {spec.cascade}"),
+            (spec.query_budget is not None, f"the query budget is {spec.query_budget}"),
+            (spec.eot < eot, f"{spec.eot} draws for a gradient, not {eot}"),
+            (spec.judge_repeats < repeats, f"{spec.judge_repeats} answers for a verdict, not {repeats}"),
+        )
+        if departs
+    )
+
+
+def _find_gap(result: Evaluation, data: Dataset, defense: Defense) -> str:
+    """What is wrong in the per-example table, which holds one row for each image clean, under each attack, at worst."""
+    spec = result.spec
+    keys = [entry.key for entry in spec.attacks]
+    blocks = [(CLEAN, 0.0), *((key, eps) for eps in spec.eps for key in (*keys, WORST))]
+    if len(result.table) != len(blocks) * spec.n:
+        return f"{len(result.table)} rows, not {len(blocks) * spec.n}"
+    right = {}
+    for key, eps in blocks:
+        rows = result.table[(result.table["attack"] == key) & (result.table["eps"] == eps)]
+        if rows["index"].tolist() != data.index.tolist() or rows["label"].tolist() != data.y.tolist():
+            return f"the images or labels of {key} are not those of the data"
+        votes = np.stack(rows["votes"].tolist())
+        judged = (rows["status"] != "failed").to_numpy()
+        if votes.shape[1] != defense.num_classes or (votes < 0).any():
+            return f"the answers of {key} are no counts over {defense.num_classes} classes"
+        if (votes[judged].sum(1) != spec.judge_repeats).any():
+            return f"not {spec.judge_repeats} answers for each image under {key}"
+        right[key, eps] = np.where(judged, votes[np.arange(len(votes)), data.y.numpy()], spec.judge_repeats)
+    for key, eps in blocks[1:]:
+        if not defense.randomized and (right[WORST, eps] > right[key, eps]).any():
+            return f"the worst case at eps {eps:g} is right where {key} is not"
+    return ""
+
+
+def _compare(report: Report, claim: str, stored: Answers, fresh: Answers, *, randomized: bool) -> None:
     old, new = stored.accuracy(), fresh.accuracy()
-    if stored.repeats == 1:
-        changed = int((before != now).sum())
+    if not randomized:
+        changed = int((stored.right != fresh.right).sum())
         report.check(claim, changed == 0, f"stored {_text(old)}, now {_text(new)}, {changed} answers differ")
         return
-    report.check(claim, not differ(np.asarray(before), np.asarray(now)), f"stored {_text(old)}, now {_text(new)}")
+    differ = answers_differ(stored.right, fresh.right, stored.repeats, fresh.repeats)
+    report.check(claim, not differ, f"stored {_text(old)}, now {_text(new)}")
 
 
 def _text(estimate: Estimate) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from engine_toys import Prototypes
 
 from robench import ThreatModel
 from robench.audit import audit
+from robench.bundle import EXAMPLES, IMAGES, MANIFEST
 from robench.check_names import QUESTIONS
 from robench.evaluate import evaluate
 from robench.leaderboard import HEAD, TAIL, Row, add_row
@@ -35,10 +40,10 @@ def make_row(defense: str = "toy", low: str = "0.5000", **cells: str) -> Row:
     }
 
 
-def write_audit(folder: Path) -> None:
+def write_audit(folder: Path, n: int = N, eps: float = EPS) -> None:
     """An audit of the toy whose every check found what two of them found."""
     made = ["zero_gradients", "finite_differences"]
-    content = audit(Prototypes(), ThreatModel("linf", EPS), "fashion_mnist", n=N, checks=made).to_json()
+    content = audit(Prototypes(), ThreatModel("linf", eps), "fashion_mnist", n=n, checks=made).to_json()
     known = {finding["check"]: finding for finding in content["findings"]}
     content["findings"] = [{**known["finite_differences"], "check": name} | known.get(name, {}) for name in QUESTIONS]
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,3 +71,17 @@ def make_boards(folder: Path) -> Path:
         f'"{HOSTILE}",0.9,0.4,PGD-20,"A paper, table 1",2020,not comparable\n'
     )
     return boards
+
+
+def forge(folder: Path, change: Any) -> Path:
+    """A bundle whose digests all fit after a change of its tables or manifest: only judging again finds it."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    tables = {name: pq.read_table(folder / name).to_pydict() for name in (EXAMPLES, IMAGES)}
+    schemas = {name: pq.read_table(folder / name).schema for name in tables}
+    change(manifest, tables[EXAMPLES], tables[IMAGES])
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns, schema=schemas[name]), folder / name)
+        manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    content = json.dumps(manifest).encode()
+    (folder / MANIFEST).write_bytes(content)
+    return folder.rename(folder.with_name(hashlib.sha256(content).hexdigest()[:16]))

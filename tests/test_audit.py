@@ -17,9 +17,8 @@ from torch import Tensor
 import robench
 from robench import Defense, ThreatModel, UsageError
 from robench.audit import CHECKS, Audit, audit, evidence
-from robench.audit.finding import Finding, overall
 from robench.audit.statistics import compare
-from robench.check_names import QUESTIONS
+from robench.check_names import QUESTIONS, overall
 from robench.cli import main
 from robench.data import Dataset, load_dataset
 from robench.report.audit import render_audit
@@ -301,13 +300,10 @@ def test_a_large_gap_on_few_images_is_not_called_a_failure() -> None:
 
 
 def test_overall_verdict() -> None:
-    def find(*verdicts: Any) -> list[Finding]:
-        return [Finding("check", verdict, None, None, "", "") for verdict in verdicts]
-
-    assert overall(find("pass", "suspect", "fail")) == "masked"
-    assert overall(find("pass", "suspect", "not run")) == "suspect"
-    assert overall(find("pass", "not run")) == "pass"
-    assert overall(find("not run")) == "suspect"
+    assert overall({"pass", "suspect", "fail"}) == "masked"
+    assert overall({"pass", "suspect", "not run"}) == "suspect"
+    assert overall({"pass", "not run"}) == "pass"
+    assert overall({"not run"}) == "suspect"
 
 
 # runs

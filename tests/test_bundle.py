@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -11,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from board_toys import EPS, TOY, N, write_audit
+from board_toys import EPS, TOY, N, forge, write_audit
 from engine_toys import Prototypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +26,7 @@ from robench.leaderboard import read_rows, rows_csv
 from robench.publish import EVIDENCE, all_rows, publish, verify_boards
 from robench.result import Evaluation
 from robench.types import Images
-from robench.unit_table import WORST
+from robench.unit_table import CLEAN, WORST
 from robench.verify import verify, verify_evidence
 
 HERE = Path(__file__)
@@ -79,7 +77,7 @@ def test_a_published_row_holds(boards: Path) -> None:
     assert outcomes(boards) == [("holds", "")]
     report = verify(bundle_of(boards), device="cpu", trust=True)
     assert report.holds
-    assert len(report.lines) == 7
+    assert len(report.lines) == 10
 
 
 def test_a_changed_rank_does_not_hold(boards: Path) -> None:
@@ -98,7 +96,7 @@ def test_publishing_twice_changes_no_byte(finished: Path, boards: Path) -> None:
 def test_a_row_that_is_replaced_takes_its_evidence_with_it(boards: Path, tmp_path: Path) -> None:
     run(tmp_path / "other", seed=3)
     before = bundle_of(boards)
-    publish([tmp_path / "other"], boards)
+    publish([tmp_path / "other"], boards, replace=True)  # another seed, and no audit
     assert bundle_of(boards) != before
     assert outcomes(boards) == [("holds", "")]
 
@@ -125,7 +123,9 @@ def test_each_bound_has_its_bundle(tmp_path: Path) -> None:
     [
         ({"weights_digest": "0"}, "fits no run that was named"),
         ({"eps": 0.5}, "fits no run that was named"),
-        ({"findings": []}, "lacks the check null_control"),
+        ({"findings": [], "verdict": "suspect", "failed": []}, "lacks the check null_control"),
+        ({"verdict": "masked"}, "its verdict is not that of its findings"),
+        ({"failed": ["square"]}, "its verdict is not that of its findings"),
         ({"verdict": None}, "verdict is of the wrong kind"),
         ({"findings": [{"check": "pgd"}]}, "cannot be read"),
         ({"findings": 3}, "cannot be read|wrong kind"),
@@ -200,27 +200,57 @@ def test_every_cell_of_the_row_is_checked(boards: Path) -> None:
     assert outcomes(boards)[0][0] == "cannot be checked"
 
 
-def forge(folder: Path, change: Any) -> Path:
-    """A bundle whose digests all fit after a change of its tables or manifest: only judging again finds it."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    tables = {name: pq.read_table(folder / name).to_pydict() for name in (EXAMPLES, IMAGES)}
-    schemas = {name: pq.read_table(folder / name).schema for name in tables}
-    change(manifest, tables[EXAMPLES], tables[IMAGES])
-    import pyarrow as pa
-
-    for name, columns in tables.items():
-        pq.write_table(pa.table(columns, schema=schemas[name]), folder / name)
-        manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    content = json.dumps(manifest).encode()
-    (folder / MANIFEST).write_bytes(content)
-    return folder.rename(folder.with_name(hashlib.sha256(content).hexdigest()[:16]))
-
-
 def claim_more(manifest: Any, examples: Any, images: Any) -> None:
-    """Every worst case counts as right."""
+    """Every answer counts as right, under each attack and at worst."""
+    for row, attack in enumerate(examples["attack"]):
+        if attack != CLEAN:
+            examples["votes"][row] = [int(k == examples["label"][row]) for k in range(10)]
+
+
+def claim_more_at_worst(manifest: Any, examples: Any, images: Any) -> None:
+    """Every worst case counts as right, though the attack's own rows say otherwise."""
     for row, attack in enumerate(examples["attack"]):
         if attack == WORST:
             examples["votes"][row] = [int(k == examples["label"][row]) for k in range(10)]
+
+
+def many_votes(manifest: Any, examples: Any, images: Any) -> None:
+    """A deterministic defense that is told to be randomized, with votes that no judge gave: noise hides the claim."""
+    manifest["spec"]["randomized"], manifest["spec"]["judge_repeats"] = True, 100
+    examples["votes"] = [[95 * int(k == label) + 5 * int(k == 0) for k in range(10)] for label in examples["label"]]
+
+
+def huge_votes(manifest: Any, examples: Any, images: Any) -> None:
+    """Votes of which some are negative and some enormous, with the right sum."""
+    examples["votes"][-1] = [10**7, 1 - 10**7, *[0] * 8]
+
+
+def famous_name(manifest: Any, examples: Any, images: Any) -> None:
+    """The name of another defense."""
+    manifest["spec"]["defense_name"] = "convnet_at"
+
+
+def famous_protocol(manifest: Any, examples: Any, images: Any) -> None:
+    """The name of a protocol whose attacks were not run."""
+    manifest["spec"]["protocol"] = "standard-1"
+
+
+def other_places(manifest: Any, examples: Any, images: Any) -> None:
+    """Other positions in the split, so that rows are paired with those of other images."""
+    examples["index"] = [index + 17 for index in examples["index"]]
+    images["index"] = [index + 17 for index in images["index"]]
+
+
+def drop_attack(manifest: Any, examples: Any, images: Any) -> None:
+    """No row of the attack that was run."""
+    kept = [row for row, attack in enumerate(examples["attack"]) if attack in (CLEAN, WORST)]
+    for name, column in examples.items():
+        examples[name] = [column[row] for row in kept]
+
+
+def other_encodings(manifest: Any, examples: Any, images: Any) -> None:
+    """Images that are said to be stored in another way than they are."""
+    manifest["encodings"] = {"float64": 9}
 
 
 def move_image(manifest: Any, examples: Any, images: Any) -> None:
@@ -264,6 +294,14 @@ def short_image(manifest: Any, examples: Any, images: Any) -> None:
     ("change", "claim"),
     [
         (claim_more, "robust accuracy"),
+        (claim_more_at_worst, "the worst case at eps"),
+        (many_votes, "the defense is what the run calls it"),
+        (huge_votes, "no counts over 10 classes"),
+        (famous_name, "the defense is what the run calls it"),
+        (famous_protocol, "the run is that of standard-1"),
+        (other_places, "the images or labels"),
+        (drop_attack, "images can be read"),
+        (other_encodings, "images are stored as the manifest says"),
         (move_image, "within the bounds"),
         (swap_label, "labels"),
         (widen, "within the bounds"),

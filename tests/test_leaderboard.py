@@ -129,13 +129,13 @@ def test_adding_twice_changes_nothing(result: Evaluation, tmp_path: Path) -> Non
     assert path.read_bytes() == once
 
 
-def test_a_newer_run_of_the_same_defense_protocol_and_weights_replaces_the_old(
+def test_a_larger_run_of_the_same_defense_protocol_and_weights_replaces_the_old(
     result: Evaluation, tmp_path: Path
 ) -> None:
     add(named(result), tmp_path)
     add(named(result, protocol="quick-1"), tmp_path)
     add(named(result, weights_digest="f" * 64), tmp_path)
-    (path,) = add(named(result, seed=7), tmp_path)
+    (path,) = add(named(result, seed=7, n=7), tmp_path)
     rows = read_rows(path)
     assert sorted((row["protocol"], row["weights_digest"][:1] == "f", row["seed"]) for row in rows) == [
         ("", False, "7"),

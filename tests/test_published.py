@@ -16,7 +16,7 @@ from robench.leaderboard import Row, rank_rows, read_rows, rows_csv
 from robench.publish import EVIDENCE, all_rows, boards
 from robench.registry import load_defense
 from robench.rng import seeded
-from robench.stats import differ
+from robench.stats import answers_differ
 from robench.submission import LARGEST
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
@@ -78,7 +78,7 @@ def test_the_row_holds(path: Path, row: Row) -> None:
             with seeded("published", name):
                 votes = judge(defense, x[::16], spec.judge_repeats).numpy()
             fresh = Answers(votes, stored.labels[::16])
-            assert not differ(stored.right[::16] / stored.repeats, fresh.right / fresh.repeats)
+            assert not answers_differ(stored.right[::16], fresh.right, stored.repeats, fresh.repeats)
         return
     report = verify_evidence(bundle_folder(FOLDER / EVIDENCE, row["evidence"]), row=row, device="cpu")
     assert report.holds, report.failures

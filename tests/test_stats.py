@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from robench.estimate import Answers
-from robench.stats import differ, mean_interval, wilson
+from robench.stats import answers_differ, mean_interval, wilson
 
 Fractions = npt.NDArray[np.float64]
 
@@ -161,40 +160,53 @@ def test_majority_ignores_how_the_wrong_answers_spread() -> None:
 # paired tests
 
 
-def test_differ_seldom_cries_wolf() -> None:
+def test_answers_differ_seldom_cries_wolf() -> None:
     """Two judges of one randomized defense at the 0.1 % level: at most 0.24 % false alarms in 5000 pairs."""
     generator = np.random.default_rng(3)
     alarms = 0
     for _ in range(5000):
         chance = generator.choice([0.0, 0.05, 0.5, 0.95, 1.0], 64, p=[0.3, 0.2, 0.2, 0.2, 0.1])
-        first, second = generator.binomial(20, chance) / 20, generator.binomial(20, chance) / 20
-        alarms += differ(first, second)
+        alarms += answers_differ(generator.binomial(20, chance), generator.binomial(20, chance), 20, 20)
     assert alarms <= 12
 
 
-def test_differ_finds_a_gap_of_ten_points() -> None:
+def test_answers_differ_finds_a_gap_of_ten_points() -> None:
     generator = np.random.default_rng(4)
     found = 0
     for _ in range(300):
         chance = generator.uniform(0.1, 0.8, 64)
-        found += differ(generator.binomial(20, chance) / 20, generator.binomial(20, chance + 0.1) / 20)
+        found += answers_differ(generator.binomial(20, chance), generator.binomial(20, chance + 0.1), 20, 20)
     assert found >= 290
+
+
+@pytest.mark.parametrize("n", [64, 1000])
+def test_answers_of_others_differ_though_their_mean_does_not(n: int) -> None:
+    """The same answers, handed to other examples: no accuracy changes, and none of them is that of its image."""
+    generator = np.random.default_rng(6)
+    chance = generator.choice([0.05, 0.95], n)
+    first, second = generator.binomial(20, chance), generator.binomial(20, chance)
+    assert not answers_differ(first, second, 20, 20)
+    assert answers_differ(generator.permutation(first), second, 20, 20)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
-    [([0.5, 0.5], [0.5, 0.5], False), ([0.5, 0.7], [0.6, 0.8], True), ([0.1], [0.9], False)],
+    [
+        ([20, 0], [20, 0], False),
+        ([20, 0], [0, 20], True),
+        ([20], [0], True),
+        ([1], [0], False),
+        ([2, 0], [0, 2], False),
+    ],
 )
-def test_differ_without_spread(first: list[float], second: list[float], expected: bool) -> None:
-    pair = np.array(first), np.array(second)
-    if expected:  # equal gaps up to rounding, which would be spread
-        pair = np.array(first), np.array(first) + 0.125
-    assert differ(*pair) is expected
+def test_answers_differ_of_few_examples(first: list[int], second: list[int], expected: bool) -> None:
+    assert answers_differ(np.array(first), np.array(second), 20, 20) is expected
+    assert answers_differ(np.array(second), np.array(first), 20, 20) is expected
 
 
-def test_differ_is_symmetric() -> None:
-    generator = np.random.default_rng(5)
-    first, second = generator.random(30), generator.random(30) + 0.6
-    assert differ(first, second)
-    assert differ(second, first)
-    assert not differ(first, first + generator.normal(0, 1, 30) / math.sqrt(30) * 0.01)
+def test_a_small_move_of_every_chance_is_allowed() -> None:
+    """As rounding to steps of 1/255 moves them: half a percent up or down, no mean moved."""
+    generator = np.random.default_rng(7)
+    chance = generator.uniform(0.3, 0.7, 1000)
+    moved = chance + generator.choice([-0.005, 0.005], 1000)
+    assert not answers_differ(generator.binomial(100, chance), generator.binomial(100, moved), 100, 100)

@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from board_toys import EPS, HOSTILE, TOY, make_row, write_audit
+from board_toys import EPS, HOSTILE, TOY, forge, make_row, write_audit
 
 from robench import ThreatModel, submission
-from robench.bundle import bundle_folder
+from robench.bundle import bundle_folder, read_bundle
 from robench.cli import main
 from robench.errors import UsageError
 from robench.evaluate import evaluate
 from robench.leaderboard import add_row
 from robench.publish import publish
 from robench.registry import load_defense
-from robench.submission import check_submission, digest_of
+from robench.submission import Attack, check_submission, digest_of
+from robench.unit_table import CLEAN
 from robench.verify import Report
 
 
-def submit(folder: Path, n: int = 64, attacks: str = "quick-1", audited: bool = True) -> tuple[Path, str]:
+def submit(
+    folder: Path, n: int = 64, attacks: str = "quick-1", audited: int = 32, eps: float = EPS
+) -> tuple[Path, str]:
     """A leaderboard with one row; its folder and the evidence's digest."""
-    threat = ThreatModel("linf", EPS)
+    threat = ThreatModel("linf", eps)
     evaluate(load_defense(TOY), attacks, threat, "fashion_mnist", n=n, out=folder / "run", defense_spec=TOY)
     if audited:
-        write_audit(folder / "audit")
+        write_audit(folder / "audit", audited, eps)
     publish([folder / "run", *([folder / "audit"] if audited else [])], folder / "boards")
     ((digest,),) = [[one.name for one in (folder / "boards" / "evidence").iterdir()]]
     return folder / "boards", digest
@@ -45,7 +49,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 8 + 8
+    assert len(report.lines) == 9 + 12
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -56,12 +60,13 @@ def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("n", "attacks", "audited", "reason"),
     [
-        (20, "quick-1", True, "there are enough images"),
-        (64, "fgsm", True, "the protocol is a published one"),
-        (64, "quick-1", False, "the audit made every check"),
+        (20, "quick-1", 32, "there are enough images"),
+        (64, "quick-1", 31, "there are enough images"),
+        (64, "fgsm", 32, "the protocol is a published one"),
+        (64, "quick-1", 0, "the audit made every check"),
     ],
 )
-def test_what_is_missing_is_named(n: int, attacks: str, audited: bool, reason: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(n: int, attacks: str, audited: int, reason: str, tmp_path: Path) -> None:
     report = check_submission(*submit(tmp_path, n, attacks, audited), device="cpu", trust=True)
     assert reason in refused(report)
 
@@ -91,6 +96,31 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
 def test_large_evidence_is_refused(whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission, "LARGEST", 1000)
     assert "the evidence is small" in refused(check_submission(*whole, device="cpu", trust=True))
+
+
+def leave_alone(manifest: Any, examples: Any, images: Any) -> None:
+    """The images are the originals, and their answers those of the clean pass, under every attack."""
+    clean = {examples["index"][row]: row for row, attack in enumerate(examples["attack"]) if attack == CLEAN}
+    for row, index in enumerate(examples["index"]):
+        examples["votes"][row] = examples["votes"][clean[index]]
+    images["pixels"] = [bytes(28 * 28) for _ in images["pixels"]]
+    images["encoding"] = ["steps"] * len(images["encoding"])
+    manifest["encodings"] = {"steps": len(images["encoding"])}
+
+
+def test_images_that_nobody_attacked_are_found_by_attacking_them(tmp_path: Path) -> None:
+    boards, digest = submit(tmp_path, eps=0.1)
+    honest = check_submission(boards, digest, device="cpu", trust=True, attack=Attack(48, seed=1))
+    assert honest.holds, honest.failures
+    assert "attacked again" in honest.lines[-1]
+    (path,) = boards.glob("*.csv")
+    path.unlink()
+    forged = read_bundle(forge(bundle_folder(boards / "evidence", digest), leave_alone))
+    add_row({**forged.row(), "rank": ""}, path)
+    by_judging = check_submission(boards, forged.digest, device="cpu", trust=True)
+    assert by_judging.holds, by_judging.failures
+    attacked = check_submission(boards, forged.digest, device="cpu", trust=True, attack=Attack(48, seed=1))
+    assert refused(attacked) == ["attacked again, the row claims no more"]
 
 
 @pytest.mark.parametrize("text", ["", "../..", "leaderboards", HOSTILE])

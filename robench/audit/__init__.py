@@ -15,7 +15,8 @@ from robench.audit.checks import CHECKS
 from robench.audit.checks.base import Check, Outcome, not_run
 from robench.audit.checks.contract import remember
 from robench.audit.evidence import RUNS, SLOW, USUAL, Evidence
-from robench.audit.finding import Audit, Curve, Finding, Overall, Plot, Verdict
+from robench.audit.finding import Audit, Curve, Finding, Plot
+from robench.check_names import Overall, Verdict
 from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense
 from robench.errors import PluginError, UsageError

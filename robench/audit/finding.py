@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from robench.check_names import Overall, Verdict, overall
 from robench.types import Images
-
-Verdict = Literal["pass", "suspect", "fail", "not run"]
-Overall = Literal["pass", "suspect", "masked"]
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,6 @@ class Finding:
         return content
 
 
-def overall(findings: Sequence[Finding]) -> Overall:
-    """The verdict on the defense: `masked` if any check fails, else `suspect` if any is or if none was run."""
-    verdicts = {finding.verdict for finding in findings}
-    if "fail" in verdicts:
-        return "masked"
-    return "suspect" if "suspect" in verdicts or verdicts <= {"not run"} else "pass"
-
-
 @dataclass(frozen=True)
 class Audit:
     """The audit of a defense in one threat model.
@@ -131,7 +121,7 @@ class Audit:
     @property
     def verdict(self) -> Overall:
         """`pass`, `suspect` or `masked`; see `overall`."""
-        return overall(self.findings)
+        return overall({finding.verdict for finding in self.findings})
 
     @property
     def failed(self) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest, t
 
-from robench.audit.finding import Verdict
+from robench.check_names import Verdict
 
 LEVEL: Final = 0.005
 """A check fails only at this one-sided level: with about 15 checks a sound defense fails by chance once in 14 audits

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+from robench.threat import format_eps
 
 if TYPE_CHECKING:
     from robench.command import RunRequest
@@ -17,17 +20,22 @@ NO_ESTIMATE = "failed"
 
 def print_run(result: Evaluation, request: RunRequest) -> None:
     """Prints a finished run on standard output."""
+    from robench.command import data_words
+
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(summary_table(result))
     if len(result.spec.eps) > 1:
         console.print(curve_table(result))
-    if request.is_first_look(result):
+    for key, reason in result.reasons.items():
+        console.print(f"failed  {key}: {reason}")
+    full = request.full_command(result)
+    if full:
         console.print(
-            "This is a first look: few images, steps and draws. The full protocol, which wants a GPU:\n  "
-            + request.full_command(result)
+            f"This is a first look: few images, steps and draws. The full protocol, which wants a GPU:\n  {full}"
         )
     console.print(f"run folder: {result.folder}")
-    console.print(f"next: robench leaderboard add {result.folder}   (or: robench verify {result.folder})")
+    words = shlex.join([str(result.folder), *data_words(request.data_dir)])
+    console.print(f"next: robench leaderboard add {words}   (or: robench verify {words})")
 
 
 def summary_table(result: Evaluation) -> Table:
@@ -67,7 +75,7 @@ def curve_table(result: Evaluation) -> Table:
     """Accuracy against eps."""
     table = Table("eps", "robust accuracy", title="accuracy against eps", title_justify="left")
     for eps in result.spec.eps:
-        table.add_row(f"{eps:g}", _cell(result.robust_at(eps)))
+        table.add_row(format_eps(eps, result.spec.norm), _cell(result.robust_at(eps)))
     return table
 
 

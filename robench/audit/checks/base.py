@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from robench.audit.evidence import Evidence
-from robench.audit.finding import Curve, Plot, Verdict
+from robench.audit.finding import Curve, Plot
 from robench.audit.statistics import compare
-from robench.check_names import QUESTIONS
+from robench.check_names import QUESTIONS, Verdict
 from robench.estimate import Estimate
 
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from robench.audit.checks.base import Check, Outcome, not_run
 from robench.audit.evidence import Evidence
-from robench.audit.finding import Curve, Plot, Verdict
+from robench.audit.finding import Curve, Plot
 from robench.audit.statistics import share_interval
+from robench.check_names import Verdict
 from robench.errors import PluginError
 from robench.losses import margin
 

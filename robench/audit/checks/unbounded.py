@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from robench.audit.checks.base import Check, Outcome, not_run
 from robench.audit.evidence import Evidence
-from robench.audit.finding import Verdict
 from robench.audit.statistics import HINT, LEVEL
+from robench.check_names import Verdict
 
 
 def judge(evidence: Evidence) -> Outcome:
