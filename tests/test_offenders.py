@@ -154,7 +154,7 @@ DEFENSES: list[tuple[str, Callable[[], Defense], str]] = [
     ("adaptive_forward_is_forward_or_declared", defenses.StandIn, "differs from forward"),
     ("every_gradient_mode_gives_a_gradient", defenses.Detached, "gives no gradient"),
     ("every_gradient_mode_gives_a_gradient", defenses.Rounded, "mode full: the gradient is zero"),
-    ("every_gradient_mode_gives_a_gradient", defenses.InfiniteSlope, "mode full: the gradient is not finite"),
+    ("every_gradient_mode_gives_a_gradient", defenses.InfiniteSlope, "no entry of the gradient is finite"),
     ("every_gradient_mode_gives_a_gradient", defenses.SecondModeFails, "mode none: the gradient is zero"),
     ("unknown_gradient_mode_is_refused", defenses.AnyMode, "must refuse a mode"),
     ("weights_round_trip", defenses.LooseWeights, "other logits"),
