@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from robench.defense import Defense, weights_digest
 from robench.errors import PluginError, RobenchError, UsageError
 from robench.files import Place, as_place
 from robench.judge import answer
-from robench.lineup import Attacks, check_attacks, check_defense, named_protocol, plan_attacks
+from robench.lineup import Attacks, check_attacks, check_defense, find_departure, named_protocol, plan_attacks
 from robench.plan import RunSpec, Unit, plan_units
 from robench.precision import has_bfloat16
 from robench.progress import Progress
@@ -104,6 +105,10 @@ def prepare(
     check_images(dataset.x, dataset.y, defense)
     spec, built = make_spec(defense, threats, dataset, attacks, settings=settings)
     check_attacks(built, defense, threats, dataset.name, settings)
+    protocol = named_protocol(attacks)
+    if protocol is not None and not spec.protocol:
+        departure = find_departure(spec, protocol)
+        LOG.warning("this is no run of %s, and its row will not bear that name: %s", protocol.name, departure)
     if spec.precision == "bfloat16" and not has_bfloat16(spec.device):
         LOG.warning("this device only emulates bfloat16, which is many times slower. Choose --precision float32")
     with contextlib.redirect_stdout(sys.stderr):
@@ -222,7 +227,7 @@ def make_spec(
         norm=norm,
         eps=tuple(sorted({model.eps for model in threats})),
         attacks=tuple(entries),
-        protocol=protocol.name if protocol and settings.query_budget is None else "",  # a budget makes it another one
+        protocol="",  # see below
         cascade=bool(protocol and protocol.cascade) if settings.cascade is None else settings.cascade,
         unit_size=settings.unit_size,
         eot=(settings.eot or RANDOMIZED_EOT) if defense.randomized else 1,
@@ -233,6 +238,8 @@ def make_spec(
         robench_version=robench.__version__,
         torch_version=torch.__version__.split("+")[0],
     )
+    if protocol is not None and not find_departure(spec, protocol):
+        spec = replace(spec, protocol=protocol.name)
     return spec, built
 
 

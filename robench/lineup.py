@@ -9,10 +9,10 @@ from torch import nn
 from robench.attack import ACCESS_LEVELS, Attack
 from robench.defense import Defense
 from robench.errors import UsageError
-from robench.plan import AttackEntry
+from robench.plan import AttackEntry, RunSpec
 from robench.protocol import Protocol, find_protocol
 from robench.registry import load_attack, split_specs
-from robench.settings import Settings
+from robench.settings import RANDOMIZED_EOT, Settings
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
 from robench.weights import has_weights
@@ -106,6 +106,25 @@ def _for_classes(text: str, num_classes: int) -> str:
 def _transfers(protocol: Protocol, defense: Defense, dataset: str) -> list[str]:
     sources = [source for source in protocol.sources if source != defense.name]
     return [f"transfer(source={source!r})" for source in sources if has_weights(source, dataset)]
+
+
+def find_departure(spec: RunSpec, protocol: Protocol) -> str:
+    """In which settings a run of a protocol's attacks is none of the protocol; empty if in none that could weaken it.
+
+    More draws and answers than the protocol asks for leave a run what it is, and so does the precision of gradients,
+    which the row states.
+    """
+    eot, repeats = (RANDOMIZED_EOT, protocol.judge_repeats) if spec.randomized else (1, 1)
+    return "; ".join(
+        text
+        for departs, text in (
+            (spec.cascade != protocol.cascade, f"cascade is {spec.cascade}"),
+            (spec.query_budget is not None, f"the query budget is {spec.query_budget}"),
+            (spec.eot < eot, f"{spec.eot} draws for a gradient, not {eot}"),
+            (spec.judge_repeats < repeats, f"{spec.judge_repeats} answers for a verdict, not {repeats}"),
+        )
+        if departs
+    )
 
 
 def check_attacks(

@@ -169,9 +169,15 @@ def plugin_errors(what: str) -> Iterator[None]:
 def describe_error(error: BaseException) -> str:
     """One line: the kind of an error, where it was raised (rather in a plugin's file than in torch's), its text."""
     frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if not _imports(frame.filename)]
     frame = [frame for frame in frames if _may_be_a_plugin_s(frame.filename)][-1:] or frames[-1:]
     place = f" at {Path(frame[0].filename).name}:{frame[0].lineno}" if frame else ""
     return f"{type(error).__name__}{place}: {' '.join(str(error).split())}"
+
+
+def _imports(filename: str) -> bool:
+    """True for the machinery of an import: Python's, and this file."""
+    return filename.startswith("<frozen") or filename in (importlib.__file__, __file__)
 
 
 def _may_be_a_plugin_s(filename: str) -> bool:
@@ -191,7 +197,7 @@ def _import(what: str, load: Any) -> Any:
     except SystemExit as stop:
         raise PluginError(f"{what} cannot be imported: it called exit({stop.code})") from stop
     except Exception as error:
-        raise PluginError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{what} cannot be imported: {describe_error(error)}") from error
 
 
 def _builtin(kind: Kind, name: str) -> type:

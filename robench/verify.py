@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from robench.errors import DataError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge_in_units
 from robench.leaderboard import Row, board_name
-from robench.lineup import plan_attacks
+from robench.lineup import find_departure, plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS, find_protocol
 from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Evaluation
 from robench.rng import seeded
-from robench.settings import RANDOMIZED_EOT, Settings
+from robench.settings import Settings
 from robench.stats import answers_differ
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
@@ -207,18 +207,9 @@ def _departure(spec: RunSpec, defense: Defense) -> str:
     if protocol is None or protocol.name != spec.protocol:
         return f"there is no such protocol; there are: {', '.join(PROTOCOLS)}"
     entries, _ = plan_attacks(protocol.name, defense, spec.norm, spec.dataset)
-    eot, repeats = (RANDOMIZED_EOT, protocol.judge_repeats) if defense.randomized else (1, 1)
-    return "; ".join(
-        text
-        for departs, text in (
-            (list(spec.attacks) != entries, f"the attacks are {', '.join(entry.key for entry in spec.attacks)}"),
-            (spec.cascade != protocol.cascade, f"cascade is {spec.cascade}"),
-            (spec.query_budget is not None, f"the query budget is {spec.query_budget}"),
-            (spec.eot < eot, f"{spec.eot} draws for a gradient, not {eot}"),
-            (spec.judge_repeats < repeats, f"{spec.judge_repeats} answers for a verdict, not {repeats}"),
-        )
-        if departs
-    )
+    if list(spec.attacks) != entries:
+        return f"the attacks are {', '.join(entry.key for entry in spec.attacks)}"
+    return find_departure(replace(spec, randomized=defense.randomized), protocol)
 
 
 def _find_gap(result: Evaluation, data: Dataset, defense: Defense) -> str:

@@ -122,15 +122,39 @@ def test_bounds_by_default() -> None:
 @pytest.mark.usefixtures("small")
 def test_a_run_follows_its_protocol() -> None:
     data = grid_images(8)
-    result = evaluate(Noisy(), "small", LINF, data, eot=1)
+    result = evaluate(Noisy(), "small", LINF, data)
     spec = result.spec
-    assert (spec.protocol, spec.cascade, spec.judge_repeats) == ("small-10", True, 7)
+    assert (spec.protocol, spec.cascade, spec.eot, spec.judge_repeats) == ("small-10", True, 10, 7)
     assert list(result.per_attack) == ["fgsm", "pgd(steps=2)"]
     assert result.row()["protocol"] == "small-10"
-    assert not evaluate(Noisy(), "other", LINF, data, eot=1).spec.cascade
-    told = evaluate(Noisy(), "small", LINF, data, eot=1, cascade=False, judge_repeats=2).spec
-    assert (told.cascade, told.judge_repeats) == (False, 2)
+    assert not evaluate(Noisy(), "other", LINF, data).spec.cascade
     assert list(evaluate(Linear(), "small", ThreatModel("l2", 0.1), data).per_attack) == ["fgsm"]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("settings", "departure"),
+    [
+        ({"eot": 9}, "9 draws for a gradient, not 10"),
+        ({"judge_repeats": 6}, "6 answers for a verdict, not 7"),
+        ({"cascade": False}, "cascade is False"),
+        ({"query_budget": 1000}, "the query budget is 1000"),
+        ({"eot": 1, "judge_repeats": 1}, "1 draws for a gradient, not 10; 1 answers for a verdict, not 7"),
+        ({"eot": 11, "judge_repeats": 8, "cascade": True, "unit_size": 3, "seed": 4}, ""),
+    ],
+)
+def test_a_weaker_setting_takes_the_name_away_and_says_so(
+    settings: dict[str, Any], departure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = evaluate(Noisy(), "small", LINF, grid_images(4), **settings)
+    assert result.spec.protocol == ("" if departure else "small-10")
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [departure] * bool(departure)
+    assert list(result.per_attack) == ["fgsm", "pgd(steps=2)"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_deterministic_defense_needs_no_draws_for_the_name() -> None:
+    assert evaluate(Linear(), "small", LINF, grid_images(2), eot=1, judge_repeats=1).spec.protocol == "small-10"
 
 
 @pytest.mark.usefixtures("small")
