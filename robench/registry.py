@@ -168,8 +168,8 @@ def plugin_errors(what: str) -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str:
     """One line: the kind of an error, where it was raised (rather in a plugin's file than in torch's), its text."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in frames if not _imports(frame.filename)]
+    raised = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in raised if not _imports(frame.filename)]
     frame = [frame for frame in frames if _may_be_a_plugin_s(frame.filename)][-1:] or frames[-1:]
     place = f" at {Path(frame[0].filename).name}:{frame[0].lineno}" if frame else ""
     return f"{type(error).__name__}{place}: {' '.join(str(error).split())}"

@@ -13,7 +13,7 @@ from robench.errors import DataError
 from robench.estimate import TRIES, Answers, Estimate
 from robench.files import Place, as_place
 from robench.plan import RunSpec, plan_units
-from robench.store import RESULT_FILE, RunStore
+from robench.store import RESULT_FILE, ROW_FILE, RunStore
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST, X_ADV, notes_of
 
@@ -113,7 +113,7 @@ class Evaluation:
             self.folder = target
         store = RunStore.open(target)
         store.write_file(RESULT_FILE, self.to_json())
-        store.write_file("row.csv", row_csv(self.row()))
+        store.write_file(ROW_FILE, row_csv(self.row()))
         return target
 
     def _whole_units(self) -> Iterator[pa.Table]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from robench.plan import RunSpec, Unit
 
 SPEC_FILE, UNIT_FOLDER, FAILURE_FOLDER, TIMINGS_FILE = "run.json", "units", "failures", "timings.json"
-LOCK_FILE, DAMAGED_FOLDER, RESULT_FILE = ".lock", "damaged", "result.json"
+LOCK_FILE, DAMAGED_FOLDER, RESULT_FILE, ROW_FILE = ".lock", "damaged", "result.json", "row.csv"
 TIMINGS_EVERY_S: Final = 5.0
 """Seconds between two writes of timings.json, which grows with the run."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from robench.defense import Defense, weights_digest
 from robench.errors import DataError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge_in_units
-from robench.leaderboard import Row, board_name
+from robench.leaderboard import Row, board_name, read_rows
 from robench.lineup import find_departure, plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS, find_protocol
@@ -24,6 +25,7 @@ from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
 from robench.stats import answers_differ
+from robench.store import RESULT_FILE, ROW_FILE
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
 
@@ -70,7 +72,7 @@ def verify(path: Path, *, device: str = "auto", data_dir: Path | None = None, tr
 
 
 def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = None) -> Report:
-    """Re-judges a run: digests, settings, its table, box and eps, and clean and worst-case accuracy anew.
+    """Re-judges a run: the figures it tells, digests, settings, its table, box and eps, clean and worst case anew.
 
     A deterministic defense must give the same answers; those of a randomized one must agree within the noise of two
     runs of the judge (`robench.stats.answers_differ`). That an attack was run, and at full strength, no judging of its
@@ -84,7 +86,31 @@ def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = No
     report = Report(folder)
     data = _load_data(result.spec, folder, data_dir)
     _verify(report, result, data, device)
+    _check_told(report, result)
     return report
+
+
+def _check_told(report: Report, result: Evaluation) -> None:
+    """Compares the figures told in result.json and row.csv, where they are there, with those of the run's table."""
+    told_by = report.folder / RESULT_FILE, report.folder / ROW_FILE
+    if not any(path.exists() for path in told_by):
+        return
+    made = json.loads(json.dumps(result.to_json()))
+    wrong: list[str] = []
+    try:
+        if told_by[0].exists():
+            told = json.loads(told_by[0].read_text())
+            wrong += [key for key in made if key in told and told[key] != made[key]]
+        if told_by[1].exists() and [_filled(row) for row in read_rows(told_by[1])] != [_filled(made["row"])]:
+            wrong.append(ROW_FILE)
+    except (ValueError, TypeError, OSError, DataError) as error:
+        wrong.append(str(error))
+    claim = f"{RESULT_FILE} and {ROW_FILE} tell what the run's table holds"
+    report.check(claim, not wrong, f"not so: {', '.join(wrong)}" if wrong else "every figure")
+
+
+def _filled(row: Row) -> Row:
+    return {key: cell for key, cell in row.items() if cell}
 
 
 def verify_evidence(

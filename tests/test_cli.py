@@ -650,6 +650,27 @@ def test_verify_finds_a_changed_image_or_claim(
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("result.json", '"n": 12', '"n": 13', "not so: n"),
+        ("row.csv", ",12,1,1,", ",13,1,1,", "not so: row.csv"),
+        ("result.json", "{", "{{", "Expecting property name"),
+        ("row.csv", "rank,", "rang,", "must have, each once, the columns"),
+    ],
+)
+def test_verify_compares_the_figures_told_with_the_table(
+    call: Call, finished: Path, file: str, old: str, new: str, told: str
+) -> None:
+    path = finished / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    outcome = call("verify", finished, "--device", "cpu", "--json")
+    (failure,) = outcome.json()["failures"]
+    assert told in failure
+
+
 def test_verify_refuses_a_unit_without_its_digest(call: Call, finished: Path) -> None:
     (path,) = (finished / "units").iterdir()
     content = bytearray(path.read_bytes())

@@ -238,7 +238,7 @@ def test_class_in_a_module() -> None:
         (("--defense", "mine.py:Meen", "--attack", "pgd"), 'did you mean "Mean"?'),
         (("--defense", "mine.py:Shift", "--attack", "pgd"), "must be a class that extends robench.Defense"),
         (("--defense", "none.py:Mean", "--attack", "pgd"), "the file none.py does not exist"),
-        (("--defense", "broken.py:Mean", "--attack", "pgd"), "ModuleNotFoundError at broken.py:1: No module named 'not_installed'"),
+        (("--defense", "broken.py:Mean", "--attack", "pgd"), "Error at broken.py:1: No module named 'not_installed'"),
         (("--defense", "no_such_module:Mean", "--attack", "pgd"), "No module named 'no_such_module'"),
         (("--defense", "example_blur", "--attack", "broken_noise"), "SyntaxError"),
     ],
