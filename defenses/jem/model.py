@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from robench.defense import Defense
-from robench.detection import expected_calibration_error
 from robench.errors import UsageError
 from robench.types import Images, Labels, Logits, PerExample
 
@@ -229,17 +228,15 @@ class JEM(Defense):
         return {"original": x, "refined": (refined + 1) / 2, "start": (starts + 1) / 2, "sample": self.dream(y)}
 
     def diagnostics(self, x: Images, y: Labels) -> Mapping[str, float]:
-        """Mean log p(x), up to a constant, of images, of samples and of the chains' starts; calibration of JEM-0."""
+        """Mean log p(x), up to a constant, of images, of samples and of the chains' starts."""
         with torch.no_grad():
             labels = y % self.num_classes
-            logits = self.classify(2 * x - 1)
             densities = {
-                "log_px_images": logits.logsumexp(1).mean(),
+                "log_px_images": self.log_density(2 * x - 1).mean(),
                 "log_px_samples": self.log_density(2 * self.dream(labels) - 1).mean(),
                 "log_px_starts": self.log_density(draw_gaussians(self.gaussians, labels)).mean(),
             }
-        found = {name: round(value.item(), 4) for name, value in densities.items()}
-        return found | {"ece": round(expected_calibration_error(logits.softmax(1), y), 4)}
+        return {name: round(value.item(), 4) for name, value in densities.items()}
 
     def _sampler(self) -> Sampler:
         plain = self.sampler
