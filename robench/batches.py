@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
@@ -84,15 +83,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
-
-
-def give_back_memory() -> None:
-    """Returns what the allocator holds without need to the system; between units, whose batches are of many sizes.
-
-    Some milliseconds. Does nothing where the C library cannot.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

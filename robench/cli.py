@@ -16,6 +16,7 @@ from robench.cli_options import DataDir, Json, Trust, end_with_report, print_jso
 from robench.cli_study import StudyOptions, run_study_file
 from robench.errors import Interrupted, RobenchError, UsageError
 from robench.files import as_place
+from robench.memory import keep_memory
 
 app = typer.Typer(
     name="robench",
@@ -37,6 +38,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
     # Attacks pass batches of many sizes, and oneDNN keeps code and memory for a thousand of them (40 MB seen).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    keep_memory()
     try:
         status = app(standalone_mode=False)  # typer returns the status of an Exit, and 130 for a KeyboardInterrupt
         if status == 130:

@@ -21,13 +21,14 @@ import torch
 
 import robench
 from robench.attack import Attack
-from robench.batches import give_back_memory, is_out_of_memory
+from robench.batches import is_out_of_memory
 from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense, weights_digest
 from robench.errors import PluginError, RobenchError, UsageError
 from robench.files import Place, as_place
 from robench.judge import answer
 from robench.lineup import Attacks, check_attacks, check_defense, find_departure, named_protocol, plan_attacks
+from robench.memory import give_back_memory
 from robench.plan import RunSpec, Unit, plan_units
 from robench.precision import has_bfloat16
 from robench.progress import Progress

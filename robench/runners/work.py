@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import torch
 
-from robench.batches import give_back_memory
 from robench.data import Dataset, load_dataset
 from robench.defense import Defense, weights_digest
 from robench.errors import PluginError
@@ -20,6 +19,7 @@ from robench.estimate import Estimate
 from robench.evaluate import expected_passes, open_store, prepare
 from robench.files import as_place
 from robench.judge import judge
+from robench.memory import give_back_memory
 from robench.plan import Unit, plan_units
 from robench.registry import load_attack, load_defense
 from robench.result import Evaluation

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from robench.errors import PluginError
+from robench.memory import keep_memory
 from robench.runners.task import Limits, Outcome, perform
 
 READY, PASSES, DONE = "ready", "passes", "done"
@@ -31,6 +32,7 @@ def serve(pipe: Connection[Any, Any], limits: Limits, number: int) -> None:
         number: of the worker; with GPUs, which are its own.
     """
     _die_with_parent()
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it and ends the workers
     os.dup2(2, 1)  # what plugins print must not be taken for the command's answer
     if limits.gpus:
