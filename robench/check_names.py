@@ -8,6 +8,8 @@ from typing import Final, Literal, get_args
 Verdict = Literal["pass", "suspect", "fail", "not run"]
 Overall = Literal["pass", "suspect", "masked"]
 VERDICTS: Final[tuple[str, ...]] = get_args(Verdict)
+FEWEST_AUDITED: Final = 32
+"""Images; on fewer most checks cannot tell a sign from chance."""
 
 QUESTIONS: Final = {
     "null_control": "Is the accuracy under an attack of bound 0 the clean one?",

@@ -109,6 +109,9 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder or URL; default runs/<date>-<defense>-...")] = None,
     resume: Annotated[str | None, typer.Option(help="Finish the run in this folder.")] = None,
+    audited: Annotated[
+        bool | None, typer.Option("--audit", help="Then ask whether the figure can be believed; see robench audit.")
+    ] = None,
     runner: Annotated[str, typer.Option(help="Of a study: local or ray.")] = "local",
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, for a study.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of a study: only plan, and guess the time.")] = False,
@@ -124,6 +127,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     if runner != "local" or ray is not None or dry_run:
         raise UsageError("--runner, --ray and --dry-run go with a study: robench run STUDY.toml --runner ray")
     from robench.command import RunRequest, run_command
+    from robench.command_audit import audit_run
     from robench.report.terminal import print_run
 
     request = RunRequest(
@@ -149,12 +153,17 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
         out=None if out is None else as_place(out),
         resume=None if resume is None else as_place(resume),
         data_dir=data_dir,
+        audit=bool(audited),
     )
     result = run_command(request)
+    audits = audit_run(result, data_dir) if request.audit else {}
     if as_json:
-        print_json({"failures": {}, **result.to_json(), "run": str(result.folder), "seconds": result.seconds})
+        content = {"failures": {}, **result.to_json(), "run": str(result.folder), "seconds": result.seconds}
+        if audits:
+            content["audits"] = [{**one.to_json(), "folder": str(folder)} for folder, one in audits.items()]
+        print_json(content)
     else:
-        print_run(result, request)
+        print_run(result, request, audits)
     if not result.complete:
         _say(f"robench: an attack failed; the worst case is incomplete. See {result.folder}/failures")
         raise typer.Exit(1)
@@ -165,7 +174,7 @@ def _refuse_beside_study(options: dict[str, object]) -> None:
     of_command = {"study", "workers", "out", "runner", "ray", "dry_run", "device", "data_dir", "as_json"}
     given = [name for name, value in options.items() if name not in of_command and value is not None]
     if given:
-        option = given[0].replace("_", "-")
+        option = {"audited": "audit"}.get(given[0], given[0]).replace("_", "-")
         raise UsageError(f"--{option} cannot stand beside a study's file; write it into the file")
 
 
@@ -202,7 +211,7 @@ def audit(  # noqa: PLR0913 - each parameter is an option of the command line
     as_json: Json = False,
 ) -> None:
     """Ask whether a defense's robustness can be believed: the published checks for gradient masking."""
-    from robench.command import AuditRequest, audit_command
+    from robench.command_audit import AuditRequest, audit_command
     from robench.report.audit import print_audit
 
     request = AuditRequest(defense, dataset, norm, eps, n, checks, seed, eot, device, weights, out, data_dir)

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from robench.command_audit import check_auditable
 from robench.data import load_dataset
 from robench.data_names import KNOWN
 from robench.defense import Defense
@@ -26,9 +27,6 @@ from robench.store import RunStore
 from robench.threat import ThreatModel, parse_eps
 from robench.train import TrainSettings
 from robench.train.named import TrainJob, train_named
-
-if TYPE_CHECKING:
-    from robench.audit import Audit
 
 FULL_N = 1000
 
@@ -59,6 +57,7 @@ class RunRequest:
     out: Place | None = None
     resume: Place | None = None
     data_dir: Path | None = None
+    audit: bool = False
 
     def full_command(self, result: Evaluation) -> str:
         """The command that runs the full protocol on the same defense and threat model; "" if that is what was run."""
@@ -112,13 +111,16 @@ def run_command(request: RunRequest) -> Evaluation:
     options = {} if request.weights is None else {"weights": str(request.weights.resolve())}
     defense = load_defense(request.defense, dataset, **options)
     attacks = request.attack if request.protocol is None else get_protocol(request.protocol).name
+    folder = request.out or _default_folder(defense, attacks or "")
+    if request.audit:
+        check_auditable(threats, folder)
     n, eot, judge_repeats = _budget(request, defense)
     settings = Settings(
         n=n,
         seed=request.seed or 0,
         device=request.device or "auto",
         workers=request.workers,
-        out=request.out or _default_folder(defense, attacks or ""),
+        out=folder,
         progress=True,
         data_dir=request.data_dir,
         unit_size=Settings.unit_size if request.unit_size is None else request.unit_size,
@@ -132,7 +134,7 @@ def run_command(request: RunRequest) -> Evaluation:
         defense_spec=request.defense,
         defense_options=options,
     )
-    return _run(defense, attacks or "", threats, dataset, settings)
+    return _run(defense, attacks or "", threats, dataset, settings, audited=request.audit)
 
 
 def _budget(request: RunRequest, defense: Defense) -> tuple[int | None, int | None, int | None]:
@@ -146,15 +148,27 @@ def _budget(request: RunRequest, defense: Defense) -> tuple[int | None, int | No
 
 
 def _run(
-    defense: Defense, attacks: str | list[str], threats: list[ThreatModel], dataset: str, settings: Settings
+    defense: Defense,
+    attacks: str | list[str],
+    threats: list[ThreatModel],
+    dataset: str,
+    settings: Settings,
+    *,
+    audited: bool,
 ) -> Evaluation:
     content = {item.name: getattr(settings, item.name) for item in fields(settings)}
     try:
         return evaluate(defense, attacks, threats, dataset, **content)
     except KeyboardInterrupt:
         folder = None if settings.data_dir is None else Path(settings.data_dir)
-        again = shlex.join(["robench", "run", "--resume", str(settings.out), *data_words(folder)])
-        raise Interrupted(f"interrupted; finish it with: {again}") from None
+        raise Interrupted(
+            f"interrupted; finish it with: {resume_command(settings.out, folder, audit=audited)}"
+        ) from None
+
+
+def resume_command(folder: object, data_dir: Path | None, *, audit: bool = False) -> str:
+    """The command that finishes a run."""
+    return shlex.join(["robench", "run", "--resume", str(folder), *(["--audit"] * audit), *data_words(data_dir)])
 
 
 def _resume(folder: Place, request: RunRequest) -> Evaluation:
@@ -188,7 +202,9 @@ def _resume(folder: Place, request: RunRequest) -> Evaluation:
         defense_options=spec.defense_options,
     )
     threats = [ThreatModel(spec.norm, eps) for eps in spec.eps]
-    return _run(defense, attacks, threats, spec.dataset, settings)
+    if request.audit:
+        check_auditable(threats, folder)
+    return _run(defense, attacks, threats, spec.dataset, settings, audited=request.audit)
 
 
 def _check_same(request: RunRequest, spec: RunSpec, folder: Place) -> None:
@@ -290,62 +306,6 @@ def _train_again(request: TrainRequest, folder: Path) -> str:
     words += ["--init", str(request.init)] if request.init is not None else []
     words += ["--first-stage", request.first_stage] if request.first_stage else []
     return shlex.join([*words, *data_words(request.data_dir)])
-
-
-@dataclass(frozen=True)
-class AuditRequest:
-    """The options of `robench audit` as given."""
-
-    defense: str
-    dataset: str
-    norm: str
-    eps: str | None
-    n: int | None
-    checks: str | None
-    seed: int
-    eot: int | None
-    device: str
-    weights: Path | None
-    out: Path | None
-    data_dir: Path | None
-
-
-def audit_command(request: AuditRequest) -> tuple[Path, Audit]:
-    """Audits as the command line asks for it and writes the report; returns the folder and the audit.
-
-    Raises:
-        RobenchError: see `audit`.
-        Interrupted: the message says how to go on.
-    """
-    from robench.audit import audit
-    from robench.report.audit import write_audit
-
-    ThreatModel(request.norm, 0.0)
-    text = default_eps(request.dataset, request.norm) if request.eps is None else request.eps
-    threat = ThreatModel(request.norm, parse_eps(text))
-    options = {} if request.weights is None else {"weights": str(request.weights.resolve())}
-    defense = load_defense(request.defense, request.dataset, **options)
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{request.defense}-{request.dataset}-{request.norm}-{text}").strip("-")
-    folder = request.out or Path("runs") / f"audit-{plain}-{request.n or 'default'}-{request.seed}"
-    try:
-        found = audit(
-            defense,
-            threat,
-            request.dataset,
-            n=request.n,
-            seed=request.seed,
-            checks=request.checks.split(",") if request.checks else None,
-            eot=request.eot,
-            device=request.device,
-            out=folder,
-            progress=True,
-            data_dir=request.data_dir,
-            defense_spec=request.defense,
-        )
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; the same command with --out {folder} goes on where it stopped") from None
-    write_audit(found, folder)
-    return folder, found
 
 
 def build_page(folder: Path, names: Sequence[str], out: Path | None, data_dir: Path | None) -> Path:

@@ -50,8 +50,9 @@ def publish(
     Nothing is written where a row may not take the place of another; docs/leaderboards.md has the rule.
 
     Args:
-        folders: run folders, folders of audits, and folders of studies, which stand for all finished runs and audits
-            in them. An audit goes with the runs of the same weights, data and bound.
+        folders: run folders, which stand for the audits in them too, folders of audits, and folders of studies, which
+            stand for all finished runs and audits in them. An audit goes with the runs of the same weights, data and
+            bound; one that is named goes before one inside a run.
         leaderboards: the folder of the CSV files.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         replace: let a row take the place of one that is better evidenced.
@@ -65,7 +66,9 @@ def publish(
     every = [inner for folder in folders for inner in _inside(folder)]
     runs = [Evaluation.load(folder) for folder in every if (folder / SPEC_FILE).exists()]
     audits = {folder: read_audit(folder) for folder in every if not (folder / SPEC_FILE).exists()}
-    pairs = [(result, eps, _audit_for(result, eps, audits)) for result in runs for eps in result.spec.eps]
+    pairs = [
+        (result, eps, _audit_for(result, eps, audits, named=folders)) for result in runs for eps in result.spec.eps
+    ]
     for folder in set(audits).intersection(folders).difference(found for _, _, found in pairs if found is not None):
         raise UsageError(f"the audit in {folder} fits no run that was named: it is of other weights, data or bounds")
     _check_places(
@@ -123,22 +126,25 @@ def _find_other(leaderboards: Path, old: Row, spec: RunSpec) -> str:
     return f"it has a query budget of {limit}, the old one {limit_before}" if limit < limit_before else ""
 
 
-def _audit_for(result: Evaluation, eps: float, audits: Mapping[Path, Mapping[str, Any]]) -> Path | None:
+def _audit_for(
+    result: Evaluation, eps: float, audits: Mapping[Path, Mapping[str, Any]], named: Sequence[Path]
+) -> Path | None:
     """The folder of the audit that goes with a run at a bound.
 
     Raises:
         UsageError: several do.
     """
     fitting = [folder for folder, audit in audits.items() if audit_fits(audit, result.spec, eps)]
+    fitting = [folder for folder in fitting if folder in named] or fitting
     if len(fitting) > 1:
         raise UsageError(f"two audits fit {result.folder}: {fitting[0]} and {fitting[1]}. Name one")
     return fitting[0] if fitting else None
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The finished runs and the audits of a study's folder; a folder that is no study's stands for itself."""
+    """A run and the audits in it; the finished runs and the audits of a study; of any other folder itself."""
     if not (folder / STUDY_CSV).is_file():
-        return [folder]
+        return [folder, *sorted(inner.parent for inner in folder.glob(f"audit-*/{AUDIT}"))]
     with (folder / STUDY_CSV).open(encoding="utf-8", newline="") as file:
         named = dict.fromkeys(row["run"] for row in csv.DictReader(file) if row.get("status") == "finished")
     runs = [folder / name for name in named if (folder / name / RESULT_FILE).is_file()]

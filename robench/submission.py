@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from robench.bundle import Bundle, bundle_folder, read_bundle, size
-from robench.check_names import QUESTIONS
+from robench.check_names import FEWEST_AUDITED, QUESTIONS
 from robench.data import digest_data, load_dataset
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
@@ -28,8 +28,6 @@ LARGEST: Final = 2_000_000
 """Bytes of a bundle."""
 FEWEST: Final = 64
 """Images; the interval of fewer is wider than most differences between defenses."""
-FEWEST_AUDITED: Final = 32
-"""Images of the audit."""
 SLACK: Final = 0.02
 """How far a row may lie above a new attack beyond what chance explains: attacks draw their starts."""
 

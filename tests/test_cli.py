@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import pickle
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ import robench
 from robench import ThreatModel, UsageError, load_defense
 from robench.cli import main
 from robench.defenses.convnet.model import ConvNet
+from robench.leaderboard import read_rows
 from robench.rng import seeded
 from robench.weights import save_weights
 
@@ -490,6 +493,91 @@ def test_defense_that_offends_under_attack_only(call: Call, squares: Path) -> No
 
 
 # run folders
+
+
+# a run and its audit
+
+
+def test_run_with_audit_tells_the_verdict_and_its_row_carries_it(call: Call, squares: Path, place: Path) -> None:
+    outcome = run_squares(call, squares, "--audit", "--out", "run", eps="0.05,0.15")
+    assert outcome.status == 0, outcome.err
+    for eps in ("0.05", "0.15"):
+        assert f"audit of linf eps={eps} on 12 images: " in outcome.out
+        assert f"report: run/audit-{eps}/audit.html" in outcome.out
+        assert (place / f"run/audit-{eps}/audit.html").exists()
+    assert "12 images show little; take at least 32" in outcome.out
+    before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("units/*")}
+    outcome = call("run", "--resume", "run", "--audit", "--json")
+    assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("units/*")} == before
+    audits = {one["eps"]: one for one in outcome.json()["audits"]}
+    assert audits.keys() == {0.05, 0.15}
+    assert audits[0.15]["folder"] == "run/audit-0.15"
+    assert call("leaderboard", "add", "run").status == 0
+    for eps, audit in audits.items():
+        (path,) = (place / "leaderboards").glob(f"*-linf-{eps}.csv")
+        (row,) = read_rows(path)
+        assert row["audit_verdict"] == audit["verdict"]
+        assert row["audit_failed_checks"] == " ".join(audit["failed"])
+    assert call("leaderboard", "verify", "--trust", "--device", "cpu").status == 0
+
+
+def test_an_audit_that_is_named_goes_before_the_one_inside_the_run(call: Call, squares: Path, place: Path) -> None:
+    assert run_squares(call, squares, "--audit", "--out", "run").status == 0
+    shutil.copytree(place / "run" / "audit-0.15", place / "other")
+    path = place / "other" / "audit.json"
+    content = json.loads(path.read_text())
+    for finding in content["findings"]:
+        finding["verdict"] = "fail" if finding["check"] == "noise" else "pass"
+    path.write_text(json.dumps({**content, "verdict": "masked", "failed": ["noise"]}))
+    assert call("leaderboard", "add", "run", "other").status == 0
+    (board,) = (place / "leaderboards").glob("*.csv")
+    (row,) = read_rows(board)
+    assert (row["audit_verdict"], row["audit_failed_checks"]) == ("masked", "noise")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--norm", "l1"], "--audit takes linf, l2 and an eps above 0; the threat model is l1 eps=0.15"),
+        (["--eps", "0"], "the threat model is linf eps=0"),
+        (["--out", "memory://there/run"], "audits are written to a folder, not to memory://there/run"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused_before_the_run(
+    call: Call, squares: Path, place: Path, arguments: list[str], part: str
+) -> None:
+    words = ["run", "--defense", SQUARES, "--dataset", squares, "--attack", "pgd", "--eps", "0.15", "--device", "cpu"]
+    assert_one_line(call(*words, "--audit", *arguments), part)
+    assert not list(place.iterdir())
+
+
+def test_a_missing_package_of_the_report_is_named_before_the_run(
+    call: Call, squares: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert_one_line(run_squares(call, squares, "--audit", "--out", "run"), "pip install 'robench[report]'")
+    assert not list(place.iterdir())
+
+
+def test_interrupt_of_the_audit_names_the_command_that_goes_on(
+    call: Call, squares: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    evidence = importlib.import_module("robench.audit.evidence")
+    with monkeypatch.context() as context:
+        context.setattr(evidence, "evaluate", stop)
+        outcome = run_squares(call, squares, "--audit", "--out", "run")
+    assert outcome.status == 130
+    *_, line = outcome.lines
+    assert line == "robench: interrupted; finish it with: robench run --resume run --audit"
+    assert call(*shlex.split(line.partition("with: robench ")[2])).status == 0
+    assert (place / "run" / "audit-0.15" / "audit.json").exists()
+
+
+def test_audit_cannot_stand_beside_a_study(call: Call) -> None:
+    assert_one_line(call("run", "study.toml", "--audit"), "--audit cannot stand beside a study's file")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from robench.audit import Audit
 from robench.audit.finding import Plot
-from robench.check_names import QUESTIONS
+from robench.check_names import FEWEST_AUDITED, QUESTIONS
 from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.report.exhibit import draw_rows
@@ -41,11 +41,17 @@ def print_audit(audit: Audit, folder: Path | None) -> None:
     for finding in audit.findings:
         table.add_row(finding.check, finding.verdict, finding.reason)
     console.print(table)
-    console.print(f"verdict: {audit.verdict}. {MEANING[audit.verdict]}")
+    console.print(f"verdict: {tell_verdict(audit)}")
     if audit.failed:
         console.print(f"failed: {', '.join(audit.failed)}")
     if folder is not None:
         console.print(f"report: {folder / report_stem(audit)}.html   (and .json)")
+
+
+def tell_verdict(audit: Audit) -> str:
+    """The verdict, what it means, and whether there were too few images to rely on it."""
+    few = f" {audit.n} images show little; take at least {FEWEST_AUDITED}." if audit.n < FEWEST_AUDITED else ""
+    return f"{audit.verdict}. {MEANING[audit.verdict]}{few}"
 
 
 def write_audit(audit: Audit, folder: Path) -> None:

@@ -11,6 +11,10 @@ from rich.table import Table
 from robench.threat import format_eps
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from robench.audit import Audit
     from robench.command import RunRequest
     from robench.estimate import Estimate
     from robench.result import Evaluation
@@ -18,8 +22,8 @@ if TYPE_CHECKING:
 NO_ESTIMATE = "failed"
 
 
-def print_run(result: Evaluation, request: RunRequest) -> None:
-    """Prints a finished run on standard output."""
+def print_run(result: Evaluation, request: RunRequest, audits: Mapping[Path, Audit] | None = None) -> None:
+    """Prints a finished run, and its audits by folder, on standard output."""
     from robench.command import data_words
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -28,6 +32,8 @@ def print_run(result: Evaluation, request: RunRequest) -> None:
         console.print(curve_table(result))
     for key, reason in result.reasons.items():
         console.print(f"failed  {key}: {reason}")
+    for folder, audit in (audits or {}).items():
+        _print_audit(console, audit, folder)
     full = request.full_command(result)
     if full:
         console.print(
@@ -36,6 +42,17 @@ def print_run(result: Evaluation, request: RunRequest) -> None:
     console.print(f"run folder: {result.folder}")
     words = shlex.join([str(result.folder), *data_words(request.data_dir)])
     console.print(f"next: robench leaderboard add {words}   (or: robench verify {words})")
+
+
+def _print_audit(console: Console, audit: Audit, folder: Path) -> None:
+    """The verdict, and the findings that speak against the figure."""
+    from robench.report.audit import report_stem, tell_verdict
+
+    console.print(f"audit of {audit.threat} on {audit.n} images: {tell_verdict(audit)}")
+    for finding in audit.findings:
+        if finding.verdict in ("fail", "suspect"):
+            console.print(f"  {finding.check} ({finding.verdict}): {finding.reason}")
+    console.print(f"  report: {folder / report_stem(audit)}.html   (and .json)")
 
 
 def summary_table(result: Evaluation) -> Table:
