@@ -68,7 +68,14 @@ def check_bounds(x: Images, x_adv: Tensor, threat: ThreatModel) -> Bounds:
     return Bounds(finite, in_box, threat.contains(x, x_adv), threat.distance(x, x_adv))
 
 
-def judge(defense: Defense, x: Images, repeats: int, *, on_query: Callable[[int], None] | None = None) -> Tensor:
+def judge(
+    defense: Defense,
+    x: Images,
+    repeats: int,
+    *,
+    on_query: Callable[[int], None] | None = None,
+    on_answers: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """Counts how often the defense answers each class: `repeats` independent answers, `b k` int64.
 
     Args:
@@ -76,6 +83,7 @@ def judge(defense: Defense, x: Images, repeats: int, *, on_query: Callable[[int]
         x: images in [0, 1].
         repeats: answers per image; draws come from torch's global generator.
         on_query: called with the number of images after each pass (progress).
+        on_answers: called with the answers of each pass, `b`.
 
     Raises:
         PluginError: logits of the wrong shape, or not finite, or images changed in place.
@@ -83,17 +91,25 @@ def judge(defense: Defense, x: Images, repeats: int, *, on_query: Callable[[int]
     votes = torch.zeros(len(x), defense.num_classes, dtype=torch.int64)
     with torch.no_grad():
         for _ in range(repeats):
-            answers = pass_in_batches(defense, lambda rows: answer(defense, rows), x)
-            votes += functional.one_hot(torch.cat(answers), defense.num_classes).cpu()
+            answers = torch.cat(pass_in_batches(defense, lambda rows: answer(defense, rows), x)).cpu()
+            votes += functional.one_hot(answers, defense.num_classes)
+            if on_answers is not None:
+                on_answers(answers)
             if on_query is not None:
                 on_query(len(x))
     return votes
 
 
-def judge_in_units(defense: Defense, x: Images, repeats: int, unit_size: int) -> Tensor:
+def judge_in_units(
+    defense: Defense, x: Images, repeats: int, unit_size: int, *, on_answers: Callable[[Tensor], None] | None = None
+) -> Tensor:
     """As `judge`, some images after others as in a run, with progress: a slow defense takes minutes."""
     with Progress(f"{defense.name}: judged again", {"answers": len(x) * repeats}, brief=True) as progress:
-        return torch.cat([judge(defense, rows, repeats, on_query=progress.advance) for rows in x.split(unit_size)])
+        votes = [
+            judge(defense, rows, repeats, on_query=progress.advance, on_answers=on_answers)
+            for rows in x.split(unit_size)
+        ]
+    return torch.cat(votes)
 
 
 def answer(defense: Defense, x: Images) -> Tensor:

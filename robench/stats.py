@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +54,62 @@ def mean_interval(fractions: npt.NDArray[np.float64], repeats: int, level: float
     return wilson(p * effective, effective, level, quantile=float(t.ppf((1 + level) / 2, n - 1)))
 
 
+@dataclass(frozen=True)
+class SharedNoise:
+    """By how much the right answers of one pass scatter more than independent ones.
+
+    Some defenses draw once for a whole batch, one of several nets for example; then the images of a pass are right or
+    wrong together.
+
+    Attributes:
+        total: the variance of the sum of the right answers, as a multiple of that of independent ones; at least 1.
+        each: how many images say together what one independent image would: their number over the effective rank
+            (trace C)^2 / trace C^2 of the correlations C of their answers; at least 1.
+    """
+
+    total: float = 1.0
+    each: float = 1.0
+
+
+INDEPENDENT: Final = SharedNoise()
+
+
+def shared_noise(passes: Sequence[npt.NDArray[np.bool_]]) -> SharedNoise:
+    """What the images of a pass share, measured; `INDEPENDENT` unless their correlations are beyond chance (5 sigma).
+
+    Args:
+        passes: for each batch of images, whether each answer was right: `repeats b`, several repeats.
+    """
+    seen = alone = count = excess = chance = 0.0
+    for right in passes:
+        repeats = len(right)
+        gaps = right[:, right.any(0) & ~right.all(0)].astype(float)
+        images = gaps.shape[1]
+        if repeats < 3 or images < 2:
+            continue
+        gaps -= gaps.mean(0)
+        variances = gaps.var(0, ddof=1)
+        seen += float(gaps.sum(1).var(ddof=1))
+        alone += float(variances.sum())
+        gram = gaps / variances**0.5 @ (gaps / variances**0.5).T / (repeats - 1)
+        squares = float((gram**2).sum())  # of the correlations of all pairs, each image with itself included
+        excess += (
+            squares - images - images * (images - 1) / (repeats - 1)
+        )  # chance alone gives a pair 1 / (repeats - 1)
+        chance += 2 * images**2 / (repeats - 1) ** 2
+        count += images
+    if excess <= 5 * math.sqrt(chance):
+        return INDEPENDENT
+    return SharedNoise(max(seen / alone, 1.0), 1 + excess / count)
+
+
 def answers_differ(
-    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], tries: int, again: int, level: float = 0.001
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
+    tries: int,
+    again: int,
+    level: float = 0.001,
+    noise: SharedNoise = INDEPENDENT,
 ) -> bool:
     """True if right answers of the same examples, counted twice, cannot come from the same chances of being right.
 
@@ -69,6 +126,7 @@ def answers_differ(
         tries: answers behind the first counts.
         again: answers behind the second.
         level: two-sided.
+        noise: what the examples share.
     """
     total = tries + again
     pooled = (first + second) / total
@@ -79,10 +137,10 @@ def answers_differ(
     if count == 0:
         return False
     quantile = float(norm.ppf(1 - level / 2))
-    if abs(float(gaps.sum())) > quantile * math.sqrt(float(variances.sum())):
+    if abs(float(gaps.sum())) > quantile * math.sqrt(noise.total * float(variances.sum())):
         return True
     scatter = float((gaps[open_ones] ** 2 / variances[open_ones]).sum())
-    return scatter > 1.5 * float(chi2.ppf(1 - level, count))
+    return scatter > 1.5 * noise.each * float(chi2.ppf(1 - level, count / noise.each))
 
 
 def paired_interval(

@@ -24,7 +24,7 @@ from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
-from robench.stats import answers_differ
+from robench.stats import INDEPENDENT, SharedNoise, answers_differ, shared_noise
 from robench.store import RESULT_FILE, ROW_FILE
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
@@ -202,9 +202,14 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
         return
     defense.to(device)
 
-    def fresh(x: torch.Tensor) -> Answers:
-        votes = judge_in_units(defense, x.to(device), spec.judge_repeats, spec.unit_size)
-        return Answers(votes.numpy(), data.y.numpy())
+    def fresh(x: torch.Tensor) -> tuple[Answers, SharedNoise]:
+        """Fresh answers, and what the images of a pass share."""
+        passes: list[torch.Tensor] = []
+        repeats, size = spec.judge_repeats, spec.unit_size
+        votes = judge_in_units(defense, x.to(device), repeats, size, on_answers=passes.append)
+        units = zip(range(0, len(passes), repeats), data.y.split(size), strict=True)
+        right = [(torch.stack(passes[start : start + repeats]) == labels).numpy() for start, labels in units]
+        return Answers(votes.numpy(), data.y.numpy()), shared_noise(right)
 
     with seeded(spec.seed, "verify", device=device):
         claims = [("clean accuracy", clean, data.x)]
@@ -224,7 +229,7 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
             if stored is None:
                 report.check(claim, held=False, detail="an attack failed, so there is no claim")
                 continue
-            _compare(report, claim, stored, fresh(x), randomized=defense.randomized)
+            _compare(report, claim, stored, *fresh(x), randomized=defense.randomized)
 
 
 def _departure(spec: RunSpec, defense: Defense) -> str:
@@ -263,14 +268,17 @@ def _find_gap(result: Evaluation, data: Dataset, defense: Defense) -> str:
     return ""
 
 
-def _compare(report: Report, claim: str, stored: Answers, fresh: Answers, *, randomized: bool) -> None:
+def _compare(
+    report: Report, claim: str, stored: Answers, fresh: Answers, noise: SharedNoise, *, randomized: bool
+) -> None:
     old, new = stored.accuracy(), fresh.accuracy()
     if not randomized:
         changed = int((stored.right != fresh.right).sum())
         report.check(claim, changed == 0, f"stored {_text(old)}, now {_text(new)}, {changed} answers differ")
         return
-    differ = answers_differ(stored.right, fresh.right, stored.repeats, fresh.repeats)
-    report.check(claim, not differ, f"stored {_text(old)}, now {_text(new)}")
+    differ = answers_differ(stored.right, fresh.right, stored.repeats, fresh.repeats, noise=noise)
+    shared = "" if noise == INDEPENDENT else f"; the images of a pass share draws: {noise.total:.1f} times the noise"
+    report.check(claim, not differ, f"stored {_text(old)}, now {_text(new)}{shared}")
 
 
 def _text(estimate: Estimate) -> str:

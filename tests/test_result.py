@@ -8,7 +8,7 @@ from pathlib import Path
 import engine_toys
 import numpy as np
 import pytest
-from engine_toys import Bad, Blindfold, Linear, Noisy, Prototypes, grid_images, some_wrong
+from engine_toys import Bad, Blindfold, Linear, Noisy, OneCorner, Prototypes, grid_images, some_wrong
 
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
@@ -117,6 +117,19 @@ def test_verify_confirms_a_run_and_finds_a_changed_one(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("Prototypes", "Blindfold"))
     with pytest.raises(DataError, match=r"run\.json is damaged"):
         verify_run(tmp_path / "Prototypes")
+
+
+def test_verify_knows_that_the_images_of_a_pass_may_share_draws(tmp_path: Path) -> None:
+    toys, threat = engine_toys.__file__, ThreatModel("linf", 0.05)
+    reports = []
+    for seed in range(12):
+        options = {"seed": seed, "out": tmp_path / str(seed), "defense_spec": f"{toys}:OneCorner"}
+        evaluate(OneCorner(), "noise(tries=1)", threat, "fashion_mnist", n=100, eot=1, judge_repeats=20, **options)
+        reports.append(verify_run(tmp_path / str(seed)))
+    assert all(report.holds for report in reports), [report.failures for report in reports if not report.holds]
+    told = [line for report in reports for line in report.lines if "share draws" in line]
+    assert len(told) > 12, "of 24 judgements"
+    assert "times the noise" in told[0]
 
 
 def test_verify_of_a_run_whose_attacks_failed_does_not_hold(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from robench.estimate import Answers
-from robench.stats import answers_differ, mean_interval, wilson
+from robench.stats import INDEPENDENT, answers_differ, mean_interval, shared_noise, wilson
 
 Fractions = npt.NDArray[np.float64]
 
@@ -210,3 +210,57 @@ def test_a_small_move_of_every_chance_is_allowed() -> None:
     chance = generator.uniform(0.3, 0.7, 1000)
     moved = chance + generator.choice([-0.005, 0.005], 1000)
     assert not answers_differ(generator.binomial(100, chance), generator.binomial(100, moved), 100, 100)
+
+
+def draw_passes(
+    generator: np.random.Generator, chances: npt.NDArray[np.float64], repeats: int
+) -> npt.NDArray[np.bool_]:
+    """Answers of passes that each draw one of several classifiers: `repeats b` from chances `classifiers b`."""
+    chosen = chances[generator.integers(len(chances), size=repeats)]
+    found: npt.NDArray[np.bool_] = generator.random(chosen.shape) < chosen
+    return found
+
+
+def test_independent_answers_share_no_noise() -> None:
+    generator = np.random.default_rng(8)
+    found = [
+        shared_noise([draw_passes(generator, generator.uniform(0, 1, (1, 64)), 20) for _ in range(2)])
+        for _ in range(2000)
+    ]
+    assert sum(one != INDEPENDENT for one in found) <= 8
+    for few in ([np.ones((20, 5), dtype=np.bool_)], [np.ones((1, 5), dtype=np.bool_)], []):
+        assert shared_noise(few) == INDEPENDENT
+
+
+@pytest.mark.parametrize("repeats", [20, 100])
+@pytest.mark.parametrize("kind", ["good and bad", "good at others"])
+def test_the_noise_of_passes_that_draw_once_is_found_and_allowed(repeats: int, kind: str) -> None:
+    """Nets that are drawn for a whole pass: the same defense is not accused, as it would be image by image."""
+    generator = np.random.default_rng(9)
+    accused = accused_before = found = 0
+    for _ in range(400):
+        if kind == "good and bad":
+            chances = np.stack([generator.uniform(0.6, 1.0, 64), generator.uniform(0.1, 0.5, 64)])
+        else:  # each about as often right, on other images
+            chances = (generator.uniform(0, 1, (4, 64)) < 0.7).astype(float)
+        first, second = (draw_passes(generator, chances, repeats) for _ in range(2))
+        noise = shared_noise([second])
+        found += noise != INDEPENDENT
+        counts = first.sum(0), second.sum(0)
+        accused += answers_differ(*counts, repeats, repeats, noise=noise)
+        accused_before += answers_differ(*counts, repeats, repeats)
+    assert found > 300
+    assert accused <= 4
+    assert accused_before > 4 * accused
+
+
+def test_shared_noise_does_not_cover_a_claim_that_is_far_off() -> None:
+    generator = np.random.default_rng(10)
+    chances = np.stack([generator.uniform(0.6, 1.0, 256), generator.uniform(0.4, 0.8, 256)])
+    passes = [draw_passes(generator, chances[:, start : start + 64], 100) for start in range(0, 256, 64)]
+    right = np.concatenate([one.sum(0) for one in passes])
+    noise = shared_noise(passes)
+    assert noise.total > 1
+    assert not answers_differ(right, right, 100, 100, noise=noise)
+    assert answers_differ(np.minimum(right + 15, 100), right, 100, 100, noise=noise)
+    assert answers_differ(generator.permutation(right), right, 100, 100, noise=noise)
