@@ -109,12 +109,13 @@ def leaderboard_check(  # noqa: PLR0913 - each parameter is an option of the com
     data_dir: DataDir = None,
     trust: Trust = False,
     attack: Annotated[int, typer.Option(help="Also attack so many of its images again; 0: none.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Draws these images; default one that nobody knows.")] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Also audit its defense again.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Draws the images of both; default one that nobody knows.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check whether a row may be published: form, audit, size, the images judged and, if asked, attacked again."""
-    from robench.submission import Attack, check_submission, digest_of
+    """Check whether a row may be published: form, size, the images judged again; if asked, attacks and audit too."""
+    from robench.submission import Redo, check_submission, digest_of
 
-    again = Attack(attack, seed)
-    report = check_submission(folder, digest_of(row), device=device, data_dir=data_dir, trust=trust, attack=again)
+    redo = Redo(attack, audit, seed)
+    report = check_submission(folder, digest_of(row), device=device, data_dir=data_dir, trust=trust, redo=redo)
     end_with_report(report, as_json)

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from robench.audit import audit
 from robench.bundle import Bundle, bundle_folder, read_bundle, size
 from robench.check_names import FEWEST_AUDITED, QUESTIONS
 from robench.data import digest_data, load_dataset
@@ -33,15 +34,17 @@ SLACK: Final = 0.02
 
 
 @dataclass(frozen=True)
-class Attack:
-    """How many images of a row to attack again.
+class Redo:
+    """What of a row's own work to do again: no look at its files shows that this was done, or done well.
 
     Attributes:
-        images: how many; 0 for none. At most those of the row.
-        seed: draws them, and seeds the attacks; None draws one, so that no submitter can know it.
+        attack: how many images to attack again; 0 for none. At most those of the row.
+        audit: whether to audit again, on as many images as the row's audit had.
+        seed: draws the images, and seeds attacks and audit; None draws one, so that no submitter can know it.
     """
 
-    images: int = 0
+    attack: int = 0
+    audit: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,8 +53,12 @@ class Attack:
         Raises:
             UsageError: it is negative.
         """
-        if self.images < 0:
-            raise UsageError(f"attack must be at least 0 images; got {self.images}")
+        if self.attack < 0:
+            raise UsageError(f"attack must be at least 0 images; got {self.attack}")
+
+    def draw_seed(self) -> int:
+        """The seed, or one that nobody knows."""
+        return secrets.randbelow(2**31) if self.seed is None else self.seed
 
 
 def check_submission(
@@ -61,9 +68,9 @@ def check_submission(
     device: str = "auto",
     data_dir: Path | None = None,
     trust: bool = False,
-    attack: Attack | None = None,
+    redo: Redo | None = None,
 ) -> Report:
-    """Checks a row and its evidence: form first, then the images, judged again; then, if asked, attacked again.
+    """Checks a row and its evidence: form, then the images, judged again; then, if asked, attack and audit once more.
 
     Args:
         leaderboards: the folder with the CSV files.
@@ -71,8 +78,8 @@ def check_submission(
         device: `auto`, `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         trust: run the code of a defense that is not one of robench's.
-        attack: run the row's protocol on some of its images, which alone shows whether it had been run on them. Costs
-            as much as that many images of a run.
+        redo: run the row's protocol on some of its images, which alone shows whether it had been run on them, or its
+            audit. Costs as much as that many images of a run, and as the audit.
 
     Raises:
         UsageError: there is no such bundle, or something that the check needs is missing.
@@ -91,17 +98,42 @@ def check_submission(
     judged = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
     report.lines += judged.lines
     report.failures += judged.failures
-    if attack is not None and attack.images and report.holds:
-        _attack_again(report, bundle, attack, device, data_dir)
+    if redo is not None and redo.attack and report.holds:
+        _attack_again(report, bundle, redo, device, data_dir)
+    if redo is not None and redo.audit and report.holds:
+        _audit_again(report, bundle, redo, device, data_dir)
     return report
 
 
-def _attack_again(report: Report, bundle: Bundle, attack: Attack, device: str, data_dir: Path | None) -> None:
+def _audit_again(report: Report, bundle: Bundle, redo: Redo, device: str, data_dir: Path | None) -> None:
+    """Audits the row's defense on images drawn here: no check may fail that passes in the row."""
+    spec, claimed = bundle.spec, bundle.audit
+    if claimed is None:
+        return
+    seed = redo.draw_seed()
+    defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    found = audit(
+        defense,
+        ThreatModel(spec.norm, bundle.eps),
+        spec.dataset,
+        n=claimed["n"],
+        seed=seed,
+        eot=spec.eot if spec.randomized else None,
+        device=device,
+        data_dir=data_dir,
+        progress=True,
+    )
+    hidden = sorted(set(found.failed) - set(claimed["failed"]))
+    said = f"{claimed['verdict']}, now {found.verdict}, seed {seed}"
+    report.check("audited again, no other check fails", not hidden, f"{said}; {', '.join(hidden)}" if hidden else said)
+
+
+def _attack_again(report: Report, bundle: Bundle, redo: Redo, device: str, data_dir: Path | None) -> None:
     """Runs the row's protocol on images drawn here: the row may not claim more than chance and `SLACK` above it."""
     spec = bundle.spec
-    seed = secrets.randbelow(2**31) if attack.seed is None else attack.seed
+    seed = redo.draw_seed()
     data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
-    rows = sorted(random.Random(seed).sample(range(spec.n), min(attack.images, spec.n)))
+    rows = sorted(random.Random(seed).sample(range(spec.n), min(redo.attack, spec.n)))
     x, y = data.x[rows], data.y[rows]
     drawn = dataclasses.replace(data, x=x, y=y, index=data.index[rows], digest=digest_data(x, y))
     defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)

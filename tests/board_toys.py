@@ -15,6 +15,7 @@ from robench import ThreatModel
 from robench.audit import audit
 from robench.bundle import EXAMPLES, IMAGES, MANIFEST
 from robench.check_names import QUESTIONS
+from robench.defense import Defense
 from robench.evaluate import evaluate
 from robench.leaderboard import HEAD, TAIL, Row, add_row
 from robench.publish import publish
@@ -40,10 +41,13 @@ def make_row(defense: str = "toy", low: str = "0.5000", **cells: str) -> Row:
     }
 
 
-def write_audit(folder: Path, n: int = N, eps: float = EPS) -> None:
-    """An audit of the toy whose every check found what two of them found."""
+def write_audit(folder: Path, n: int = N, eps: float = EPS, defense: Defense | None = None) -> None:
+    """An audit of the toy whose every check found what two of them found; those of another defense all pass."""
     made = ["zero_gradients", "finite_differences"]
-    content = audit(Prototypes(), ThreatModel("linf", eps), "fashion_mnist", n=n, checks=made).to_json()
+    content = audit(defense or Prototypes(), ThreatModel("linf", eps), "fashion_mnist", n=n, checks=made).to_json()
+    if defense is not None:
+        content |= {"verdict": "pass", "failed": []}
+        content["findings"] = [{**finding, "verdict": "pass"} for finding in content["findings"]]
     known = {finding["check"]: finding for finding in content["findings"]}
     content["findings"] = [{**known["finite_differences"], "check": name} | known.get(name, {}) for name in QUESTIONS]
     folder.mkdir(parents=True, exist_ok=True)

@@ -187,6 +187,15 @@ class OneCorner(Blindfold):
         return self.with_corner_hidden(x, corner)
 
 
+class Stairs(Prototypes):
+    """Rounds what it sees to eight greys, so that its gradient is zero: masked."""
+
+    name = "stairs"
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward((x * 8).round() / 8)
+
+
 class Slow(Blindfold):
     """Sleeps in each pass and before each write to disk, so that a test can kill it at any point."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import engine_toys
 import pytest
 from board_toys import EPS, HOSTILE, TOY, forge, make_row, write_audit
 
 from robench import ThreatModel, submission
+from robench.audit import CHECKS
 from robench.bundle import bundle_folder, read_bundle
 from robench.cli import main
 from robench.errors import UsageError
@@ -18,7 +21,7 @@ from robench.evaluate import evaluate
 from robench.leaderboard import add_row
 from robench.publish import publish
 from robench.registry import load_defense
-from robench.submission import Attack, check_submission, digest_of
+from robench.submission import Redo, check_submission, digest_of
 from robench.unit_table import CLEAN
 from robench.verify import Report
 
@@ -110,7 +113,7 @@ def leave_alone(manifest: Any, examples: Any, images: Any) -> None:
 
 def test_images_that_nobody_attacked_are_found_by_attacking_them(tmp_path: Path) -> None:
     boards, digest = submit(tmp_path, eps=0.1)
-    honest = check_submission(boards, digest, device="cpu", trust=True, attack=Attack(48, seed=1))
+    honest = check_submission(boards, digest, device="cpu", trust=True, redo=Redo(48, seed=1))
     assert honest.holds, honest.failures
     assert "attacked again" in honest.lines[-1]
     (path,) = boards.glob("*.csv")
@@ -119,8 +122,26 @@ def test_images_that_nobody_attacked_are_found_by_attacking_them(tmp_path: Path)
     add_row({**forged.row(), "rank": ""}, path)
     by_judging = check_submission(boards, forged.digest, device="cpu", trust=True)
     assert by_judging.holds, by_judging.failures
-    attacked = check_submission(boards, forged.digest, device="cpu", trust=True, attack=Attack(48, seed=1))
+    attacked = check_submission(boards, forged.digest, device="cpu", trust=True, redo=Redo(48, seed=1))
     assert refused(attacked) == ["attacked again, the row claims no more"]
+
+
+@pytest.mark.parametrize(("toy", "hidden"), [("Prototypes", []), ("Stairs", ["zero_gradients"])])
+def test_a_verdict_that_an_audit_did_not_give_is_found_by_auditing(
+    toy: str, hidden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = f"{engine_toys.__file__}:{toy}"
+    threat, run = ThreatModel("linf", EPS), tmp_path / "run"
+    evaluate(load_defense(spec), "quick-1", threat, "fashion_mnist", n=64, out=run, defense_spec=spec)
+    write_audit(tmp_path / "audit", 32, defense=load_defense(spec))
+    publish([run, tmp_path / "audit"], tmp_path / "boards")
+    ((digest,),) = [[one.name for one in (tmp_path / "boards" / "evidence").iterdir()]]
+    few = {name: CHECKS[name] for name in ("zero_gradients", "noise")}
+    monkeypatch.setattr(importlib.import_module("robench.audit"), "CHECKS", few)
+    report = check_submission(tmp_path / "boards", digest, device="cpu", trust=True, redo=Redo(audit=True, seed=1))
+    assert refused(report) == ["audited again, no other check fails"] * bool(hidden)
+    now = "masked, seed 1; zero_gradients" if hidden else "pass, seed 1"
+    assert f"audited again, no other check fails (pass, now {now}" in report.lines[-1]
 
 
 @pytest.mark.parametrize("text", ["", "../..", "leaderboards", HOSTILE])
