@@ -230,7 +230,7 @@ def test_the_newest_version_of_a_protocol_says_how_often_to_judge(monkeypatch: p
         Protocol("standard-12", {"linf": ("fgsm",)}, judge_repeats=100),
     ]
     monkeypatch.setattr("robench.protocol.PROTOCOLS", {protocol.name: protocol for protocol in protocols})
-    result = evaluate(Noisy(), "standard", LINF, grid_images(2), eot=1)
+    result = evaluate(Noisy(), "standard", LINF, grid_images(2))
     assert (result.spec.protocol, result.spec.judge_repeats) == ("standard-12", 100)
     assert [sum(votes) for votes in result.table["votes"]] == [100] * 6
 

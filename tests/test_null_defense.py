@@ -112,7 +112,7 @@ def test_no_protocol_scores_by_luck(protocol: str, norm: str) -> None:
         result = robench.evaluate(
             NullDefense(q), protocol, threat, data, seed=seed, eot=1, judge_repeats=20, device="cpu"
         )
-        assert (result.spec.protocol, result.complete) == (protocol, True)
+        assert result.complete
         assert result.robust_accuracy is not None
         found.append(result.robust_accuracy)
     assert sum(not covers(estimate, 1 - q) for estimate in found) <= 3

@@ -244,19 +244,25 @@ def test_resume_goes_on_as_cascade_and_in_the_precision_of_the_run(
     assert contents(folder) == before
 
 
-def test_resume_of_a_protocol_stays_the_protocol(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("cascade", "protocol"), [([], "quick-1"), (["--cascade"], "")], ids=["as it is", "cascade switched"]
+)
+def test_resume_of_a_protocol_stays_what_it_was(
+    cascade: list[str],
+    protocol: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also where its cascade was switched."""
     folder = tmp_path / "run"
-    words = ["--defense", f"{engine_toys.__file__}:Prototypes", "--protocol", "quick", "--cascade", "--n", "8"]
+    words = ["--defense", f"{engine_toys.__file__}:Prototypes", "--protocol", "quick", *cascade, "--n", "8"]
     assert call(monkeypatch, "run", *words, "--unit-size", "4", "--device", "cpu", "--out", str(folder)) == 0
     before = contents(folder)
     min((folder / "units").iterdir()).unlink()
     capsys.readouterr()
     assert call(monkeypatch, "run", "--resume", str(folder), "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["protocol"], shown["cascade"]) == ("quick-1", True)
+    assert (shown["protocol"], shown["cascade"]) == (protocol, bool(cascade))
     assert contents(folder) == before
 
 
