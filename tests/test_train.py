@@ -531,7 +531,7 @@ def test_training_goes_on_from_weights_at_a_later_stage(trained: TrainJob, tmp_p
     assert 0 < max(moved) < 0.1
     assert [stage["name"] for stage in further["stages"]] == ["second"]
     assert list(further["held_out"]) == ["images", "second"]
-    assert further["init"] == {name: card[name] for name in ("weights_digest", "recipe", "stages", "seed")}
+    assert further["init"] == {name: card[name] for name in ("weights_digest", "recipe", "stages", "seed", "held_out")}
 
 
 def test_same_seed_same_weights_other_seed_others(job: TrainJob, tmp_path: Path) -> None:
