@@ -187,4 +187,6 @@ def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:
 def _origin(weights: Path) -> dict[str, Any]:
     """What the card of the weights that training started from says of their own training."""
     card = read_card(weights)
-    return {name: card[name] for name in ("weights_digest", "init", "recipe", "stages", "seed", "held_out") if name in card}
+    return {
+        name: card[name] for name in ("weights_digest", "init", "recipe", "stages", "seed", "held_out") if name in card
+    }
