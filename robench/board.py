@@ -25,7 +25,7 @@ from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
 from robench.report.markdown import markdown_table
 from robench.settings import Settings
-from robench.threat import format_eps, parse_eps
+from robench.threat import exact_eps
 from robench.unit_table import WORST
 
 REFERENCE: Final = "reference"
@@ -214,8 +214,7 @@ def read_references(path: Path) -> list[Reference]:
 
 def eps_text(spec: RunSpec) -> str:
     """A run's bounds as --eps takes them, each read back as the same number: `8/255`, `0.05,0.1`."""
-    texts = ((eps, format_eps(eps, spec.norm)) for eps in spec.eps)
-    return ",".join(text if parse_eps(text) == eps else repr(eps) for eps, text in texts)
+    return ",".join(exact_eps(eps, spec.norm) for eps in spec.eps)
 
 
 def attack_specs(spec: RunSpec) -> list[str]:

@@ -109,7 +109,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder or URL; default runs/<date>-<defense>-...")] = None,
     resume: Annotated[str | None, typer.Option(help="Finish the run in this folder.")] = None,
-    audited: Annotated[
+    audit: Annotated[
         bool | None, typer.Option("--audit", help="Then ask whether the figure can be believed; see robench audit.")
     ] = None,
     runner: Annotated[str, typer.Option(help="Of a study: local or ray.")] = "local",
@@ -153,7 +153,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
         out=None if out is None else as_place(out),
         resume=None if resume is None else as_place(resume),
         data_dir=data_dir,
-        audit=bool(audited),
+        audit=bool(audit),
     )
     result = run_command(request)
     audits = audit_run(result, data_dir) if request.audit else {}
@@ -174,7 +174,7 @@ def _refuse_beside_study(options: dict[str, object]) -> None:
     of_command = {"study", "workers", "out", "runner", "ray", "dry_run", "device", "data_dir", "as_json"}
     given = [name for name, value in options.items() if name not in of_command and value is not None]
     if given:
-        option = {"audited": "audit"}.get(given[0], given[0]).replace("_", "-")
+        option = given[0].replace("_", "-")
         raise UsageError(f"--{option} cannot stand beside a study's file; write it into the file")
 
 

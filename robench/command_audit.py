@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from robench.errors import Interrupted, UsageError
 from robench.files import Place
 from robench.protocol import default_eps
 from robench.registry import load_defense
-from robench.threat import ThreatModel, format_eps, parse_eps
+from robench.threat import ThreatModel, exact_eps, parse_eps
 
 if TYPE_CHECKING:
     from robench.audit import Audit
@@ -56,9 +56,15 @@ def audit_command(request: AuditRequest) -> tuple[Path, Audit]:
         defense,
         threat,
         folder,
-        request,
+        f"the same command with --out {folder} goes on where it stopped",
+        data=request.dataset,
+        n=request.n,
+        seed=request.seed,
         checks=request.checks.split(",") if request.checks else None,
-        go_on=f"the same command with --out {folder} goes on where it stopped",
+        eot=request.eot,
+        device=request.device,
+        data_dir=request.data_dir,
+        defense_spec=request.defense,
     )
     return folder, found
 
@@ -98,58 +104,34 @@ def audit_run(result: Evaluation, data_dir: Path | None) -> dict[Path, Audit]:
         if eps == 0:
             continue
         folder = Path(str(result.folder)) / audit_folder(eps, spec.norm)
-        request = AuditRequest(
-            defense=spec.defense,
-            dataset=spec.dataset,
-            norm=spec.norm,
-            eps=None,
+        found[folder] = _audit(
+            defense,
+            ThreatModel(spec.norm, eps),
+            folder,
+            f"finish it with: {resume_command(result.folder, data_dir, audit=True)}",
+            data=spec.dataset,
             n=min(usual, spec.n),
-            checks=None,
             seed=spec.seed,
             eot=spec.eot if spec.randomized else None,
             device=spec.device,
-            weights=None,
-            out=folder,
             data_dir=data_dir,
+            defense_spec=spec.defense,
         )
-        again = f"finish it with: {resume_command(result.folder, data_dir, audit=True)}"
-        found[folder] = _audit(defense, ThreatModel(spec.norm, eps), folder, request, go_on=again)
     return found
 
 
 def audit_folder(eps: float, norm: str) -> str:
     """The name of an audit's folder inside that of its run: `audit-0.1`, `audit-8_255`."""
-    text = format_eps(eps, norm)
-    return "audit-" + (text.replace("/", "_") if parse_eps(text) == eps else repr(eps))
+    return "audit-" + exact_eps(eps, norm).replace("/", "_")
 
 
-def _audit(
-    defense: Defense,
-    threat: ThreatModel,
-    folder: Path,
-    request: AuditRequest,
-    *,
-    go_on: str,
-    checks: list[str] | None = None,
-) -> Audit:
+def _audit(defense: Defense, threat: ThreatModel, folder: Path, go_on: str, **settings: Any) -> Audit:
+    """Audits into a folder, with what `robench.audit` takes besides, and writes the report; `go_on` is for Ctrl-C."""
     from robench.audit import audit
     from robench.report.audit import write_audit
 
     try:
-        found = audit(
-            defense,
-            threat,
-            request.dataset,
-            n=request.n,
-            seed=request.seed,
-            checks=checks,
-            eot=request.eot,
-            device=request.device,
-            out=folder,
-            progress=True,
-            data_dir=request.data_dir,
-            defense_spec=request.defense,
-        )
+        found = audit(defense, threat, out=folder, progress=True, **settings)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {go_on}") from None
     write_audit(found, folder)

@@ -106,10 +106,6 @@ def prepare(
     check_images(dataset.x, dataset.y, defense)
     spec, built = make_spec(defense, threats, dataset, attacks, settings=settings)
     check_attacks(built, defense, threats, dataset.name, settings)
-    protocol = named_protocol(attacks)
-    if protocol is not None and not spec.protocol:
-        departure = find_departure(spec, protocol)
-        LOG.warning("this is no run of %s, and its row will not bear that name: %s", protocol.name, departure)
     if spec.precision == "bfloat16" and not has_bfloat16(spec.device):
         LOG.warning("this device only emulates bfloat16, which is many times slower. Choose --precision float32")
     with contextlib.redirect_stdout(sys.stderr):
@@ -239,9 +235,13 @@ def make_spec(
         robench_version=robench.__version__,
         torch_version=torch.__version__.split("+")[0],
     )
-    if protocol is not None and not find_departure(spec, protocol):
-        spec = replace(spec, protocol=protocol.name)
-    return spec, built
+    if protocol is None:
+        return spec, built
+    departure = find_departure(spec, protocol)
+    if departure:
+        LOG.warning("this is no run of %s, and its row will not bear that name: %s", protocol.name, departure)
+        return spec, built
+    return replace(spec, protocol=protocol.name), built
 
 
 def _load(data: Data, settings: Settings) -> Dataset:

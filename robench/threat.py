@@ -47,6 +47,12 @@ def format_eps(eps: float, norm: str) -> str:
     return f"{round(numerator)}/255" if is_pixel_step and eps != round(eps, 4) else f"{eps:g}"
 
 
+def exact_eps(eps: float, norm: str) -> str:
+    """As `format_eps` where that reads back as the same number, else all its digits."""
+    text = format_eps(eps, norm)
+    return text if parse_eps(text) == eps else repr(eps)
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """All images of the box [0, 1] within `eps` of the original in one norm.

@@ -13,6 +13,7 @@ import torch
 import robench
 from robench.attack import Attack
 from robench.estimate import Estimate
+from robench.lineup import plan_attacks
 from robench.protocol import PROTOCOLS
 from robench.registry import load_attack
 from robench.testing import LinearToy, NoisyLinearToy, NullDefense
@@ -107,12 +108,13 @@ def test_no_protocol_scores_by_luck(protocol: str, norm: str) -> None:
     q, n, seeds = 0.1, 100, range(20)
     data = LinearToy().examples(n)[0], torch.zeros(n, dtype=torch.int64)
     threat = ThreatModel(norm, 2.0 if norm == "l0" else 0.1)
+    entries, _ = plan_attacks(protocol, NullDefense(q), norm, "")
     found = []
     for seed in seeds:
         result = robench.evaluate(
             NullDefense(q), protocol, threat, data, seed=seed, eot=1, judge_repeats=20, device="cpu"
         )
-        assert result.complete
+        assert (list(result.spec.attacks), result.complete) == (entries, True)
         assert result.robust_accuracy is not None
         found.append(result.robust_accuracy)
     assert sum(not covers(estimate, 1 - q) for estimate in found) <= 3

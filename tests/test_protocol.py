@@ -128,6 +128,8 @@ def test_a_run_follows_its_protocol() -> None:
     assert list(result.per_attack) == ["fgsm", "pgd(steps=2)"]
     assert result.row()["protocol"] == "small-10"
     assert not evaluate(Noisy(), "other", LINF, data).spec.cascade
+    told = evaluate(Noisy(), "small", LINF, data, eot=1, cascade=False, judge_repeats=2).spec
+    assert (told.cascade, told.judge_repeats) == (False, 2)
     assert list(evaluate(Linear(), "small", ThreatModel("l2", 0.1), data).per_attack) == ["fgsm"]
 
 
