@@ -7,15 +7,11 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
 import numpy as np
 import torch
 
 from robench.errors import PluginError
-
-_seed_torch: Final = torch.manual_seed
-"""By a name of its own: plugins are tested not to seed, and what they load through `seeded` restores the state."""
 
 
 def seed_for(*parts: str | int) -> int:
@@ -46,7 +42,7 @@ def check_unseeded(*parts: str | int, who: str) -> None:
 
 def reseed(*parts: str | int) -> None:
     """Seeds torch's global generators from `parts`; call it inside `seeded`, which restores them."""
-    _seed_torch(seed_for(*parts))
+    torch.manual_seed(seed_for(*parts))
 
 
 @contextmanager

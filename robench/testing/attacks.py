@@ -200,6 +200,7 @@ class AttackContract:
     def test_seeds_nothing(self) -> None:
         """The engine seeds torch's global generator; the attack seeds nothing and leaves numpy's alone."""
         defense, x, y = conv_case()
+        self.attack.check_fit(defense, "")  # as the engine does before any work; what is loaded there may be seeded
         for threat in self._threats(CONV_EPS):
             victim = Victim(defense, self.attack.access, len(x))
             with seeded("contract", "run"), no_seeding("the attack"):
