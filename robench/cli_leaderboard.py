@@ -21,6 +21,13 @@ def _tell(line: str) -> None:
     sys.stderr.write(f"robench: {line}\n")
 
 
+def _print_files(paths: list[Path], as_json: bool) -> None:
+    if as_json:
+        print_json({"leaderboards": [str(path) for path in paths]})
+    else:
+        sys.stdout.write("".join(f"{path}\n" for path in paths))
+
+
 @leaderboard_app.command("add")
 def leaderboard_add(
     folders: Annotated[
@@ -37,10 +44,20 @@ def leaderboard_add(
     from robench.publish import publish
 
     written = publish([as_place(one) for one in folders], folder, data_dir, replace=replace, tell=_tell)
-    if as_json:
-        print_json({"leaderboards": [str(path) for path in written]})
-    else:
-        sys.stdout.write("".join(f"{path}\n" for path in written))
+    _print_files(written, as_json)
+
+
+@leaderboard_app.command("remove")
+def leaderboard_remove(
+    rows: Annotated[list[str], typer.Argument(metavar="ROW...", help="Each row's evidence: its digest or folder.")],
+    folder: Folder = Path("leaderboards"),
+    as_json: Json = False,
+) -> None:
+    """Take rows off their leaderboards, with their evidence: of weights that are no longer shipped, or by mistake."""
+    from robench.publish import withdraw
+    from robench.submission import digest_of
+
+    _print_files(withdraw(folder, map(digest_of, rows)), as_json)
 
 
 @leaderboard_app.command("build")

@@ -15,6 +15,7 @@ from robench.bundle import AUDIT, bundle_folder, check_audit, read_bundle, write
 from robench.check_names import QUESTIONS
 from robench.defense import Defense, weights_digest
 from robench.errors import RobenchError, UsageError
+from robench.files import write_atomic
 from robench.leaderboard import (
     Row,
     add_row,
@@ -26,6 +27,7 @@ from robench.leaderboard import (
     name_clash,
     rank_rows,
     read_rows,
+    rows_csv,
 )
 from robench.plan import RunSpec
 from robench.registry import load_defense
@@ -190,8 +192,33 @@ def _defense_of(spec: RunSpec) -> Defense | None:
     return defense
 
 
-def _remove(leaderboards: Path, digest: str, keep: str) -> None:
-    """Removes the bundle of a row that was replaced, where no other row points to it."""
+def withdraw(leaderboards: Path, digests: Iterable[str]) -> list[Path]:
+    """Takes rows and their evidence off the leaderboards; returns the CSV files, which go too with their last row.
+
+    Raises:
+        UsageError: no row or several have one of the digests; then nothing is taken away.
+        DataError: a leaderboard is damaged.
+    """
+    gone = dict.fromkeys(digests)
+    rows = list(all_rows(leaderboards))
+    counts = Counter(row["evidence"] for _, row in rows)
+    for digest in gone:
+        if counts[digest] != 1:
+            raise UsageError(f"{counts[digest] or 'no'} rows in {leaderboards} have the evidence {digest}")
+    touched = dict.fromkeys(path for path, row in rows if row["evidence"] in gone)
+    for path in touched:
+        left = [row for row in read_rows(path) if row["evidence"] not in gone]
+        if left:
+            write_atomic(path, rows_csv(rank_rows(left)).encode())
+        else:
+            path.unlink()
+    for digest in gone:
+        _remove(leaderboards, digest)
+    return list(touched)
+
+
+def _remove(leaderboards: Path, digest: str, keep: str = "") -> None:
+    """Removes the bundle of a row that was taken away, where no other row points to it."""
     try:
         folder = bundle_folder(leaderboards / EVIDENCE, digest)
     except UsageError:

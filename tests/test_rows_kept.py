@@ -181,6 +181,27 @@ def test_a_smaller_run_is_refused_before_anything_is_written_and_a_larger_one_is
     assert everything() == before
 
 
+def test_removed_rows_leave_everything_else_as_it_was(call: Any) -> None:
+    for sigma in (0.5, 2.0, 3.0):
+        attack(call, f"s{sigma}", sigma=sigma)
+    call("leaderboard", "add", "s0.5")
+    (kept,) = rows()
+    before = everything()
+    call("leaderboard", "add", "s2.0", "s3.0")
+    first, second = (row["evidence"] for row in rows() if row["evidence"] != kept["evidence"])
+    full = everything()
+    for wrong in ("0" * 16, "sigma"):
+        status, out, lines = call("leaderboard", "remove", first, wrong)
+        assert (status, out, len(lines)) == (2, "", 1)
+        assert wrong in lines[0]
+        assert everything() == full
+    folder = Path("leaderboards", EVIDENCE, second)
+    assert call("leaderboard", "remove", first, folder)[:2] == (0, f"leaderboards/{BOARD}.csv\n")
+    assert everything() == before
+    call("leaderboard", "remove", kept["evidence"])
+    assert everything() == {}
+
+
 def test_runs_that_would_be_one_row_are_refused_together(call: Any, tmp_path: Path) -> None:
     attack(call, "first")
     attack(call, "second", seed=1)
