@@ -337,14 +337,20 @@ def _announce(number: int, cells: int, cell: Cell) -> None:
 def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row"]) -> list[Cell]:
     """The cells whose table or row holds one of the texts; all without a text.
 
+    A text that stands somewhere as whole words is not looked for in parts of words: JEM-1 is not JEM-10.
+
     Raises:
-        UsageError: none does.
+        UsageError: one of the texts is nowhere.
     """
-    chosen = [cell for cell in cells if not texts or any(text in getattr(cell, what) for text in texts)]
-    if not chosen:
-        known = ", ".join(dict.fromkeys(getattr(cell, what) for cell in cells))
-        raise UsageError(f"no {what} is called {', '.join(texts)}; there are: {known}")
-    return chosen
+    names = list(dict.fromkeys(getattr(cell, what) for cell in cells))
+    chosen = set() if texts else set(names)
+    for text in texts:
+        whole = {name for name in names if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", name)}
+        found = whole or {name for name in names if text in name}
+        if not found:
+            raise UsageError(f'no {what} has "{text}" in its name; there are: {", ".join(names)}')
+        chosen |= found
+    return [cell for cell in cells if getattr(cell, what) in chosen]
 
 
 def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:

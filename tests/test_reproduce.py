@@ -16,7 +16,7 @@ from robench import UsageError, reproduce
 from robench.cli import main
 from robench.evaluate import evaluate
 from robench.registry import load_defense
-from robench.reproduce import Cell, Context, Figure, ReproduceRequest, load_tables
+from robench.reproduce import Cell, Context, Figure, ReproduceRequest, _choose, load_tables
 from robench.threat import ThreatModel
 
 TOY = f"{engine_toys.__file__}:Prototypes"
@@ -276,10 +276,24 @@ def test_a_cell_is_measured_in_one_way(more: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        ((), ["JEM-0", "JEM-1, pgd", "JEM-10, pgd"]),
+        (("JEM-1",), ["JEM-1, pgd"]),
+        (("pgd", "JEM-0"), ["JEM-0", "JEM-1, pgd", "JEM-10, pgd"]),
+        (("-10, p",), ["JEM-10, pgd"]),
+    ],
+)
+def test_whole_words_choose_rows_before_parts_of_words(texts: tuple[str, ...], found: list[str]) -> None:
+    cells = [Cell("t", row, "c", None, "", "mnist", measure=ten) for row in ("JEM-0", "JEM-1, pgd", "JEM-10, pgd")]
+    assert [cell.row for cell in _choose(cells, texts, "row")] == found
+
+
+@pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--table", "9.9", "no table is called 9.9"),
-        ("--row", "9.9", "no row is called 9.9"),
+        ("--table", "9.9", 'no table has "9.9" in its name'),
+        ("--row", "9.9", 'no row has "9.9" in its name'),
         ("--n", 0, "n must be at least 1; got 0"),
         ("--protocol-n", 0, "protocol-n must be at least 1; got 0"),
     ],
