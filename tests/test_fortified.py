@@ -214,6 +214,29 @@ def test_fortify_on_any_module() -> None:
     assert defense(draw(2, 3, 8, 8)).shape == (2, 4)
 
 
+class InPlace(nn.Module):
+    """A residual block that adds and cuts in place, as torchvision's ResNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.cut = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(self.cut(self.first(x)))
+        h += x
+        return self.cut(h).mean((2, 3))
+
+
+def test_what_works_in_place_downstream_leaves_the_trace_alone() -> None:
+    with seeded("in place"):
+        fortified = fortify(InPlace(), ["first", "second"], input_shape=(2, 5, 5), noise=0.0)
+    trace = fortified.trace(draw(3, 2, 5, 5))
+    for dae, hidden, decoded in zip(fortified.daes, trace.hidden, trace.decoded, strict=True):
+        torch.testing.assert_close(decoded, dae(hidden))
+    reconstruction_losses(trace, None).rec.backward()
+
+
 def test_fortify_without_layers_changes_nothing() -> None:
     own = make_own().eval()
     x = draw(3, 3, 8, 8)

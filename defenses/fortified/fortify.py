@@ -76,7 +76,7 @@ class FortifiedModule(nn.Module):
                     decoded: Tensor = dae(h, self.noise_scale)
                     trace.hidden.append(h)
                     trace.decoded.append(decoded)
-                    return decoded
+                    return decoded.clone()  # what follows may work in place, as a ReLU or a sum in a ResNet does
 
                 hook = self.module.get_submodule(layer).register_forward_hook(fortify_output)
                 stack.callback(hook.remove)
