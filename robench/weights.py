@@ -43,6 +43,8 @@ def build_and_load(cls: type[D], dataset: str | None, weights: str | Path | None
     if path is None:
         return _build(cls, options)
     card = read_card(path)
+    if card:
+        _check_training(cls, options, card.get("options", {}), path)
     defense = _build(cls, {**card.get("options", {}), **options})
     load_weights(defense, path)
     if card.get("weights_digest", weights_digest(defense)) != weights_digest(defense):
@@ -51,6 +53,24 @@ def build_and_load(cls: type[D], dataset: str | None, weights: str | Path | None
             f"{path.with_suffix('.json').name} names. Get both again"
         )
     return defense
+
+
+def _check_training(cls: type[Defense], asked: dict[str, Any], trained: dict[str, Any], path: Path) -> None:
+    """Refuses options that claim another training than the card's; `auto` claims nothing.
+
+    Raises:
+        UsageError: one does.
+    """
+    parameters = inspect.signature(cls).parameters
+    for name in cls.training_options:
+        if name not in asked or name not in parameters:
+            continue
+        found = trained.get(name, parameters[name].default)
+        if asked[name] not in (found, "auto"):
+            raise UsageError(
+                f'defense "{cls.name}": the weights {path.name} were trained with {name}={found}, not {asked[name]}. '
+                f"Leave {name} out, or train others and pass --weights FILE"
+            )
 
 
 def _locate(

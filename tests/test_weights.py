@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,33 @@ def test_load_defense_takes_options_from_the_card_and_overrides_them(saved: Path
     other = load_defense("shortrun(n_chains=5)", weights=saved)
     assert isinstance(other, ShortRun)
     assert other.n_chains == 5
+
+
+@pytest.mark.parametrize(
+    ("spec", "dataset", "told"),
+    [
+        ("convnet_at(width=16, train_eps=0.3)", "fashion_mnist", "train_eps=0.1, not 0.3"),
+        ("fortified(train_eps=0.3)", "fashion_mnist", "train_eps=0.1, not 0.3"),
+        ("fortified(augment=True)", "mnist", "augment=False, not True"),
+        ("shortrun(sigma=0.5)", "fashion_mnist", "sigma=None, not 0.5"),
+    ],
+)
+def test_options_do_not_claim_another_training_than_the_card(spec: str, dataset: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        load_defense(spec, dataset)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dataset"),
+    [
+        ("convnet_at(train_eps=0.3)", "mnist"),
+        ("convnet_at(width=16, train_eps=0.1, train_norm='linf')", "fashion_mnist"),
+        ("fortified(lambda_rec=0, lambda_adv=0)", "mnist"),
+        ("shortrun(sigma=auto)", "fashion_mnist"),
+    ],
+)
+def test_options_may_repeat_what_the_card_says_of_training(spec: str, dataset: str) -> None:
+    assert load_defense(spec, dataset).needs_weights
 
 
 def test_weights_without_a_card_are_read(saved: Path) -> None:

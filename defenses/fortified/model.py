@@ -66,6 +66,7 @@ class Fortified(Defense):
 
     name = "fortified"
     needs_weights = True
+    training_options = ("lambda_rec", "lambda_adv", "stop_gradient", "train_attack", "train_eps", "augment")
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the paper
         self,

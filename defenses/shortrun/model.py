@@ -87,6 +87,7 @@ class ShortRun(Defense):
     name = "shortrun"
     randomized = True
     needs_weights = True
+    training_options = ("sigma",)
     gradient_modes = ("full", "last_step")
     latent = LATENT
     first_look = {"n": 32, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
