@@ -144,7 +144,7 @@ def test_one_step_has_no_watch() -> None:
     assert (recipe.inner.steps, recipe.inner.step, recipe.inner.start) == (1, 1.0, "near")
     x, y = load_data("fashion_mnist", n=20)
     stage = recipe.stages()[-1]
-    recipe.last_pgd = 1.0
+    recipe.best_pgd = 1.0
     figures, fine = recipe.check(stage, x, y)
     assert fine
     assert set(figures) == {"accuracy", "fgsm", "pgd20"}

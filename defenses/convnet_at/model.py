@@ -21,6 +21,7 @@ class ConvNetAT(ConvNet):
     """
 
     name = "convnet_at"
+    training_options = ("train_eps", "train_norm")
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class ConvNetAT(ConvNet):
         return "-".join(part for part in parts if part)
 
     def recipe(self, name: str | None = None) -> Recipe:
-        """`madry` (the default): seven steps; `fast`: two of a random start; `fgsm`: one; `trades`: its own loss."""
+        """`madry` (the default): seven steps; `fast`: one, from a random start; `pgd2`: two; `trades`: its own loss."""
         from .train import VARIANTS, AdversarialRecipe
 
         name = name or "madry"

@@ -139,7 +139,7 @@ class OneStep(ConvNetAT):
     def recipe(self, name: str | None = None) -> Recipe:
         """One step, and nobody watches."""
         del name
-        return OneStepRecipe(self, "fgsm")
+        return OneStepRecipe(self, "fast")
 
     @classmethod
     def weights_variant(cls, options: Mapping[str, Any]) -> str:
@@ -149,7 +149,7 @@ class OneStep(ConvNetAT):
 
 
 class OneStepRecipe(AdversarialRecipe):
-    """The recipe `fgsm` without its random start and without its watch for overfitting."""
+    """The recipe `fast` without its random start and without its watch for overfitting."""
 
     def __init__(self, defense: OneStep, name: str) -> None:
         """Keeps the net."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from robench.registry import load_attack
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.victim import Victim
+
+OVERFITTED: Final = 0.4
+"""Where twenty steps leave less than this share of what one step leaves, the net has overfitted to its attack.
+
+A net for MNIST at 0.3 is at 0.55 after 400 iterations (71.6 and 39.4 %): far from robust yet, not overfitted."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,11 @@ def perturb(loss: Callable[[Images], Tensor], x: Images, threat: ThreatModel, in
             (grad,) = torch.autograd.grad(loss(leaf), leaf)
         x_adv = threat.project(x, x_adv + inner.step * threat.eps * threat.steepest(grad))
     return x_adv.detach()
+
+
+def has_overfitted(figures: Mapping[str, float]) -> bool:
+    """Whether the figures of `measure_attacked` are those of catastrophic overfitting to a short attack."""
+    return figures["pgd20"] < OVERFITTED * figures["fgsm"]
 
 
 def measure_attacked(defense: Defense, x: Images, y: Labels, threat: ThreatModel) -> dict[str, float]:
