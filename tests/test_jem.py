@@ -340,6 +340,7 @@ def test_pictures_are_images_and_figures_are_numbers() -> None:
         {"input_noise": math.nan},
         {"n_chains": 0},
         {"attack_chains": 0},
+        {"augment": "flip"},
     ],
     ids=str,
 )

@@ -156,16 +156,23 @@ def test_samples_are_constants_of_the_loss() -> None:
     assert all(parameter.grad is None for parameter in recipe.defense.parameters())
 
 
-def test_images_in_colour_are_mirrored_and_shifted() -> None:
-    """A column that rises to the right falls where it is mirrored; in grey nothing of the kind happens."""
+def test_images_are_shifted_and_mirrored_as_asked() -> None:
+    """A row that rises to the right falls where it is mirrored; digits in colour are only shifted, grey images not."""
     ramp = torch.linspace(0, 1, 32).expand(64, 3, 32, 32)
-    with seeded("augment"):
-        came = make_recipe(channels=3, side=32).disturb(ramp)
-        grey = make_recipe().disturb(ramp[:, :1, :28, :28])
-    rises = (came[:, :, :, 20:24] - came[:, :, :, 8:12]).mean((1, 2, 3)) > 0
-    assert 15 < int(rises.sum()) < 49
-    assert came.shape == ramp.shape
-    noise = grey - (2 * ramp[:, :1, :28, :28] - 1)
+
+    def disturb(channels: int, **options: Any) -> Tensor:
+        with seeded("augment"):
+            return make_recipe(channels=channels, side=32, **options).disturb(ramp[:, :channels])
+
+    def count_rising(images: Tensor) -> int:
+        return int(((images[..., 20:24] - images[..., 8:12]).mean((1, 2, 3)) > 0).sum())
+
+    mirrored, shifted, grey = disturb(3, augment="mirror"), disturb(3), disturb(1)
+    assert mirrored.shape == ramp.shape
+    assert 15 < count_rising(mirrored) < 49
+    assert count_rising(shifted) == 64
+    assert (shifted - (2 * ramp - 1)).mean((0, 1, 2)).abs().max() > 0.05
+    noise = grey - (2 * ramp[:, :1] - 1)
     assert noise.std().item() == pytest.approx(0.03, rel=0.02)
 
 

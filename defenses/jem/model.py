@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from .sgld import RANK, Gaussians, Sampler, climb, draw_gaussians, sample
 
 if TYPE_CHECKING:
     from robench.train.recipe import Recipe
+
+Augment = Literal["none", "shift", "mirror"]
 
 WIDTH: Final = 24
 SIDES: Final = (28, 32)
@@ -66,6 +68,7 @@ class JEM(Defense):
 
     name = "jem"
     needs_weights = True
+    training_options = ("augment",)
     batch_rows = 256
     detection_scores = ("log_px", "max_py", "grad_norm")
     start_mean: Tensor
@@ -83,6 +86,7 @@ class JEM(Defense):
         input_noise: float | None = None,
         n_chains: int = 5,
         attack_chains: int = 1,
+        augment: Augment | None = None,
     ) -> None:
         """Builds an untrained model of ten classes.
 
@@ -97,11 +101,16 @@ class JEM(Defense):
                 released where the input is refined, else 0.
             n_chains: copies of an image whose logits `forward` averages; 1 where nothing is random.
             attack_chains: copies in one `adaptive_forward`; the EOT samples of an attack multiply them.
+            augment: what training does to its images: `shift` moves them by up to 4 pixels, `mirror` (for photographs,
+                never for digits) also flips half of them. None: `shift` in colour, else `none`.
 
         Raises:
             UsageError: an option is out of range.
         """
         super().__init__()
+        if augment is not None and augment not in get_args(Augment):
+            raise UsageError(f'jem: augment must be one of {", ".join(get_args(Augment))}; got "{augment}"')
+        self.augment: Augment = augment or ("shift" if channels == 3 else "none")
         if input_noise is None:
             input_noise = INPUT_NOISE if refine_steps else 0.0
         _check_counts(side, refine_steps, channels=channels, width=width, chains=min(n_chains, attack_chains))

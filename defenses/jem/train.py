@@ -52,7 +52,6 @@ class JEMRecipe(Recipe):
         self.defense, self.name = defense, name
         self.sampler = Sampler(steps=20 if name == "uniform" else 8, clamp=True)
         self.density_weight, self.penalty = 0.3, 1e-2
-        self.augments = defense.input_shape[0] == 3
         self.seen_x, self.seen_y = torch.zeros(0, *defense.input_shape), torch.zeros(0, dtype=torch.int64)
         self.buffer: ReplayBuffer | None = None
         self.best_accuracy = 0.0
@@ -77,7 +76,7 @@ class JEMRecipe(Recipe):
         return self.classifier_loss(x, y)
 
     def classifier_loss(self, x: Images, y: Labels) -> Tensor:
-        """Cross-entropy of log p(y|x) on images with the paper's noise, those in colour flipped and shifted as well."""
+        """Cross-entropy of log p(y|x) on images with the paper's noise, varied as the option `augment` says."""
         return nn.functional.cross_entropy(self._classify(self.disturb(x)), y)
 
     def joint_loss(self, x: Images, y: Labels) -> Tensor:
@@ -103,13 +102,14 @@ class JEMRecipe(Recipe):
         return logits.float()
 
     def disturb(self, x: Images) -> Images:
-        """Images in [0, 1] to noisy ones in [-1, 1]; in colour first mirrored by chance and shifted by up to 4 pixels.
+        """Images in [0, 1] to noisy ones in [-1, 1]; by `augment` first mirrored by chance, shifted by up to 4 pixels.
 
         A shift takes the whole batch along, so that it costs one copy; JEM draws one for each image.
         """
-        if self.augments:
+        if self.defense.augment == "mirror":
             mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
             x = torch.where(mirrored, x.flip(3), x)
+        if self.defense.augment != "none":
             down, right = torch.randint(9, (2,)).tolist()
             padded = nn.functional.pad(x, (4, 4, 4, 4), mode="reflect")
             x = padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
