@@ -85,16 +85,11 @@ def check_submission(
         UsageError: there is no such bundle, or something that the check needs is missing.
         DataError: the leaderboard cannot be read.
     """
-    folder = bundle_folder(leaderboards / EVIDENCE, evidence)
-    report = Report(folder)
-    try:
-        bundle = read_bundle(folder)
-    except DataError as error:
-        report.check("the evidence can be read", held=False, detail=str(error))
+    report, found = check_form(leaderboards, evidence)
+    if found is None:
         return report
-    row = _check_form(report, bundle, leaderboards)
-    if report.failures or row is None:
-        return report
+    bundle, row = found
+    folder = bundle.folder
     judged = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
     report.lines += judged.lines
     report.failures += judged.failures
@@ -103,6 +98,27 @@ def check_submission(
     if redo is not None and redo.audit and report.holds:
         _audit_again(report, bundle, redo, device, data_dir)
     return report
+
+
+def check_form(leaderboards: Path, evidence: str) -> tuple[Report, tuple[Bundle, Row] | None]:
+    """Looks at a row and its files alone: nobody's code is run, nothing is judged. Takes a second.
+
+    Returns:
+        The report, and the bundle with its row, or None where something does not hold.
+
+    Raises:
+        UsageError: there is no such bundle.
+        DataError: the leaderboard cannot be read.
+    """
+    folder = bundle_folder(leaderboards / EVIDENCE, evidence)
+    report = Report(folder)
+    try:
+        bundle = read_bundle(folder)
+    except DataError as error:
+        report.check("the evidence can be read", held=False, detail=str(error))
+        return report, None
+    row = _check_form(report, bundle, leaderboards)
+    return report, (bundle, row) if row is not None and report.holds else None
 
 
 def _audit_again(report: Report, bundle: Bundle, redo: Redo, device: str, data_dir: Path | None) -> None:
