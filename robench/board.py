@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -19,11 +18,10 @@ import numpy as np
 
 from robench.bundle import Bundle, bundle_folder, read_bundle
 from robench.errors import DataError, RobenchError, UsageError
-from robench.leaderboard import Row, is_complete, is_masked, read_rows, rows_csv
+from robench.leaderboard import Row, is_complete, is_masked, read_rows
 from robench.plan import RunSpec
 from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
-from robench.report.markdown import markdown_table
 from robench.settings import Settings
 from robench.threat import exact_eps
 from robench.unit_table import WORST
@@ -237,118 +235,3 @@ def repeat_command(spec: RunSpec) -> str:
         words.append("--cascade" if spec.cascade else "--no-cascade")
     words += ["--precision", spec.precision] if spec.precision != Settings.precision else []
     return shlex.join(words)
-
-
-# tables
-
-HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "worst attack", "audit", "n", "protocol")
-
-
-def _percent(row: Row, kind: str) -> str:
-    value, low, high = (row[f"{kind}_{end}"] for end in ("acc", "low", "high"))
-    if not value:
-        return "not known"
-    return f"{100 * float(value):.1f} [{100 * float(low):.1f}, {100 * float(high):.1f}]"
-
-
-def table_cells(board: Board) -> list[tuple[str, ...]]:
-    """The rows of a leaderboard for a table in a text: see `HEADINGS`. A `~` says that the next row may be as good."""
-    return [
-        (
-            entry.row["rank"] + ("~" if entry.below is not None and not entry.below.distinct else ""),
-            entry.row["defense"] + (" (randomized)" if entry.row["randomized"] == "yes" else ""),
-            _percent(entry.row, "clean"),
-            _percent(entry.row, "robust"),
-            entry.row["worst_attack"],
-            entry.row["audit_verdict"],
-            entry.row["n"],
-            entry.row["protocol"] or "free list",
-        )
-        for entry in board.entries
-    ]
-
-
-def as_markdown(board: Board) -> str:
-    """A Markdown table."""
-    return markdown_table(HEADINGS, table_cells(board))
-
-
-def as_latex(board: Board) -> str:
-    """A LaTeX table of the package booktabs."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(_escape(cell) for cell in cells) + r" \\"
-
-    rows = "\n".join(line(cells) for cells in table_cells(board))
-    columns = "rlrrllrl"
-    return (
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(HEADINGS)}\n\\midrule\n{rows}\n"
-        "\\bottomrule\n\\end{tabular}\n"
-    )
-
-
-def as_json(board: Board) -> str:
-    """The rows as a JSON array of objects, every value as it stands in the CSV."""
-    return json.dumps([entry.row for entry in board.entries], indent=2, ensure_ascii=False) + "\n"
-
-
-def as_robustbench(board: Board) -> str:
-    """The rows as RobustBench's model_info writes them, a JSON array with one object for each; it has no intervals.
-
-    `autoattack_acc` stays empty: robench's protocol is not AutoAttack, and its figure stands under `external`. What a
-    row does not know (authors, venue, architecture) is empty, to be filled in by hand.
-    """
-    return (
-        json.dumps([_model_info(board, entry.row) for entry in board.entries if is_complete(entry.row)], indent=2)
-        + "\n"
-    )
-
-
-def _model_info(board: Board, row: Row) -> dict[str, object]:
-    draws = f", {row['judge_repeats']} answers behind each verdict" if row["randomized"] == "yes" else ""
-    low, high = (f"{100 * float(row[f'robust_{end}']):.2f}" for end in ("low", "high"))
-    return {
-        "link": "",
-        "name": row["defense"],
-        "authors": "",
-        "additional_data": False,
-        "number_forward_passes": 1,
-        "dataset": board.dataset,
-        "venue": "",
-        "architecture": "",
-        "eps": board.eps,
-        "clean_acc": f"{100 * float(row['clean_acc']):.2f}",
-        "reported": f"{100 * float(row['robust_acc']):.2f}",
-        "external": f"{100 * float(row['robust_acc']):.2f}",
-        "autoattack_acc": "",
-        "unreliable": is_masked(row),
-        "footnote": f"robench {row['protocol'] or 'free list'}, {row['n']} images, 95 % interval "
-        f"{low} to {high}{draws}; audit: {row['audit_verdict']}.",
-    }
-
-
-def as_csv(board: Board) -> str:
-    """The file itself."""
-    return rows_csv([entry.row for entry in board.entries])
-
-
-FORMATS: Final[dict[str, Callable[[Board], str]]] = {
-    "csv": as_csv,
-    "md": as_markdown,
-    "latex": as_latex,
-    "json": as_json,
-    "robustbench": as_robustbench,
-}
-
-LATEX: Final = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\n": " ",
-    "\r": " ",
-}
-
-
-def _escape(text: str) -> str:
-    return "".join(LATEX.get(sign, sign) for sign in text)

@@ -233,8 +233,8 @@ def verify(
     """Re-judge saved adversarial images under fresh randomness: does the claim still hold?"""
     from robench.verify import verify as verify_folder
 
-    report = verify_folder(as_place(folder), device=device, data_dir=data_dir, trust=trust)
-    end_with_report(report, as_json)
+    place = as_place(folder)
+    end_with_report(lambda: verify_folder(place, device=device, data_dir=data_dir, trust=trust), as_json)
 
 
 @app.command()

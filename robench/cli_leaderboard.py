@@ -71,7 +71,7 @@ def leaderboard_build(
     data_dir: DataDir = None,
 ) -> None:
     """Make the leaderboards' page, or tables."""
-    from robench.command import build_page, print_tables, write_text
+    from robench.command_board import build_page, print_tables, write_text
 
     if kind == "html":
         sys.stdout.write(f"{build_page(folder, board or [], out, data_dir)}\n")
@@ -85,11 +85,19 @@ def leaderboard_export(
     board: Annotated[str, typer.Argument(help="fashion_mnist-linf-0.1.")],
     folder: Folder = Path("leaderboards"),
     kind: Annotated[str, typer.Option("--format", help="robustbench, csv, md, latex or json.")] = "robustbench",
+    out: Annotated[
+        Path | None, typer.Option(help="The file; of robustbench the folder model_info, with a file for each row.")
+    ] = None,
 ) -> None:
-    """Print a leaderboard in the form of another board."""
-    from robench.command import print_tables
+    """Print a leaderboard in the form of another board, or write it."""
+    from robench.command_board import load_told, print_tables, write_text
+    from robench.report.tables import write_robustbench
 
-    sys.stdout.write(print_tables(folder, [board], kind))
+    if kind == "robustbench" and out is not None:
+        _print_files(write_robustbench(load_told(folder, [board])[0], out), as_json=False)
+        return
+    text = print_tables(folder, [board], kind)
+    sys.stdout.write(text if out is None else f"{write_text(out, text)}\n")
 
 
 @leaderboard_app.command("verify")
@@ -134,5 +142,7 @@ def leaderboard_check(  # noqa: PLR0913 - each parameter is an option of the com
     from robench.submission import Redo, check_submission, digest_of
 
     redo = Redo(attack, audit, seed)
-    report = check_submission(folder, digest_of(row), device=device, data_dir=data_dir, trust=trust, redo=redo)
-    end_with_report(report, as_json)
+    digest = digest_of(row)
+    end_with_report(
+        lambda: check_submission(folder, digest, device=device, data_dir=data_dir, trust=trust, redo=redo), as_json
+    )

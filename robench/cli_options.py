@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from robench.errors import RobenchError
 
 if TYPE_CHECKING:
     from robench.verify import Report
@@ -22,8 +25,14 @@ def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def end_with_report(report: Report, as_json: bool) -> None:
-    """Prints what was verified; the exit status is 1 where a claim does not hold."""
+def end_with_report(verify: Callable[[], Report], as_json: bool) -> None:
+    """Verifies and prints what was found; the exit status is 1 where a claim fails, 2 where it cannot be checked."""
+    try:
+        report = verify()
+    except RobenchError as error:
+        if as_json:
+            print_json({"holds": None, "cannot be checked": str(error)})
+        raise
     if as_json:
         print_json(report.to_json())
     else:

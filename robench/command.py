@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from robench.data_names import KNOWN
 from robench.defense import Defense
 from robench.errors import Interrupted, RobenchError, UsageError
 from robench.evaluate import evaluate
-from robench.files import Place, write_atomic
+from robench.files import Place
 from robench.lineup import plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import default_eps, get_protocol
@@ -306,50 +305,3 @@ def _train_again(request: TrainRequest, folder: Path) -> str:
     words += ["--init", str(request.init)] if request.init is not None else []
     words += ["--first-stage", request.first_stage] if request.first_stage else []
     return shlex.join([*words, *data_words(request.data_dir)])
-
-
-def build_page(folder: Path, names: Sequence[str], out: Path | None, data_dir: Path | None) -> Path:
-    """Writes the page of the leaderboards in a folder; returns its path.
-
-    Raises:
-        RobenchError: no leaderboard, a damaged one, a missing package, or a folder that cannot be written.
-    """
-    from robench.board import load_boards
-    from robench.report.board import render_boards
-
-    page = render_boards(load_boards(folder, names), data_dir)
-    return write_text(out or folder / "index.html", page)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a file of text, in a folder that need not be there; returns its path.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {path.parent}: {error.strerror}") from None
-    write_atomic(path, text.encode())
-    return path
-
-
-def print_tables(folder: Path, names: Sequence[str], kind: str) -> str:
-    """The leaderboards in a folder as text in a format of `robench.board.FORMATS`.
-
-    Raises:
-        UsageError: no such format, no leaderboard of that name, or several where the format holds one.
-        DataError: a leaderboard is damaged.
-    """
-    from robench.board import FORMATS, load_boards
-
-    if kind not in FORMATS:
-        raise UsageError(f'--format must be html, {", ".join(FORMATS)}; got "{kind}"')
-    found = load_boards(folder, names)
-    if len(found) > 1 and kind not in ("md", "latex"):
-        raise UsageError(f"{kind} holds one leaderboard; choose with --board: {', '.join(one.name for one in found)}")
-    if len(found) == 1:
-        return FORMATS[kind](found[0])
-    sign = "### " if kind == "md" else "% "
-    return "\n".join(f"{sign}{one.name}\n\n{FORMATS[kind](one)}" for one in found)

@@ -276,9 +276,11 @@ def pick_rows(leaderboards: Path, sample: int | None = None, seed: int = 0) -> l
     """All rows, or some drawn at random.
 
     Raises:
-        UsageError: there is no row.
+        UsageError: there is no row, or fewer than one is asked for.
         DataError: a leaderboard is damaged.
     """
+    if sample is not None and sample < 1:
+        raise UsageError(f"sample must be at least 1 row; got {sample}")
     rows = list(all_rows(leaderboards))
     if not rows:
         raise UsageError(f"there is no leaderboard row in {leaderboards}")

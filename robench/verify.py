@@ -13,7 +13,7 @@ import torch
 from robench.bundle import MANIFEST, read_bundle
 from robench.data import Dataset, load_dataset
 from robench.defense import Defense, weights_digest
-from robench.errors import DataError, UsageError
+from robench.errors import DataError, PluginError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge_in_units
 from robench.leaderboard import Row, board_name, read_rows
@@ -176,13 +176,23 @@ def verify_evidence(
 def _load_data(spec: RunSpec, folder: Path, data_dir: Path | None) -> Dataset:
     if not spec.defense or not spec.dataset:
         raise UsageError(f"{folder} cannot be checked: it names no defense or no dataset to load")
-    return load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
+    try:
+        return load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
+    except UsageError as error:
+        raise UsageError(f"{folder} cannot be checked: {error}") from None
+
+
+def _load_defense(spec: RunSpec, folder: Path) -> Defense:
+    try:
+        return load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    except (UsageError, PluginError) as error:
+        raise UsageError(f"{folder} cannot be checked: {error}") from None
 
 
 def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> None:
     spec = result.spec
     device = Settings(device=device).resolve_device()
-    defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
+    defense = _load_defense(spec, report.folder)
     digest = weights_digest(defense)
     report.check("weights are those of the run", digest == spec.weights_digest, f"digest {digest[:16]}")
     report.check("images are those of the run", data.digest == spec.data_digest, f"digest {data.digest[:16]}")

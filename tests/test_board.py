@@ -6,20 +6,25 @@ import csv
 import io
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from board_toys import BOARD, FORMULA, HOSTILE, TOY, make_boards, make_row
+from markdown_it import MarkdownIt
 
 from robench import ThreatModel
-from robench.board import Board, Entry, as_csv, as_json, as_latex, as_markdown, load_boards, read_references
+from robench.board import Board, Entry, load_boards, read_references
+from robench.command_board import print_tables
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
 from robench.leaderboard import add_row, read_rows
 from robench.publish import publish
 from robench.registry import load_defense
 from robench.report.board import render_boards
+from robench.report.markdown import markdown_table
+from robench.report.tables import as_csv, as_json, as_latex, as_markdown, table_cells
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,32 @@ def test_latex_escapes(boards: Path) -> None:
     assert r"\_hidden" in text
     assert r"\&amp;" in text
     assert text.count(r"\\") == 6
+
+
+def test_markdown_shows_every_cell_as_it_is() -> None:
+    signs = "![x](http://example.org/x.png) [y](http://example.org) ~~z~~ &lt; `a` <b> $c$ | \\ *d* _e_"
+    table = markdown_table(["one"], [[signs]])
+    html = MarkdownIt("gfm-like", {"linkify": False}).render(table)
+    assert not re.search(r"<(img|a|s|code|em|b)\b", html)
+    (cell,) = re.findall(r"<td>(.*)</td>", html)
+    assert unescape(cell) == signs
+
+
+def test_tables_tell_what_evidence_does_not_back_and_what_was_not_compared(
+    boards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = as_markdown(the_board(boards)).splitlines()[2:]
+    assert sum("(not backed by evidence)" in line for line in lines) == 4
+    assert not any("prototypes" in line and "not backed" in line for line in lines)
+    assert lines[0].startswith("| 1? ")  # the next row has no images to compare
+    print_tables(boards, [BOARD], "csv")
+    assert sum("There is no evidence for this row." in record.getMessage() for record in caplog.records) == 4
+    path = tmp_path / "mnist-l2-1.5.csv"
+    for name, low in (("first", "0.5000"), ("second", "0.4000")):
+        add_row(make_row(name, low, protocol="quick-1"), path)
+    add_row(make_row("alone", "0.1000", protocol="standard-1"), path)
+    ranks = [cells[0] for cells in table_cells(load_boards(tmp_path)[0])]
+    assert sorted(ranks) == ["1", "1?", "2"]
 
 
 def test_csv_and_json_are_the_rows(boards: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from board_toys import BOARD, HOSTILE, make_boards
 from browser import find_browser
 
-from robench.command import build_page
+from robench.command_board import build_page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

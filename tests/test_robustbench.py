@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from board_toys import make_row
+from board_toys import make_boards
 
 from robench import UsageError
-from robench.board import as_robustbench, load_boards
+from robench.board import load_boards
 from robench.bridges import robustbench
-from robench.leaderboard import add_row
 from robench.registry import load_attack, load_defense, resolve
+from robench.report.tables import as_robustbench, write_robustbench
 
 PACKAGE = """
 import pkg_resources
@@ -100,11 +101,38 @@ def test_stand_ins_leave_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sys.modules["json"] is before
 
 
-def test_export(tmp_path: Path) -> None:
-    add_row(
-        make_row("whole", "0.5000", audit_verdict="masked", protocol="standard-1"), tmp_path / "cifar10-linf-8_255.csv"
+BOARD = "fashion_mnist-linf-0.03"
+
+
+def test_export_takes_rows_that_their_evidence_backs(tmp_path: Path) -> None:
+    (board,) = load_boards(make_boards(tmp_path), [BOARD])
+    (info,) = json.loads(as_robustbench(board))  # the hostile, masked and partial rows have no evidence
+    (row,) = [entry.row for entry in board.entries if not entry.problem]
+    assert (info["name"], info["dataset"], info["eps"], info["unreliable"]) == (
+        "prototypes",
+        "fashion_mnist",
+        "0.03",
+        row["audit_verdict"] == "masked",
     )
-    add_row(make_row("partial", robust_acc=""), tmp_path / "cifar10-linf-8_255.csv")
-    (info,) = json.loads(as_robustbench(load_boards(tmp_path)[0]))
-    assert (info["dataset"], info["eps"], info["external"], info["unreliable"]) == ("cifar10", "8/255", "60.00", True)
-    assert "50.00 to 60.00" in info["footnote"]
+    assert float(info["external"]) == pytest.approx(100 * float(row["robust_acc"]), abs=0.005)
+    assert f"{100 * float(row['robust_low']):.2f} to {100 * float(row['robust_high']):.2f}" in info["footnote"]
+    assert not info.keys() & {"reported", "autoattack_acc"}
+
+
+def test_a_file_for_each_row_as_robustbench_reads_them(tmp_path: Path) -> None:
+    """Its list takes each accuracy that is there for a number, and asks for `venue`."""
+    boards = make_boards(tmp_path)
+    (board,) = load_boards(boards, [BOARD])
+    (entry,) = [entry for entry in board.entries if not entry.problem]
+    twice = replace(board, entries=(entry, replace(entry, row={**entry.row, "protocol": "quick-1"}), entry))
+    written = write_robustbench(twice, tmp_path / "model_info")
+    assert len(written) == 3
+    assert {path.parent for path in written} == {tmp_path / "model_info" / "fashion_mnist" / "Linf"}
+    for path in written:
+        info = json.loads(path.read_text())
+        assert info["venue"] == ""
+        shares = [float(info[key]) / 100 for key in ("external", "autoattack_acc", "clean_acc") if key in info]
+        assert len(shares) == 2
+        assert all(0 <= share <= 1 for share in shares)
+    with pytest.raises(UsageError, match=r"RobustBench has leaderboards in linf, l2; .* is of l1"):
+        as_robustbench(replace(board, norm="l1"))

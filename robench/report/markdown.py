@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-SIGNS: Final = {**{sign: f"\\{sign}" for sign in "\\|*_`<>"}, "\n": " ", "\r": " "}
+SIGNS: Final = {**{sign: f"\\{sign}" for sign in "\\|*_`<>&~$"}, "\n": " ", "\r": " "}
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -17,8 +18,8 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def escape(text: str) -> str:
-    """A text that Markdown takes for nothing but text, on one line."""
-    return "".join(SIGNS.get(sign, sign) for sign in text)
+    """A text that Markdown takes for nothing but text, on one line; an interval in brackets stays readable."""
+    return re.sub(r"\](?=[(\[])", r"\]", "".join(SIGNS.get(sign, sign) for sign in text))
 
 
 def _line(cells: Sequence[str]) -> str:

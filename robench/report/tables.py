@@ -1,0 +1,167 @@
+"""A leaderboard as a table in other texts: Markdown, LaTeX, CSV, JSON, and RobustBench's model_info."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from robench.board import Board, Entry
+from robench.errors import UsageError
+from robench.files import write_atomic
+from robench.leaderboard import Row, is_complete, is_masked, rows_csv
+from robench.report.markdown import markdown_table
+
+HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "worst attack", "audit", "n", "protocol")
+
+
+def _percent(row: Row, kind: str) -> str:
+    value, low, high = (row[f"{kind}_{end}"] for end in ("acc", "low", "high"))
+    if not value:
+        return "not known"
+    return f"{100 * float(value):.1f} [{100 * float(low):.1f}, {100 * float(high):.1f}]"
+
+
+def table_cells(board: Board) -> list[tuple[str, ...]]:
+    """The rows of a leaderboard for a table in a text: see `HEADINGS`.
+
+    After a rank `~` says that the next row may be as good, `?` that the two could not be compared. A row whose evidence
+    is missing, damaged or says otherwise is marked.
+    """
+    following: list[Entry | None] = [*board.entries[1:], None] if board.entries else []
+    return [
+        (
+            entry.row["rank"] + _neighbour_sign(entry, after),
+            entry.row["defense"]
+            + (" (randomized)" if entry.row["randomized"] == "yes" else "")
+            + (" (not backed by evidence)" if entry.problem else ""),
+            _percent(entry.row, "clean"),
+            _percent(entry.row, "robust"),
+            entry.row["worst_attack"],
+            entry.row["audit_verdict"],
+            entry.row["n"],
+            entry.row["protocol"] or "free list",
+        )
+        for entry, after in zip(board.entries, following, strict=True)
+    ]
+
+
+def _neighbour_sign(entry: Entry, after: Entry | None) -> str:
+    if entry.below is not None:
+        return "" if entry.below.distinct else "~"
+    ranked = after is not None and after.row["rank"] and after.row["protocol"] == entry.row["protocol"]
+    return "?" if entry.row["rank"] and ranked else ""
+
+
+def as_markdown(board: Board) -> str:
+    """A Markdown table."""
+    return markdown_table(HEADINGS, table_cells(board))
+
+
+def as_latex(board: Board) -> str:
+    """A LaTeX table of the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(_escape(cell) for cell in cells) + r" \\"
+
+    rows = "\n".join(line(cells) for cells in table_cells(board))
+    columns = "rlrrllrl"
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(HEADINGS)}\n\\midrule\n{rows}\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def as_json(board: Board) -> str:
+    """The rows as a JSON array of objects, every value as it stands in the CSV."""
+    return json.dumps([entry.row for entry in board.entries], indent=2, ensure_ascii=False) + "\n"
+
+
+def as_robustbench(board: Board) -> str:
+    """RobustBench's model_info of each row that can be exported, as a JSON array; see `model_infos`."""
+    return json.dumps(list(model_infos(board).values()), indent=2) + "\n"
+
+
+def write_robustbench(board: Board, folder: Path) -> list[Path]:
+    """Writes `<folder>/<dataset>/<Linf or L2>/<model>.json` for each row, as RobustBench lays them out."""
+    place = folder / board.dataset / _THREATS[board.norm] if board.norm in _THREATS else folder
+    written = []
+    for name, info in model_infos(board).items():
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomic(place / f"{name}.json", (json.dumps(info, indent=2) + "\n").encode())
+        written.append(place / f"{name}.json")
+    return written
+
+
+def model_infos(board: Board) -> dict[str, dict[str, object]]:
+    """What RobustBench keeps of a model, by the name of its file; it has no intervals.
+
+    Rows that miss a number or are not backed by their evidence are left out. robench's protocol is not AutoAttack: its
+    figure stands under `external`, there is no `autoattack_acc`, and no `reported`, which is the authors' own claim.
+    What a row does not know (authors, venue, architecture) is empty, to be filled in by hand.
+
+    Raises:
+        UsageError: RobustBench has no such norm.
+    """
+    if board.norm not in _THREATS:
+        raise UsageError(f"RobustBench has leaderboards in {', '.join(_THREATS)}; {board.name} is of {board.norm}")
+    found: dict[str, dict[str, object]] = {}
+    for entry in board.entries:
+        if not is_complete(entry.row) or entry.problem:
+            continue
+        name = "-".join(part for part in (entry.row["defense"], entry.row["protocol"] or "free list") if part)
+        name = re.sub(r"[^\w.=-]+", "_", name).strip("_")
+        found[name if name not in found else f"{name}-{entry.row['weights_digest']}"] = _model_info(board, entry.row)
+    return found
+
+
+def _model_info(board: Board, row: Row) -> dict[str, object]:
+    draws = f", {row['judge_repeats']} answers behind each verdict" if row["randomized"] == "yes" else ""
+    low, high = (f"{100 * float(row[f'robust_{end}']):.2f}" for end in ("low", "high"))
+    return {
+        "link": "",
+        "name": row["defense"],
+        "authors": "",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": board.dataset,
+        "venue": "",
+        "architecture": "",
+        "eps": board.eps,
+        "clean_acc": f"{100 * float(row['clean_acc']):.2f}",
+        "external": f"{100 * float(row['robust_acc']):.2f}",
+        "unreliable": is_masked(row),
+        "footnote": f"robench {row['protocol'] or 'free list'}, {row['n']} images, 95 % interval "
+        f"{low} to {high}{draws}; audit: {row['audit_verdict']}.",
+    }
+
+
+def as_csv(board: Board) -> str:
+    """The file itself."""
+    return rows_csv([entry.row for entry in board.entries])
+
+
+FORMATS: Final[dict[str, Callable[[Board], str]]] = {
+    "csv": as_csv,
+    "md": as_markdown,
+    "latex": as_latex,
+    "json": as_json,
+    "robustbench": as_robustbench,
+}
+
+_THREATS: Final = {"linf": "Linf", "l2": "L2"}
+
+LATEX: Final = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\n": " ",
+    "\r": " ",
+}
+
+
+def _escape(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in text)
