@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from robench import UsageError, load_data
-from robench.data import Dataset, digest_data
+from robench.data import Dataset, digest_data, load_dataset
+from robench.defenses.convnet import ConvNet
 from robench.defenses.shortrun import ShortRun, auto_sigma
 from robench.defenses.shortrun import model as model_module
 from robench.defenses.shortrun import train as train_module
@@ -20,6 +22,7 @@ from robench.defenses.shortrun.figures import reconstruct
 from robench.defenses.shortrun.train import ShortRunRecipe, make_recipe
 from robench.rng import seeded
 from robench.train import Recipe, Stage, TrainSettings, train
+from robench.train.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +198,20 @@ def test_options_of_the_recipe_are_in_its_stages_and_facts() -> None:
 def test_wrong_recipe_is_one_line(spec: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"^shortrun.*{message}[^\n]*$"):
         make_recipe(ShortRun(), spec)
+
+
+def test_the_convnet_can_be_given_the_same_labelled_images(tmp_path: Path) -> None:
+    """The thesis compares both on the same 10,000 labels."""
+    data = load_dataset("fashion_mnist", n=300)
+    seen = []
+    for defense, recipe in ((ShortRun(), "thesis(labelled=100)"), (ConvNet(width=8), "clean(labelled=100)")):
+        stage = replace(defense.recipe(recipe).stages()[-1], batch_size=25)
+        run = Run(defense, defense.recipe(recipe), data, tmp_path, TrainSettings(holdout=50, seed=3), "")
+        seen.append({float(x.sum()) for number in range(4) for x in run.batch(stage, number)[0]})
+    assert len(seen[0]) == 100
+    assert seen[0] == seen[1]
+    with pytest.raises(UsageError, match=r"^convnet: labelled must be at least 0; got -1$"):
+        ConvNet(width=8).recipe("clean(labelled=-1)")
 
 
 def test_sigma_stays_above_a_floor_that_rises_with_each_roll_back() -> None:

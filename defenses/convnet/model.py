@@ -106,9 +106,10 @@ class ConvNet(Defense):
         return "" if width in (None, THESIS_WIDTH) else f"width{width}"
 
     def recipe(self, name: str | None = None) -> Recipe:
-        """Plain training on clean images; there is one recipe, `clean`."""
+        """Plain training on clean images, `clean`; `clean(labelled=10000)` takes a subset."""
+        from robench.train.recipe import parse_recipe
+
         from .train import ConvNetRecipe
 
-        if name not in (None, ConvNetRecipe.name):
-            raise UsageError(f'convnet has one recipe, "{ConvNetRecipe.name}"; got "{name}"')
-        return ConvNetRecipe(self)
+        spec = name or "clean"
+        return ConvNetRecipe(self, spec, **parse_recipe("convnet", "clean", spec, {"labelled": int}))

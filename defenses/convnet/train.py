@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +16,22 @@ from .model import ConvNet
 class ConvNetRecipe(Recipe):
     """Cross-entropy on clean images with the thesis's optimizer and schedule (Ranger, flat then cosine)."""
 
-    name = "clean"
+    def __init__(self, defense: ConvNet, name: str = "clean", *, labelled: int = 0) -> None:
+        """Keeps the net to train.
 
-    def __init__(self, defense: ConvNet) -> None:
-        """Keeps the net to train."""
-        self.defense = defense
+        Args:
+            defense: the net.
+            name: the recipe as it was asked for, options included.
+            labelled: train on that many images, drawn by class; those of Short Run's `thesis(labelled=...)` under the
+                same seed. 0: all.
+        """
+        self.defense, self.name, self.labelled = defense, name, labelled
 
     def stages(self) -> list[Stage]:
         """One stage of about six epochs over 60,000 images."""
         parameters = list(self.defense.parameters())
-        return [Stage("clean", 2800, self.loss, parameters, 1e-3, flat=0.5, batch_size=128, optimizer=ranger, clip=5.0)]
+        stage = Stage("clean", 2800, self.loss, parameters, 1e-3, flat=0.5, batch_size=128, optimizer=ranger, clip=5.0)
+        return [replace(stage, images=self.labelled)]
 
     def loss(self, x: Images, y: Labels) -> Tensor:
         """Cross-entropy."""

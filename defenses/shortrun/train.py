@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from robench.errors import UsageError
 from robench.precision import has_bfloat16
-from robench.registry import parse_spec
-from robench.train.recipe import Recipe, Stage, autocast, ranger
+from robench.train.recipe import Recipe, Stage, autocast, parse_recipe, ranger
 from robench.types import Images, Labels
 
 from .figures import measure_chains, misfit
@@ -211,14 +209,5 @@ def make_recipe(defense: ShortRun, spec: str | None) -> ShortRunRecipe:
         UsageError: another name, or an option that it does not have or that is out of range.
     """
     spec = spec or "thesis"
-    name, options = parse_spec(spec)
-    if name != "thesis":
-        raise UsageError(f'shortrun has one recipe, "thesis"; got "{name}"')
-    known = list(inspect.signature(ShortRunRecipe).parameters)[2:]
-    for option, value in options.items():
-        if option not in known:
-            raise UsageError(f'shortrun: the recipe "thesis" takes {", ".join(known)}; got "{option}"')
-        whole = option != "reconstruction"
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise UsageError(f"shortrun: {option} takes a {'whole ' if whole else ''}number; got {value!r}")
-    return ShortRunRecipe(defense, spec, **options)
+    whole = dict.fromkeys(("labelled", "unlabelled", "depth", "batch"), int)
+    return ShortRunRecipe(defense, spec, **parse_recipe("shortrun", "thesis", spec, {"reconstruction": float, **whole}))

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robench.errors import UsageError
 from robench.precision import has_bfloat16
+from robench.registry import parse_spec
 from robench.types import Images, Labels
 
 OptimizerFactory = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+
+
+def parse_recipe(defense: str, name: str, spec: str, known: Mapping[str, type]) -> dict[str, Any]:
+    """The options in a text such as `thesis(labelled=10000)`, of a defense that has one recipe.
+
+    Args:
+        defense: its name.
+        name: the recipe's.
+        spec: the text.
+        known: the recipe's options, each with int or float; int is not negative.
+
+    Raises:
+        UsageError: another name, an option that it does not have, or a value of another kind.
+    """
+    came, options = parse_spec(spec)
+    if came != name:
+        raise UsageError(f'{defense} has one recipe, "{name}"; got "{came}"')
+    for option, value in options.items():
+        if option not in known:
+            raise UsageError(f'{defense}: the recipe "{name}" takes {", ".join(known)}; got "{option}"')
+        whole = known[option] is int
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise UsageError(f"{defense}: {option} takes a {'whole ' if whole else ''}number; got {value!r}")
+        if whole and value < 0:
+            raise UsageError(f"{defense}: {option} must be at least 0; got {value}")
+    return options
 
 
 def adam(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
