@@ -276,8 +276,17 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
 @app.command()
 def reproduce(  # noqa: PLR0913 - each parameter is an option of the command line
     name: Annotated[str, typer.Argument(help="A defense whose paper has tables: shortrun, fortified, jem.")],
-    table: Annotated[str | None, typer.Option(help="Only tables whose name holds this; several: 2.1,2.5.")] = None,
-    row: Annotated[str | None, typer.Option(help="Only rows whose heading holds this; several: JEM-0,JEM-1.")] = None,
+    table: Annotated[
+        list[str] | None,
+        typer.Option(help="Only tables whose name holds this; if none does, it is several: 2.1,2.5. May be repeated."),
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only rows whose heading holds this, commas and all: 'JEM-0, pgd'; if none does, it is several: "
+            "JEM-0,JEM-1. May be repeated."
+        ),
+    ] = None,
     n: Annotated[
         int | None, typer.Option(help="Images behind each figure; default 128, fewer where it is slow.")
     ] = None,
@@ -300,8 +309,8 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     request = ReproduceRequest(
         name,
         out or Path("runs") / f"reproduce-{name}",
-        tables=tuple(table.split(",")) if table else (),
-        rows=tuple(row.split(",")) if row else (),
+        tables=tuple(table or ()),
+        rows=tuple(row or ()),
         n=n,
         protocol="" if protocol == "none" else protocol,
         protocol_n=protocol_n,

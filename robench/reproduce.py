@@ -126,7 +126,7 @@ class Outcome:
         cell: what was asked.
         ours: the paper's own measurement, made here; None where it could not be.
         worst: worst-case accuracy under the request's protocol in the cell's threat model; None where there is none.
-        problem: why `ours` is missing.
+        problem: why `ours` is missing, or `worst`.
     """
 
     cell: Cell
@@ -166,7 +166,8 @@ class ReproduceRequest:
     Attributes:
         name: the defense whose paper it is.
         folder: where runs are kept; a second call takes up what is there.
-        tables: only tables whose name holds one of these texts; () for all.
+        tables: only tables whose name holds one of these texts; () for all. A text that no name holds is taken for
+            several with commas between them.
         rows: likewise, only rows whose heading holds one of these texts.
         n: images of each figure; None: 128, or the defense's first look where it is slow.
         protocol: measured besides the paper's attack; "" for none.
@@ -188,11 +189,13 @@ class ReproduceRequest:
     data_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        """Checks the counts.
+        """Checks the counts and the protocol, before hours go into the figures beside it.
 
         Raises:
-            UsageError: one is below 1.
+            UsageError: a count is below 1, or there is no such protocol.
         """
+        if self.protocol:
+            get_protocol(self.protocol)
         for name, count in (("n", self.n), ("protocol-n", self.protocol_n)):
             if count is not None and count < 1:
                 raise UsageError(f"{name} must be at least 1; got {count}")
@@ -337,7 +340,8 @@ def _announce(number: int, cells: int, cell: Cell) -> None:
 def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row"]) -> list[Cell]:
     """The cells whose table or row holds one of the texts; all without a text.
 
-    A text that stands somewhere as whole words is not looked for in parts of words: JEM-1 is not JEM-10.
+    A text that stands somewhere as whole words is not looked for in parts of words: JEM-1 is not JEM-10. A text that is
+    nowhere is taken for several with commas between them: names have commas too.
 
     Raises:
         UsageError: one of the texts is nowhere.
@@ -345,12 +349,19 @@ def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row
     names = list(dict.fromkeys(getattr(cell, what) for cell in cells))
     chosen = set() if texts else set(names)
     for text in texts:
-        whole = {name for name in names if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", name)}
-        found = whole or {name for name in names if text in name}
-        if not found:
-            raise UsageError(f'no {what} has "{text}" in its name; there are: {", ".join(names)}')
-        chosen |= found
+        several = [] if _holders(names, text) else [part.strip() for part in text.split(",") if part.strip()]
+        for part in several or [text]:
+            found = _holders(names, part)
+            if not found:
+                raise UsageError(f'no {what} has "{part}" in its name; there are: {", ".join(names)}')
+            chosen |= found
     return [cell for cell in cells if getattr(cell, what) in chosen]
+
+
+def _holders(names: Sequence[str], text: str) -> set[str]:
+    """The names that hold a text as whole words; those that hold it at all where there are none."""
+    whole = {name for name in names if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", name)}
+    return whole or {name for name in names if text in name}
 
 
 def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
@@ -370,4 +381,9 @@ def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
         if (other.defense, other.dataset, other.norm, other.eps) == alike and other.attack
     ]
     ours = runs.attacked(cell, list(dict.fromkeys(attacks)))
-    return Outcome(cell, ours, runs.protocol(cell) if request.protocol else None)
+    if not request.protocol:
+        return Outcome(cell, ours)
+    try:
+        return Outcome(cell, ours, runs.protocol(cell))
+    except UsageError as error:
+        return Outcome(cell, ours, problem=f"under {request.protocol}: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,43 @@ def test_a_cell_that_cannot_be_measured_says_why(
     assert "Prototypes" in out
 
 
+def test_a_figure_stays_where_the_protocol_cannot_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quick protocol has no attacks in l1: the paper's own figure is kept, and what is missing is said."""
+    one = cell("PGD", 40.0, attack="pgd(steps=5)", norm="l1", eps=2.0)
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: [one])
+    (outcome,) = reproduce.reproduce_all(request(tmp_path))
+    (alone,) = reproduce.reproduce_all(request(tmp_path, protocol=""))
+    assert alone.ours is not None
+    assert (outcome.ours, outcome.worst) == (alone.ours, None)
+    assert call(monkeypatch, "toy", "--n", 40, "--protocol", "quick", "--out", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "under quick: protocol quick-1 has attacks in linf, l2; the norm is l1" in out
+    assert str(outcome.ours) in out
+    with (tmp_path / "tables.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["ours"], row["worst"]) == (str(alone.ours.value), "")
+    assert "under quick" in row["problem"]
+
+
+def test_rows_with_commas_in_their_names_are_chosen_by_the_command_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del capsys
+    rows = ("JEM-0, pgd", "JEM-0, fgsm", "JEM-1, pgd", "JEM-1, fgsm")
+    cells = [Cell("table 1", row, "c", None, "", "fashion_mnist", measure=ten) for row in rows]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    assert call(monkeypatch, "toy", "--row", rows[0], "--row", rows[3], "--out", tmp_path) == 0
+    page = (tmp_path / "tables.md").read_text()
+    assert [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| JEM")] == [
+        "| JEM-0, pgd",
+        "| JEM-1, fgsm",
+    ]
+    (command,) = [line.strip("`") for line in page.splitlines() if line.startswith("`robench")]
+    assert shlex.split(command)[3:7] == ["--row", rows[0], "--row", rows[3]]
+
+
 def test_what_is_not_measured_on_purpose_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,9 +320,15 @@ def test_a_cell_is_measured_in_one_way(more: dict[str, Any], message: str) -> No
         (("JEM-1",), ["JEM-1, pgd"]),
         (("pgd", "JEM-0"), ["JEM-0", "JEM-1, pgd", "JEM-10, pgd"]),
         (("-10, p",), ["JEM-10, pgd"]),
+        (("JEM-1, pgd",), ["JEM-1, pgd"]),
+        (("JEM-1, pgd", "JEM-0"), ["JEM-0", "JEM-1, pgd"]),
+        (("JEM-0,JEM-10",), ["JEM-0", "JEM-10, pgd"]),
+        (("JEM-10, JEM-0,",), ["JEM-0", "JEM-10, pgd"]),
     ],
 )
-def test_whole_words_choose_rows_before_parts_of_words(texts: tuple[str, ...], found: list[str]) -> None:
+def test_whole_words_choose_rows_before_parts_of_words_and_commas_split_last(
+    texts: tuple[str, ...], found: list[str]
+) -> None:
     cells = [Cell("t", row, "c", None, "", "mnist", measure=ten) for row in ("JEM-0", "JEM-1, pgd", "JEM-10, pgd")]
     assert [cell.row for cell in _choose(cells, texts, "row")] == found
 
@@ -294,6 +338,9 @@ def test_whole_words_choose_rows_before_parts_of_words(texts: tuple[str, ...], f
     [
         ("--table", "9.9", 'no table has "9.9" in its name'),
         ("--row", "9.9", 'no row has "9.9" in its name'),
+        ("--row", "Prototypes,9.9", 'no row has "9.9" in its name'),
+        ("--row", ",", 'no row has "," in its name'),
+        ("--protocol", "standrd", 'there is no protocol "standrd"'),
         ("--n", 0, "n must be at least 1; got 0"),
         ("--protocol-n", 0, "protocol-n must be at least 1; got 0"),
     ],

@@ -81,15 +81,14 @@ def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest) -> str:
 
 
 def _command(request: ReproduceRequest) -> str:
+    chosen = [("--table", text) for text in request.tables] + [("--row", text) for text in request.rows]
     options = {
-        "table": ",".join(request.tables),
-        "row": ",".join(request.rows),
         "n": request.n,
         "protocol": request.protocol or "none",
         "protocol-n": request.protocol_n,
         "seed": request.seed,
     }
-    told = [(f"--{name}", str(value)) for name, value in options.items() if value not in (None, "")]
+    told = [*chosen, *((f"--{name}", str(value)) for name, value in options.items() if value is not None)]
     return shlex.join(["robench", "reproduce", request.name, *itertools.chain.from_iterable(told)])
 
 
