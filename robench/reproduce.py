@@ -80,7 +80,8 @@ class Cell:
         row: the row's heading.
         column: the column's heading.
         published: the paper's figure, accuracies in percent; None where it shows a curve or nothing.
-        published_on: the data of the paper.
+        published_on: the dataset of the paper by robench's name, `fashion_mnist`, or as robench would name it; "" where
+            the paper has no such figure.
         dataset: the data that is used here.
         defense: a defense as on the command line.
         attack: an attack as on the command line; "" is clean accuracy.
@@ -89,6 +90,7 @@ class Cell:
         measure: measures a figure that is no accuracy; defense and attack are not used then. None from it says that
             robench does not measure this on purpose, for the reason in `note`.
         note: what differs from the paper.
+        published_with: what else has to be known of the paper's figure, such as its net; printed as it is.
     """
 
     table: str
@@ -103,13 +105,20 @@ class Cell:
     eps: float = 0.0
     measure: Callable[[Context], Figure | None] | None = None
     note: str = ""
+    published_with: str = ""
 
     def __post_init__(self) -> None:
-        """Checks that the cell can be measured in one way.
+        """Checks that the cell can be measured in one way, and that its datasets can be compared.
 
         Raises:
-            UsageError: neither a defense nor a function, or both; an attack without a bound.
+            UsageError: neither a defense nor a function, or both; an attack without a bound; a dataset of the paper
+                that is no name.
         """
+        if self.published_on != self.dataset and not re.fullmatch("[a-z0-9_]*", self.published_on):
+            raise UsageError(
+                f"{self.table}, {self.row}, {self.column}: published_on is a dataset's name, such as fashion_mnist; "
+                f'got "{self.published_on}". What else there is to say goes into published_with'
+            )
         if bool(self.defense) == (self.measure is not None):
             raise UsageError(
                 f"{self.table}, {self.row}, {self.column}: give either a defense or a function that measures"
@@ -150,6 +159,7 @@ class Outcome:
             "column": cell.column,
             "published": cell.published,
             "published_on": cell.published_on,
+            "published_with": cell.published_with,
             "measured_on": cell.dataset,
             "ours": vars(self.ours) if self.ours else None,
             "difference": self.difference,

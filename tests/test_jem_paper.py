@@ -55,7 +55,7 @@ def test_published_detection_figures_are_those_of_the_slides() -> None:
         for column, figure in zip(columns, figures, strict=True):
             cell = found[row, f"cifar10 against {column}"]
             assert cell.published == figure
-            assert cell.published_on.startswith(f"cifar10 against {column}")
+            assert cell.published_on == "cifar10"
     ours = [cell for cell in found.values() if cell.published is None]
     assert len(ours) == len(published) * len(paper.OURS_AGAINST)
     assert {cell.column for cell in ours} >= {"fashion_mnist against mnist", "mnist against fashion_mnist"}

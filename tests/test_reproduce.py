@@ -15,6 +15,7 @@ import pytest
 
 from robench import UsageError, reproduce
 from robench.cli import main
+from robench.data_names import KNOWN
 from robench.evaluate import evaluate
 from robench.registry import load_defense
 from robench.reproduce import Cell, Context, Figure, ReproduceRequest, _choose, load_tables
@@ -31,14 +32,15 @@ def ten(context: Context) -> Figure:
 
 
 def cell(column: str, published: float | None = None, **more: Any) -> Cell:
-    return Cell("table 1", "Prototypes", column, published, "Other data", "fashion_mnist", **{"defense": TOY, **more})
+    told = {"published_on": "other_data", "dataset": "fashion_mnist", "defense": TOY, **more}
+    return Cell("table 1", "Prototypes", column, published, **told)
 
 
 CELLS = [
     cell("clean", 50.0),
     cell("FGSM", 40.0, attack="fgsm", eps=EPS),
     cell("PGD", attack="pgd(steps=5)", eps=EPS),
-    Cell("figure 2", "ratio", "hidden", 9.5, "Other data", "fashion_mnist", measure=ten, note="measured otherwise"),
+    Cell("figure 2", "ratio", "hidden", 9.5, "other_data", "fashion_mnist", measure=ten, note="measured otherwise"),
 ]
 
 
@@ -159,7 +161,7 @@ def test_the_page_in_markdown_shows_every_cell_and_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del capsys
-    hostile = Cell("table | 3", "<b>row</b>", "a", 1.0, "Fashion-MNIST", "fashion_mnist", measure=ten)
+    hostile = Cell("table | 3", "<b>row</b>", "a", 1.0, "fashion_mnist", "fashion_mnist", measure=ten)
     monkeypatch.setattr(reproduce, "load_tables", lambda name: [*CELLS, hostile])
     assert call(monkeypatch, "toy", "--n", 20, "--protocol", "none", "--out", tmp_path / "runs") == 0
     page = (tmp_path / "runs" / "tables.md").read_text()
@@ -170,7 +172,9 @@ def test_the_page_in_markdown_shows_every_cell_and_its_command(
     assert page.count("\n## ") == 3
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert len(tables) == 3 * 2 + 5
-    assert page.count("- the paper's data are Other data, ours fashion\\_mnist: not comparable\n") == 2  # once a table
+    assert (
+        page.count("- the paper's data are other\\_data, ours fashion\\_mnist: not comparable\n") == 2
+    )  # once a table
 
 
 def test_a_remark_names_the_cells_it_is_about(
@@ -194,7 +198,7 @@ def test_files_to_publish_do_not_say_where_the_data_lie(
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    absent = Cell("table 1", "JEM-0", "clean", 96.7, "SVHN", "svhn", "jem")
+    absent = Cell("table 1", "JEM-0", "clean", 96.7, "svhn", "svhn", "jem")
     monkeypatch.setattr(reproduce, "load_tables", lambda name: [absent])
     assert call(monkeypatch, "toy", "--data-dir", data, "--out", tmp_path / "runs") == 1
     assert str(data) in capsys.readouterr().out
@@ -204,13 +208,29 @@ def test_files_to_publish_do_not_say_where_the_data_lie(
         assert str(tmp_path) not in text
 
 
-def test_one_dataset_under_two_names_is_comparable(
+def test_only_other_data_are_not_comparable_and_what_else_the_paper_says_is_printed_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = Cell("table 1", "same", "ratio", 1.0, "Fashion-MNIST", "fashion_mnist", measure=ten)
-    monkeypatch.setattr(reproduce, "load_tables", lambda name: [same])
+    cells = [
+        Cell("table 1", on, "ratio", 1.0, on, "fashion_mnist", measure=ten, published_with="a wide net, a curve")
+        for on in ("fashion_mnist", "mnist")
+    ]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
     assert call(monkeypatch, "toy", "--out", tmp_path) == 0
-    assert "not comparable" not in capsys.readouterr().out
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if "the paper" in line] == [
+        "mnist: the paper's data are mnist, ours fashion_mnist: not comparable"
+    ]
+    assert "a wide net, a curve" in lines
+    with (tmp_path / "tables.csv").open(newline="") as file:
+        told = [(row["published_on"], row["published_with"], row["measured_on"]) for row in csv.DictReader(file)]
+    assert told == [(on, "a wide net, a curve", "fashion_mnist") for on in ("fashion_mnist", "mnist")]
+
+
+@pytest.mark.parametrize("name", ["shortrun", "fortified", "jem"])
+def test_the_papers_data_are_under_robenchs_names(name: str) -> None:
+    """CIFAR-100 is the one dataset that robench does not have."""
+    assert {cell.published_on for cell in load_tables(name)} <= {"", "cifar100", *KNOWN}
 
 
 def test_a_figure_shows_the_digits_of_its_interval() -> None:
@@ -229,7 +249,7 @@ def test_json_and_the_choice_of_tables(
 def test_a_cell_that_cannot_be_measured_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = Cell("table 1", "Absent", "clean", 50.0, "SVHN", "fashion_mnist", defense="no_such_defense")
+    missing = Cell("table 1", "Absent", "clean", 50.0, "svhn", "fashion_mnist", defense="no_such_defense")
     monkeypatch.setattr(reproduce, "load_tables", lambda name: [missing, CELLS[0]])
     assert call(monkeypatch, "toy", "--n", 20, "--out", tmp_path) == 1
     out = capsys.readouterr().out
@@ -279,7 +299,7 @@ def test_what_is_not_measured_on_purpose_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left_out = Cell(
-        "table 1", "FID", "all", 66.8, "SVHN", "fashion_mnist", measure=lambda context: None, note="grey images"
+        "table 1", "FID", "all", 66.8, "svhn", "fashion_mnist", measure=lambda context: None, note="grey images"
     )
     monkeypatch.setattr(reproduce, "load_tables", lambda name: [left_out])
     assert call(monkeypatch, "toy", "--out", tmp_path) == 0
@@ -306,9 +326,11 @@ def test_wrong_names_are_one_line(
         ({"measure": ten}, "either a defense or a function"),
         ({"defense": ""}, "either a defense or a function"),
         ({"attack": "pgd"}, "needs an eps"),
+        ({"published_on": "Fashion-MNIST"}, 'a dataset\'s name, such as fashion_mnist; got "Fashion-MNIST"'),
+        ({"published_on": "mnist (a curve)"}, "goes into published_with"),
     ],
 )
-def test_a_cell_is_measured_in_one_way(more: dict[str, Any], message: str) -> None:
+def test_a_cell_is_measured_in_one_way_on_a_dataset_with_a_name(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         cell("wrong", **more)
 

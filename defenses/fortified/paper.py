@@ -132,9 +132,10 @@ def _accuracies(
     table: str, dataset: str, attacks: dict[str, tuple[str, float]], rows: dict[str, tuple[str, list[float | None]]]
 ) -> list[Cell]:
     """One cell for each row and attack; a row is a defense with the published figures."""
-    on = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}[dataset]
     return [
-        Cell(table, row, column, published, on, dataset, defense, attack, eps=eps, note=_note(defense, dataset, eps))
+        Cell(
+            table, row, column, published, dataset, dataset, defense, attack, eps=eps, note=_note(defense, dataset, eps)
+        )
         for row, (defense, figures) in rows.items()
         for (column, (attack, eps)), published in zip(attacks.items(), figures, strict=True)
     ]
@@ -157,8 +158,8 @@ def _black_box() -> list[Cell]:
     for row, (spec, attacked, clean) in rows.items():
         measure = partial(blackbox_accuracy, spec=spec, eps=0.3)
         cells += [
-            Cell("table 2.6", row, "black-box FGSM 0.3", attacked, "MNIST", "mnist", measure=measure, note=note),
-            Cell("table 2.6", row, "clean", clean, "MNIST", "mnist", spec),
+            Cell("table 2.6", row, "black-box FGSM 0.3", attacked, "mnist", "mnist", measure=measure, note=note),
+            Cell("table 2.6", row, "clean", clean, "mnist", "mnist", spec),
         ]
     return cells
 
@@ -199,10 +200,11 @@ TABLES: Final[list[Cell]] = [
             {"hidden": "hidden space", "pixels": "input space"}[layer],
             f"capacity {capacity}",
             None,
-            "MNIST (a curve)",
+            "mnist",
             "mnist",
             measure=partial(error_ratio, layer=layer, capacity=capacity),
             note="ratio of errors, adversarial over clean",
+            published_with="the paper shows a curve",
         )
         for layer in ("hidden", "pixels")
         for capacity in CAPACITIES

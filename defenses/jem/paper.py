@@ -30,7 +30,7 @@ CLEAN: Final = "clean accuracy"
 DETECTION: Final = "out-of-distribution AUROC"
 CALIBRATION: Final = "calibration (ECE)"
 CURVES: Final = "refinement curves"
-WIDE: Final = "WRN-28-10"
+WIDE: Final = "the paper's net is a WRN-28-10"
 ROWS: Final = 250
 
 SCORES: Final = {"log_px": "log p(x)", "max_py": "max p(y|x)", "grad_norm": "-|d log p(x) / dx|"}
@@ -116,7 +116,7 @@ def not_at_hand(data: str) -> Callable[[Context], Figure]:
 def _clean_cells() -> list[Cell]:
     published = {"cifar10": 92.9, "svhn": 96.7, "fashion_mnist": None, "mnist": None}
     return [
-        Cell(CLEAN, "JEM-0", data, figure, f"{data}, {WIDE}, all training images", data, "jem")
+        Cell(CLEAN, "JEM-0", data, figure, data, data, "jem", published_with=f"{WIDE}, trained on all images")
         if figure is not None
         else Cell(CLEAN, "JEM-0", data, None, "", data, "jem", note="not in the paper")
         for data, figure in published.items()
@@ -130,7 +130,9 @@ def _detection_cells() -> list[Cell]:
             known = outside in ("svhn", "interpolation")
             measure = measure_auroc("cifar10", outside, kind) if known else not_at_hand(outside)
             column = f"cifar10 against {outside}"
-            cells.append(Cell(DETECTION, row, column, figure, f"{column}, {WIDE}", "cifar10", measure=measure))
+            cells.append(
+                Cell(DETECTION, row, column, figure, "cifar10", "cifar10", measure=measure, published_with=WIDE)
+            )
         for inside, outside in OURS_AGAINST:
             measure = measure_auroc(inside, outside, kind)
             column = f"{inside} against {outside}"
@@ -142,7 +144,15 @@ def _calibration_cells() -> list[Cell]:
     note = "the slides show the plot for CIFAR-100 without a figure in print"
     return [
         Cell(
-            CALIBRATION, row, data, None, f"CIFAR-100, {WIDE}", data, measure=measure_calibration(name, data), note=note
+            CALIBRATION,
+            row,
+            data,
+            None,
+            "cifar100",
+            data,
+            measure=measure_calibration(name, data),
+            note=note,
+            published_with=WIDE,
         )
         for data in ("fashion_mnist", "mnist", "cifar10")
         for row, name in (("JEM-0", "jem"), ("undefended ConvNet", "convnet"))
@@ -166,13 +176,14 @@ def _curve_cells() -> list[Cell]:
                     f"JEM-{steps}, {attack}",
                     f"{data}, {norm} {format_eps(eps, norm)}",
                     None,
-                    f"CIFAR-10, {WIDE}: a curve without figures in print",
+                    "cifar10",
                     data,
                     defense,
                     attack,
                     norm,
                     eps,
                     note=_curve_note(norm, attack),
+                    published_with=f"{WIDE}; it shows a curve without figures in print",
                 )
             )
     return cells

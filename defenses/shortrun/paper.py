@@ -21,7 +21,7 @@ from .figures import misfit, reconstruct
 if TYPE_CHECKING:
     from .model import ShortRun
 
-SVHN: Final = "SVHN"
+SVHN: Final = "svhn"
 DATASET: Final = "fashion_mnist"
 SET_SIZES: Final = ("40,000", "80,000", "120,000")
 OUR_SET: Final = "ours: one model, stage 1 on the images that its card names, all of them labelled"

@@ -22,6 +22,7 @@ COLUMNS: Final = (
     "column",
     "published",
     "published_on",
+    "published_with",
     "measured_on",
     "ours",
     "low",
@@ -146,17 +147,14 @@ def _by_row(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
 
 def _remarks_on(outcome: Outcome) -> Iterator[str]:
     cell = outcome.cell
-    if cell.published_on and _plain(cell.published_on) != _plain(cell.dataset):
+    if cell.published_on not in ("", cell.dataset):
         yield f"the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable"
+    if cell.published_with:
+        yield cell.published_with
     if outcome.problem:
         yield outcome.problem
     if cell.note:
         yield cell.note
-
-
-def _plain(name: str) -> str:
-    """A dataset's name as papers and robench both write it: Fashion-MNIST and fashion_mnist are one."""
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def as_csv(outcomes: Sequence[Outcome], protocol: str) -> str:
