@@ -250,6 +250,9 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log losses and figures into --out.")] = False,
     init: Annotated[Path | None, typer.Option(help="Weights to start from, instead of random ones.")] = None,
     first_stage: Annotated[str, typer.Option(help="The recipe's stage to begin with; default the first.")] = "",
+    precision: Annotated[
+        str, typer.Option(help="auto takes bfloat16 where the device has it; float32 does not.")
+    ] = "auto",
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -257,7 +260,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     from robench.command import TrainRequest, data_words, train_command
 
     request = TrainRequest(
-        defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard, init, first_stage
+        defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard, init, first_stage, precision
     )
     path, card = train_command(request)
     if as_json:

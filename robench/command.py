@@ -267,6 +267,7 @@ class TrainRequest:
     tensorboard: bool = False
     init: Path | None = None
     first_stage: str = ""
+    precision: str = "auto"
 
 
 def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
@@ -287,6 +288,7 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
         tensorboard=request.tensorboard,
         init=request.init,
         first_stage=request.first_stage,
+        precision=request.precision,
     )
     job = TrainJob(
         request.defense, request.dataset, folder, recipe=request.recipe, data_dir=request.data_dir, settings=settings
@@ -304,4 +306,5 @@ def _train_again(request: TrainRequest, folder: Path) -> str:
     words += ["--recipe", request.recipe] if request.recipe is not None else []
     words += ["--init", str(request.init)] if request.init is not None else []
     words += ["--first-stage", request.first_stage] if request.first_stage else []
+    words += ["--precision", request.precision] if request.precision != "auto" else []
     return shlex.join([*words, *data_words(request.data_dir)])

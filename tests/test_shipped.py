@@ -13,6 +13,7 @@ from robench.defense import weights_digest
 from robench.registry import names, resolve
 from robench.rng import seeded
 from robench.testing.decoy_training import Distilled, OneStep, Trades, Winners
+from robench.train.split import FEWEST
 from robench.weights import build_and_load, read_card, shipped_weights, weights_folder, weights_stem
 
 LARGEST, LARGEST_TOTAL = 4_000_000, 40_000_000
@@ -55,6 +56,16 @@ def test_card_tells_what_the_file_is(cls: type[Defense], path: Path) -> None:
     assert path.stem.partition("-")[0] == card["dataset"]
     defense = build_and_load(cls, None, path, {})
     assert weights_digest(defense) == card["weights_digest"]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{cls.name}-{path.stem}") for cls, path in SHIPPED])
+def test_card_tells_what_was_held_out_all_the_way_back(path: Path) -> None:
+    """So that training may go on from the weights without images that it is measured on."""
+    card = read_card(path)
+    while card:
+        assert isinstance(card["seed"], int)
+        assert card["held_out"]["images"] >= FEWEST
+        card = card.get("init", {})
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_bfloat16_sweeps_barely_move_the_gradient() -> None:
 def test_only_training_sweeps_in_bfloat16_and_only_where_the_device_has_it(
     has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "has_bfloat16", lambda _device: has)
+    monkeypatch.setattr(train_module, "mixes_precision", lambda _device: has)
     model, x = make_model(torch.float32), draw_images(2, dtype=torch.float32)
     seen: list[torch.dtype | None] = []
     infer = model.infer
@@ -137,7 +137,7 @@ def test_only_training_sweeps_in_bfloat16_and_only_where_the_device_has_it(
 
 def test_stage_3_adds_the_misfit_of_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """L_dis + w |x - g(z)|^2 / (2 sigma^2 D), by hand from the code that the seed gives."""
-    monkeypatch.setattr(train_module, "has_bfloat16", lambda _device: True)
+    monkeypatch.setattr(train_module, "mixes_precision", lambda _device: True)
     model, x, y = make_model(torch.float32), draw_images(3, dtype=torch.float32), torch.tensor([1, 2, 3])
     with seeded("stage 3"):
         plain = make_recipe(model, "thesis(reconstruction=0)").unrolled_loss(x, y).item()

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import robench
 from robench import DataError, Defense, UsageError, load_defense
 from robench.cli import main
 from robench.data import Dataset, load_dataset
@@ -355,7 +356,7 @@ def test_interrupted_process_exits_130_with_the_command_that_resumes(
     data_dir: Path, place: Path, command: Callable[[list[str]], int]
 ) -> None:
     """The command as printed must resume this very run: with its seed, scale and data folder."""
-    words = train_words(data_dir, "a cut run", "--seed", "3", "--scale", "0.9", "--recipe", "noise")
+    words = train_words(data_dir, "a cut run", "--seed", "3", "--scale", "0.9", "--precision", "float32")
     assert command([*words[: words.index("--out")], "--out", "whole", *words[words.index("--out") + 2 :]]) == 0
     status, err = stop_process(words, place / "a cut run" / "checkpoint.pt", signal.SIGINT)
     assert status == 130
@@ -466,6 +467,7 @@ def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: py
         (["--scale", "0"], "scale must be positive"),
         (["--scale", "nan"], "scale must be positive"),
         (["--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["--precision", "float16"], 'training takes precision auto or float32; got "float16"'),
         (["--resume"], "nothing to resume"),
         (["--init", "nowhere.safetensors"], "weights file nowhere.safetensors does not exist"),
         (["--first-stage", "third"], 'recipe "noise" has no stage "third"; its stages are: first, second'),
@@ -500,6 +502,7 @@ def test_card_says_what_was_done(data_dir: Path, place: Path, job: TrainJob) -> 
     assert card["train_images"] == TRAIN_IMAGES - 500
     assert card["train_digest"] == load_dataset("fashion_mnist", "train", data_dir=data_dir).digest
     assert card["torch"] == torch.__version__.split("+")[0]
+    assert (card["robench"], card["scale"], card["split_seed"]) == (robench.__version__, 0.5, 4)
     assert card["device"].startswith("cpu, ")
     assert card["wall_time_s"] >= 0
     assert [(stage["name"], stage["iterations"], stage["optimizer"]) for stage in card["stages"]] == [
@@ -531,7 +534,8 @@ def test_training_goes_on_from_weights_at_a_later_stage(trained: TrainJob, tmp_p
     assert 0 < max(moved) < 0.1
     assert [stage["name"] for stage in further["stages"]] == ["second"]
     assert list(further["held_out"]) == ["images", "second"]
-    assert further["init"] == {name: card[name] for name in ("weights_digest", "recipe", "stages", "seed", "held_out")}
+    told = ("weights_digest", "dataset", "recipe", "stages", "train_digest", "seed", "split_seed", "scale", "precision")
+    assert further["init"] == {name: card[name] for name in (*told, "held_out")}
 
 
 def test_same_seed_same_weights_other_seed_others(job: TrainJob, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.errors import UsageError
-from robench.precision import has_bfloat16
+from robench.precision import mixes_precision
 from robench.train.recipe import Recipe, Stage, autocast, parse_recipe, ranger
 from robench.types import Images, Labels
 
@@ -149,7 +149,7 @@ class ShortRunRecipe(Recipe):
     @contextmanager
     def _quick_sweeps(self) -> Iterator[None]:
         device = self.defense.log_sigma.device.type
-        self.defense.sweep_dtype = torch.bfloat16 if has_bfloat16(device) else None
+        self.defense.sweep_dtype = torch.bfloat16 if mixes_precision(device) else None
         try:
             yield
         finally:

@@ -6,15 +6,18 @@ same kind of device, as one that was not.
 
 from __future__ import annotations
 
+import logging
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+import robench
 from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
+from robench.precision import training_precision
 from robench.progress import Progress
 from robench.rng import reseed, seeded
 from robench.train.log import Log, open_log
@@ -22,6 +25,22 @@ from robench.train.recipe import Recipe, Stage
 from robench.train.run import Run, TrainSettings
 from robench.types import Images, Labels
 from robench.weights import load_weights, read_card
+
+HISTORY: Final = (
+    "weights_digest",
+    "init",
+    "dataset",
+    "recipe",
+    "stages",
+    "train_digest",
+    "seed",
+    "split_seed",
+    "scale",
+    "precision",
+    "held_out",
+)
+"""What a card says of the weights that training started from."""
+LOG = logging.getLogger("robench")
 
 
 def train(
@@ -59,7 +78,16 @@ def train(
     recipe.prepare(run.x)
     if settings.init is not None:  # after `prepare`: constants fitted to the images are part of the weights
         load_weights(defense, settings.init)
-    with seeded(settings.seed, "init", device=settings.device), open_log(folder, settings.tensorboard) as log:
+    if run.split.seen_before:
+        LOG.warning(
+            f"{settings.init} may have been trained on what is held out now: its card does not tell what was, or that "
+            "is too little"
+        )
+    with (
+        training_precision(settings.precision),
+        seeded(settings.seed, "init", device=settings.device),
+        open_log(folder, settings.tensorboard) as log,
+    ):
         optimizer_state = run.load() if resume else None
         stages = recipe.stages()[_first_stage(recipe, settings.first_stage) :]
         for index in range(run.state.stage, len(stages)):
@@ -175,10 +203,18 @@ def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:
         "train_images": len(run.x),
         "train_digest": data.digest,
         "seed": settings.seed,
+        "split_seed": run.split.seed,
+        "scale": settings.scale,
+        "precision": run.precision,
         "device": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "robench": robench.__version__,
         "torch": torch.__version__.split("+")[0],
         "wall_time_s": round(run.state.seconds),
-        "held_out": {"images": len(run.x_held), **run.measured},
+        "held_out": {
+            "images": len(run.x_held),
+            **({"seen_before": True} if run.split.seen_before else {}),
+            **run.measured,
+        },
         **({"checks": run.checks} if run.checks else {}),
         **run.recipe.facts(),
     }
@@ -187,6 +223,4 @@ def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:
 def _origin(weights: Path) -> dict[str, Any]:
     """What the card of the weights that training started from says of their own training."""
     card = read_card(weights)
-    return {
-        name: card[name] for name in ("weights_digest", "init", "recipe", "stages", "seed", "held_out") if name in card
-    }
+    return {name: card[name] for name in HISTORY if name in card}

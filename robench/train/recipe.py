@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.errors import UsageError
-from robench.precision import has_bfloat16
+from robench.precision import mixes_precision
 from robench.registry import parse_spec
 from robench.types import Images, Labels
 
@@ -60,9 +60,10 @@ def autocast(x: Images) -> torch.autocast:
     """A context in which convolutions run in bfloat16 where the device has it: 1.7 times as fast on such CPUs.
 
     Elsewhere they stay in float32: an AVX2 CPU emulates bfloat16, and a step of the ConvNet took 21 times as long.
+    So they do where `TrainSettings.precision` says so.
     Only the passes go inside; logits are turned back to float32 for the loss, and weights and update stay float32.
     """
-    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=has_bfloat16(x.device.type))
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=mixes_precision(x.device.type))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from robench.data import Dataset, draw_stratified
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
 from robench.files import write_atomic
+from robench.precision import mixes_precision, training_precision
 from robench.rng import seed_for, seeded
 from robench.train.recipe import Recipe, Stage
+from robench.train.split import split_images
 from robench.types import Images, Labels
 
 CHECKPOINT_SECONDS = 60.0
@@ -41,6 +43,7 @@ class TrainSettings:
         tensorboard: also write losses and figures for TensorBoard, into the folder of the checkpoint.
         init: weights to start from, instead of random ones.
         first_stage: the stage to begin with, for weights that are past the ones before; empty: the first.
+        precision: `auto` takes bfloat16 where the device has it (see `autocast`), `float32` does not.
     """
 
     seed: int = 0
@@ -50,6 +53,16 @@ class TrainSettings:
     tensorboard: bool = False
     init: Path | None = None
     first_stage: str = ""
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks the precision.
+
+        Raises:
+            UsageError: it is neither `auto` nor `float32`.
+        """
+        if self.precision not in ("auto", "float32"):
+            raise UsageError(f'training takes precision auto or float32; got "{self.precision}"')
 
 
 @dataclass
@@ -71,6 +84,8 @@ class Run:
     """One training run: the position, its checkpoint file and what has been measured so far.
 
     Attributes:
+        split: which images are held out.
+        precision: `bfloat16` where `autocast` runs passes in it, else `float32`.
         measured: the figures after each stage that is done.
         checks: the figures of each check, in order.
         good: weights, optimizer and recipe of the last check that went well; None before the first of a stage.
@@ -89,11 +104,13 @@ class Run:
         self.measured: dict[str, dict[str, float]] = {}
         self.checks: list[dict[str, Any]] = []
         self.good: dict[str, Any] | None = None
+        self.split = split_images(data, settings.seed, settings.holdout, settings.init)
+        with training_precision(settings.precision):
+            self.precision = "bfloat16" if mixes_precision(torch.device(settings.device).type) else "float32"
         told = {name: value for name, value in asdict(settings).items() if name != "tensorboard"}
+        told |= {"precision": self.precision, "split": (self.split.seed, len(self.split.held))}
         self.identity = f"{defense.name} {recipe.name} {data.name} {data.digest[:16]} {told}{variant}"
-        with seeded("split", settings.seed):
-            order = torch.randperm(len(data.x))
-        held, kept = order[: settings.holdout], order[settings.holdout :]
+        held, kept = self.split.held, self.split.kept
         self.x, self.y = data.x[kept], data.y[kept]
         self.x_held, self.y_held = data.x[held].to(settings.device), data.y[held].to(settings.device)
         self.subset = torch.arange(0)
