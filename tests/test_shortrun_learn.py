@@ -307,13 +307,14 @@ def test_labelled_subset_is_stratified_and_no_other_image_is_seen_by_stages_2_an
     assert counts.tolist() == [4] * 10
 
 
-def test_more_labels_than_images_is_one_line(tmp_path: Path) -> None:
+def test_more_labels_than_images_is_one_line_before_the_first_stage(tmp_path: Path) -> None:
     x, y = load_data("fashion_mnist", n=40)
     data = Dataset("few", "train", x, y, torch.arange(40), tuple("0123456789"), digest_data(x, y))
     model = make_model(torch.float32, steps=1)
     recipe = Watched(make_recipe(model, "thesis(labelled=40)"), iterations=1)
     with pytest.raises(UsageError, match=r"^stage discriminative takes 40 training images; there are 30$"):
         train(model, recipe, data, tmp_path, TrainSettings(holdout=10))
+    assert not any(recipe.seen.values())
 
 
 class BeforeStage3(ShortRunRecipe):

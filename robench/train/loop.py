@@ -90,6 +90,7 @@ def train(
     ):
         optimizer_state = run.load() if resume else None
         stages = recipe.stages()[_first_stage(recipe, settings.first_stage) :]
+        run.check_demands(stages)
         for index in range(run.state.stage, len(stages)):
             _train_stage(run, stages[index], optimizer_state, log)
             run.end_stage(stages[index])

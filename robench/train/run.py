@@ -7,7 +7,7 @@ import io
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -239,15 +239,19 @@ class Run:
         self.recipe.load_state(content["recipe"])
         return content["optimizer"]
 
-    def batch(self, stage: Stage, iteration: int) -> tuple[Images, Labels]:
-        """The batch of an iteration: an order of the stage's images drawn for each epoch from the seed alone.
+    def check_demands(self, stages: Sequence[Stage]) -> None:
+        """Checks that there are as many training images as each stage takes.
 
         Raises:
-            UsageError: the stage asks for more images than there are.
+            UsageError: a stage takes more.
         """
+        for stage in stages:
+            if stage.images > len(self.x):
+                raise UsageError(f"stage {stage.name} takes {stage.images} training images; there are {len(self.x)}")
+
+    def batch(self, stage: Stage, iteration: int) -> tuple[Images, Labels]:
+        """The batch of an iteration: an order of the stage's images drawn for each epoch from the seed alone."""
         count = stage.images or len(self.x)
-        if count > len(self.x):
-            raise UsageError(f"stage {stage.name} takes {count} training images; there are {len(self.x)}")
         per_epoch = max(count // stage.batch_size, 1)
         epoch, position = divmod(iteration, per_epoch)
         generator = torch.Generator().manual_seed(seed_for(self.settings.seed, stage.name, "order", epoch))
