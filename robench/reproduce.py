@@ -127,6 +127,11 @@ class Cell:
             raise UsageError(f"{self.table}, {self.row}, {self.column}: an attack needs an eps above 0")
 
 
+def leave_out(context: Context) -> None:
+    """The `measure` of a figure that is not measured; the cell's note says why."""
+    del context
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A cell with what was measured.

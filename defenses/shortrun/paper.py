@@ -13,7 +13,7 @@ import torch
 
 from robench.data import load_dataset
 from robench.registry import load_defense
-from robench.reproduce import Cell, Context, Figure
+from robench.reproduce import Cell, Context, Figure, leave_out
 from robench.rng import seeded
 
 from .figures import misfit, reconstruct
@@ -46,11 +46,6 @@ def measure_mse(context: Context) -> Figure:
         ).double()
     mean, half = errors.mean().item(), 1.96 * errors.std().item() / len(errors) ** 0.5
     return Figure(mean, mean - half, mean + half, len(errors))
-
-
-def leave_out(context: Context) -> None:
-    """Stands for a figure that is not measured; the cell's note says why."""
-    del context
 
 
 def _table_4_1() -> list[Cell]:
