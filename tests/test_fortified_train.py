@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from robench.registry import parse_spec
 from robench.reproduce import Context
 from robench.rng import seeded
 from robench.threat import ThreatModel
-from robench.train import Recipe, Stage, TrainSettings, run, train
 from robench.weights import read_card, shipped_weights, weights_folder
 
 CARD_FIELDS = {"recipe", "train_digest", "seed", "device", "wall_time_s", "test", "known_breakage", "training_attack"}
@@ -54,83 +52,7 @@ def make(**options: Any) -> Fortified:
         return Fortified(**options)
 
 
-class CutOffError(Exception):
-    """Stands for the power going out in the middle of an iteration."""
-
-
-class Short(Recipe):
-    """The recipe with fewer and smaller batches; `measure` gives each stage's own objective on fixed images."""
-
-    def __init__(self, inner: FortifiedRecipe, iterations: int, batch_size: int, watch: Dataset, cut: int = 0) -> None:
-        self.inner, self.iterations, self.batch_size, self.cut = inner, iterations, batch_size, cut
-        self.watch = watch.x[:64], watch.y[:64]
-        self.name = inner.name
-        self.calls = 0
-
-    def stages(self) -> list[Stage]:
-        return [
-            dataclasses.replace(
-                stage, iterations=self.iterations, batch_size=self.batch_size, loss=self._counted(stage.loss)
-            )
-            for stage in self.inner.stages()
-        ]
-
-    def _counted(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def counted(x: Tensor, y: Tensor) -> Tensor:
-            self.calls += 1
-            if self.calls == self.cut:
-                raise CutOffError
-            return loss(x, y)
-
-        return counted
-
-    def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        del x, y
-        found = {}
-        for stage in self.inner.stages():
-            with torch.enable_grad(), seeded("objective"):
-                found[stage.name] = stage.loss(*self.watch).item()
-        return found
-
-
 # training
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"layers": ["conv2"], "stop_gradient": True}, {"layers": []}, {"train_attack": "fgsm"}],
-    ids=str,
-)
-def test_every_stage_lowers_its_own_loss(options: dict[str, Any], images: Dataset, tmp_path: Path) -> None:
-    images = dataclasses.replace(images, y=images.y % 3)  # three labels are quickly learned
-    defense = make(**options)
-    recipe = Short(FortifiedRecipe(defense), 12, 32, images)
-    seen = [recipe.measure(images.x, images.y)]
-    card = train(defense, recipe, images, tmp_path, TrainSettings(holdout=64))
-    names = ["clean", "half", "adversarial"]
-    assert [stage.name for stage in recipe.stages()] == names
-    seen += [card["held_out"][name] for name in names]
-    falls = {name: seen[number][name] - seen[number + 1][name] for number, name in enumerate(names)}
-    assert falls["clean"] > 0, falls
-    assert seen[0]["half"] > seen[2]["half"], falls
-    assert seen[0]["adversarial"] > seen[3]["adversarial"], falls
-
-
-def test_cut_off_training_ends_in_the_same_bits(
-    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fit(folder: str, cut: int = 0, resume: bool = False) -> str:
-        defense = make()
-        recipe = Short(FortifiedRecipe(defense), 3, 16, images, cut)
-        train(defense, recipe, images, tmp_path / folder, TrainSettings(holdout=64), resume=resume)
-        return weights_digest(defense)
-
-    whole = fit("whole")
-    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", -1.0)  # after every iteration
-    for cut in (2, 5, 9):
-        with pytest.raises(CutOffError):
-            fit(str(cut), cut=cut)
-        assert fit(str(cut), resume=True) == whole
 
 
 def test_training_attack_stays_within_its_bound_and_raises_the_loss() -> None:

@@ -211,19 +211,14 @@ def test_where_chains_start() -> None:
     torch.testing.assert_close(informative.defense.gaussians.mean[1], torch.full((1, 28, 28), 0.8))
 
 
-# training
-
-
-@pytest.mark.parametrize("name", ["informative", "uniform", "classifier"])
-def test_training_lowers_cross_entropy(name: str, images: Dataset, tmp_path: Path) -> None:
-    """On all images without noise, before and after; three labels instead of ten are quickly learned."""
-    images = dataclasses.replace(images, y=images.y % 3)
-    recipe = Short(name, (6, 16))
-    before = recipe.measure(images.x, images.y)
-    train(recipe.defense, recipe, images, tmp_path, SETTINGS)
-    after = recipe.measure(images.x, images.y)
-    assert after["cross_entropy"] < before["cross_entropy"] - 0.1
+@pytest.mark.parametrize("name", ["informative", "classifier"])
+def test_the_classifier_alone_has_no_chains(name: str) -> None:
+    recipe = make_recipe(name)
+    recipe.stages()[1].loss(torch.rand(4, 1, 28, 28), torch.arange(4))
     assert (recipe.buffer is None) is (name == "classifier")
+
+
+# training
 
 
 def test_training_makes_images_likelier_than_where_chains_start(images: Dataset, tmp_path: Path) -> None:
@@ -249,17 +244,10 @@ def run_to_the_end(folder: Path, images: Dataset, *, cut: int = 0, resume: bool 
     return weights_digest(recipe.defense)
 
 
-def test_cut_off_training_ends_in_the_same_bits(
-    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The buffer is part of the checkpoint: without it the chains would start anew, and other weights come out."""
+def test_the_buffer_is_part_of_the_checkpoint(images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the chains would start anew, and other weights come out."""
     whole = run_to_the_end(tmp_path / "whole", images)
-    assert run_to_the_end(tmp_path / "again", images) == whole
     monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", -1.0)  # after every iteration
-    for cut in (1, 4):
-        folder = tmp_path / str(cut)
-        assert run_to_the_end(folder, images, cut=cut) is None
-        assert run_to_the_end(folder, images, resume=True) == whole
     folder = tmp_path / "forgetful"
     assert run_to_the_end(folder, images, cut=4) is None
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
