@@ -208,6 +208,44 @@ def test_the_page_is_self_contained_and_small(page: str) -> None:
     assert elements.counts["img"] == 1
 
 
+@pytest.mark.parametrize("cascade", [True, False])
+def test_attacks_stand_in_the_order_of_the_run_and_a_cascade_says_so(cascade: bool, tmp_path: Path) -> None:
+    evaluate(
+        load_defense(TOY),
+        "square(queries=9),fgsm",
+        ThreatModel("linf", 0.08),
+        "fashion_mnist",
+        n=40,
+        cascade=cascade,
+        out=tmp_path / "run",
+        defense_spec=TOY,
+    )
+    publish([tmp_path / "run"], tmp_path / "boards")
+    (board,) = load_boards(tmp_path / "boards")
+    (entry,) = board.entries
+    assert entry.bundle is not None
+    table = entry.bundle.figures.table
+    right = {name: int((table[table["attack"] == name]["accuracy"] == 1).sum()) for name in table["attack"].unique()}
+    assert 0 < right["square(queries=9)"] < right["clean"] < 40
+    lines = re.findall(r"([^\s>]+) (\S+) % <small>\((\d+) attacked\)", render_boards([board]))
+    left = right["square(queries=9)"] if cascade else right["clean"]
+    assert lines == [
+        ("square(queries=9)", f"{100 * right['square(queries=9)'] / 40:.1f}", str(right["clean"])),
+        ("fgsm", f"{100 * right['fgsm'] / 40:.1f}", str(left)),
+    ]
+    heading = "left standing after each attack, in order" if cascade else "under each attack"
+    assert f"<dt>{heading}</dt>" in render_boards([board])
+
+
+def test_a_row_without_evidence_is_a_cascade_where_its_protocol_is_one() -> None:
+    headings = {"standard-1": "left standing after", "quick-1": "under each attack<", "": "under each attack<"}
+    for protocol, heading in headings.items():
+        entry = Entry(make_row(protocol=protocol, randomized="no"), None, "")
+        assert f"<dt>{heading}" in render_boards([Board("a", "a", "linf", "1", (entry,))])
+    randomized = Entry(make_row(protocol="standard-1", randomized="yes"), None, "")
+    assert "right answers left</dt>" in render_boards([Board("a", "a", "linf", "1", (randomized,))])
+
+
 def test_the_page_is_the_same_twice(boards: Path, page: str) -> None:
     assert render_boards(load_boards(boards)) == page
 

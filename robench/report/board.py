@@ -16,7 +16,8 @@ from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
 from robench.data import load_dataset
 from robench.errors import RobenchError
-from robench.leaderboard import HEAD, TAIL, Row
+from robench.leaderboard import Row, attack_columns
+from robench.protocol import find_protocol
 from robench.report.drawing import INK, Drawings, page_style
 from robench.report.page import load_template
 from robench.unit_table import CLEAN, WORST
@@ -95,15 +96,40 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "entry": entry,
         "row": entry.row,
         "percent": {name: _percent(entry.row, name) for name in ("clean", "robust")},
-        "attacks": [(key, 100 * float(cell)) for key, cell in entry.row.items() if _is_attack(key) and cell],
+        "attacks": _show_attacks(entry),
         "audit": audit,
         "plots": Markup(drawings.svg(plots)) if plots is not None else "",
         "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",
     }
 
 
-def _is_attack(column: str) -> bool:
-    return column not in HEAD and column not in TAIL
+def _show_attacks(entry: Entry) -> dict[str, Any]:
+    """The attacks' cells of a row in the order of the run, under a heading that says what they are.
+
+    In a cascade an image that an attack settled is wrong under all later ones, so that a cell is what is left then; of
+    a randomized defense only an image without any right answer is settled.
+    """
+    spec = entry.bundle.spec if entry.bundle is not None else None
+    protocol = find_protocol(entry.row["protocol"])
+    if not (spec.cascade if spec is not None else protocol is not None and protocol.cascade):
+        heading = "under each attack"
+    elif entry.row["randomized"] == "yes":
+        heading = "under each attack, in order, on images with right answers left"
+    else:
+        heading = "left standing after each attack, in order"
+    order = [one.key for one in spec.attacks] if spec is not None else attack_columns([entry.row])
+    known = [key for key in order if entry.row.get(key)]
+    attacked = _count_attacked(entry.bundle) if entry.bundle is not None else {}
+    return {
+        "heading": heading,
+        "lines": [(key, 100 * float(entry.row[key]), attacked.get(key)) for key in known],
+    }
+
+
+def _count_attacked(bundle: Bundle) -> dict[str, int]:
+    """On how many images each attack was run: those right without one and, in a cascade, not settled before."""
+    table = bundle.figures.table
+    return {key: int(((table["attack"] == key) & (table["status"] == "ok")).sum()) for key in table["attack"].unique()}
 
 
 def _percent(row: Row, kind: str) -> tuple[float, float, float] | None:
