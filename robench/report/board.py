@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
@@ -16,22 +16,16 @@ from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
 from robench.data import load_dataset
 from robench.errors import RobenchError
-from robench.leaderboard import Row, attack_columns
+from robench.leaderboard import attack_columns
 from robench.protocol import find_protocol
-from robench.report.drawing import INK, Drawings, page_style
+from robench.report.board_charts import draw_curves, draw_findings, draw_scatter, percent
+from robench.report.drawing import Drawings, page_style
 from robench.report.page import load_template
 from robench.unit_table import CLEAN, WORST
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 PICTURES: Final = 8
 """Adversarial images shown of a row."""
-PLOTS: Final = 6
-"""Plots of an audit's findings shown of a row."""
 LOG = logging.getLogger("robench")
-MARKERS: Final = "osD^vP*X"
 
 
 def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
@@ -47,15 +41,14 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
     """
     page = load_template("board.html", "the leaderboards'")
     from markupsafe import Markup
-    from matplotlib.figure import Figure
 
     drawings = Drawings()
     with page_style():
         sections = [
             {
                 "board": board,
-                "scatter": Markup(drawings.svg(_draw_scatter(board, Figure))),  # every text in it is escaped
-                "curves": Markup(drawings.svg(_draw_curves(board, boards, Figure))),
+                "scatter": Markup(drawings.svg(draw_scatter(board))),  # every text in it is escaped
+                "curves": Markup(drawings.svg(draw_curves(board, boards))),
                 "rows": [_show(number, entry, drawings, data_dir) for number, entry in enumerate(board.entries, 1)],
             }
             for board in boards
@@ -87,15 +80,14 @@ def _has_images(entry: Entry) -> bool:
 
 def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) -> dict[str, Any]:
     from markupsafe import Markup
-    from matplotlib.figure import Figure
 
     audit = entry.bundle.audit if entry.bundle is not None else None
-    plots = _draw_findings(audit, Figure) if audit is not None else None
+    plots = draw_findings(audit) if audit is not None else None
     return {
         "number": number,
         "entry": entry,
         "row": entry.row,
-        "percent": {name: _percent(entry.row, name) for name in ("clean", "robust")},
+        "percent": {name: percent(entry.row, name) for name in ("clean", "robust")},
         "attacks": _show_attacks(entry),
         "audit": audit,
         "plots": Markup(drawings.svg(plots)) if plots is not None else "",
@@ -130,140 +122,6 @@ def _count_attacked(bundle: Bundle) -> dict[str, int]:
     """On how many images each attack was run: those right without one and, in a cascade, not settled before."""
     table = bundle.figures.table
     return {key: int(((table["attack"] == key) & (table["status"] == "ok")).sum()) for key in table["attack"].unique()}
-
-
-def _percent(row: Row, kind: str) -> tuple[float, float, float] | None:
-    cells = [row[f"{kind}_{end}"] for end in ("acc", "low", "high")]
-    if not all(cells):
-        return None
-    value, low, high = (100 * float(cell) for cell in cells)
-    return value, low, high
-
-
-# plots
-
-
-def _plain(text: str) -> str:
-    """A text that matplotlib shows in a legend: a leading underscore would hide it."""
-    return "\u200b" + text if text.startswith("_") else text
-
-
-def _label(entry: Entry) -> str:
-    rank = entry.row["rank"]
-    return _plain(f"{rank}. {entry.row['defense']}" if rank else entry.row["defense"])
-
-
-def _draw_scatter(board: Board, new: type[Figure]) -> Figure:
-    """Robust against clean accuracy, with both intervals."""
-    figure, axes = _axes(new)
-    for number, entry in enumerate(board.entries):
-        clean, robust = (_percent(entry.row, kind) for kind in ("clean", "robust"))
-        if clean is None or robust is None:
-            continue
-        axes.errorbar(
-            clean[0],
-            robust[0],
-            xerr=_arms(clean),
-            yerr=_arms(robust),
-            fmt=MARKERS[number % len(MARKERS)],
-            label=_label(entry) + (" (masked)" if entry.masked else ""),
-            fillstyle="none" if entry.masked else "full",
-            capsize=2,
-        )
-    axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", ylim=(-3, 103))
-    return _finish(figure, axes)
-
-
-def _arms(estimate: tuple[float, float, float]) -> list[list[float]]:
-    value, low, high = estimate
-    return [[max(value - low, 0)], [max(high - value, 0)]]
-
-
-def _draw_curves(board: Board, boards: Sequence[Board], new: type[Figure]) -> Figure:
-    """Worst-case accuracy against eps over all leaderboards of the data and norm, from the clean accuracy on."""
-    figure, axes = _axes(new)
-    for number, entry in enumerate(board.entries):
-        points = _points(entry, [one for one in boards if (one.dataset, one.norm) == (board.dataset, board.norm)])
-        if not points:
-            continue
-        at = sorted(points)
-        middle, low, high = zip(*(points[eps] for eps in at), strict=True)
-        (line,) = axes.plot(at, middle, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_label(entry))
-        axes.fill_between(at, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        under_pgd = _points_under_pgd(entry, _number(board.eps))
-        if under_pgd:
-            axes.plot(*zip(*under_pgd, strict=True), linestyle="--", linewidth=1, color=line.get_color())
-    axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
-    return _finish(figure, axes)
-
-
-def _points(entry: Entry, boards: Sequence[Board]) -> dict[float, tuple[float, float, float]]:
-    """Accuracies of a row's defense by eps, over the leaderboards of one kind of threat model; the clean one at 0."""
-    rows = [(_number(board.eps), one.row) for board in boards for one in board.entries if _same(one.row, entry.row)]
-    found = {0.0: _percent(entry.row, "clean")} | {eps: _percent(row, "robust") for eps, row in rows}
-    return {eps: value for eps, value in found.items() if value is not None}
-
-
-def _points_under_pgd(entry: Entry, eps: float) -> list[tuple[float, float]]:
-    """Accuracies under PGD in the row's audit, each bound attacked by itself; empty without one."""
-    audit = entry.bundle.audit if entry.bundle is not None else None
-    if audit is None:
-        return []
-    factors = {"clean": 0.0, "pgd, half eps": 0.5, "pgd": 1.0, "pgd, double eps": 2.0}
-    known = audit["accuracies"]
-    return [(factor * eps, known[name][0]) for name, factor in factors.items() if name in known]
-
-
-def _same(one: Row, other: Row) -> bool:
-    return all(one[key] == other[key] for key in ("defense", "protocol", "weights_digest"))
-
-
-def _number(eps: str) -> float:
-    above, _, below = eps.partition("/")
-    return float(above) / float(below or 1)
-
-
-def _axes(new: type[Figure]) -> tuple[Figure, Axes]:
-    figure = new(figsize=(5.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _finish(figure: Figure, axes: Axes) -> Figure:
-    if axes.get_legend_handles_labels()[0]:
-        legend = figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-        for text in legend.get_texts():
-            text.set_color(INK)
-    return figure
-
-
-def _draw_findings(audit: Mapping[str, Any], new: type[Figure]) -> Figure | None:
-    """The plots of an audit's findings in one figure, those that failed first."""
-    order = {"fail": 0, "suspect": 1}
-    drawn = sorted(
-        (finding for finding in audit["findings"] if finding.get("plot")),
-        key=lambda finding: order.get(finding["verdict"], 2),
-    )[:PLOTS]
-    if not drawn:
-        return None
-    lines = -(-len(drawn) // 3)
-    figure = new(figsize=(9.6, 2.7 * lines), layout="constrained")
-    grid = figure.subplots(lines, 3, squeeze=False)
-    for axes in grid.flat[len(drawn) :]:
-        axes.set_axis_off()
-    for axes, finding in zip(grid.flat, drawn, strict=False):
-        plot = finding["plot"]
-        for number, curve in enumerate(plot["curves"]):
-            marker, label = MARKERS[number % len(MARKERS)], _plain(curve["label"])
-            (line,) = axes.plot(curve["x"], curve["y"], marker=marker, markersize=3, label=label)
-            if curve["low"]:
-                axes.fill_between(curve["x"], curve["low"], curve["high"], alpha=0.15, color=line.get_color())
-        axes.set_title(f"{finding['check']}: {finding['verdict']}", fontsize="small")
-        axes.set(xlabel=_plain(plot["x_label"]), ylabel=_plain(plot["y_label"]))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", frameon=False, labelcolor=INK)
-    return figure
 
 
 # images
