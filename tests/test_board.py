@@ -23,6 +23,7 @@ from robench.leaderboard import add_row, read_rows
 from robench.publish import publish
 from robench.registry import load_defense
 from robench.report.board import render_boards
+from robench.report.board_charts import PLOTS
 from robench.report.markdown import markdown_table
 from robench.report.tables import as_csv, as_json, as_latex, as_markdown, table_cells
 
@@ -204,7 +205,7 @@ def test_the_page_is_self_contained_and_small(page: str) -> None:
     assert elements.counts["script"] == 1
     assert all(link.startswith(("data:", "#")) for link in elements.links)
     assert len(page.encode()) < 2_000_000
-    assert elements.counts["svg"] == 2 * 2 + 1
+    assert elements.counts["svg"] == 2 * 2 + PLOTS
     assert elements.counts["img"] == 1
 
 

@@ -143,6 +143,29 @@ def test_phone_and_night(width: int, scheme: str, page: Page, tmp_path: Path) ->
     page.screenshot(path=folder / f"leaderboards-{width}-{scheme}.png", full_page=True)
 
 
+def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) -> None:
+    """Rank, name, figures and audit of every row, an opened row as a whole, and charts whose letters are not shrunk."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.get_by_role("button", name="prototypes").click()
+    section = page.locator("section").first
+    heads = section.locator("table.board > thead th:visible").all_inner_texts()
+    assert [head.split()[0] for head in heads] == ["rank", "defense", "robust", "clean", "audit"]
+    for part in ("table.board > * > tr:not(.panel) > *:visible", ".panel:visible *:visible:not(svg *)"):
+        edges = section.locator(part).evaluate_all(
+            "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right])"
+        )
+        assert len(edges) > 20
+        assert min(left for left, _ in edges) >= 0
+        assert max(right for _, right in edges) <= 390
+    facts = section.locator(".panel:visible dl").inner_text()
+    assert "free list, on 24 images; strongest attack: " in facts
+    scales = section.locator("svg:visible").evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect().width / one.viewBox.baseVal.width)"
+    )
+    assert len(scales) >= 3
+    assert 8 * min(scales) >= 9  # pixels of the smallest letters
+
+
 def _brightness(color: str) -> float:
     values = [float(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]]
     return sum(values) / 3

@@ -82,7 +82,6 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
     from markupsafe import Markup
 
     audit = entry.bundle.audit if entry.bundle is not None else None
-    plots = draw_findings(audit) if audit is not None else None
     return {
         "number": number,
         "entry": entry,
@@ -90,7 +89,7 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "percent": {name: percent(entry.row, name) for name in ("clean", "robust")},
         "attacks": _show_attacks(entry),
         "audit": audit,
-        "plots": Markup(drawings.svg(plots)) if plots is not None else "",
+        "plots": [Markup(drawings.svg(one)) for one in draw_findings(audit)] if audit is not None else [],
         "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",
     }
 

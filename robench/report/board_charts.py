@@ -39,7 +39,7 @@ def _label(entry: Entry) -> str:
 
 def draw_scatter(board: Board) -> Figure:
     """Robust against clean accuracy, with both intervals."""
-    figure, axes = _axes()
+    figure, axes = _board_axes(board)
     for number, entry in enumerate(board.entries):
         clean, robust = (percent(entry.row, kind) for kind in ("clean", "robust"))
         if clean is None or robust is None:
@@ -65,7 +65,7 @@ def _arms(estimate: tuple[float, float, float]) -> list[list[float]]:
 
 def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
     """Worst-case accuracy against eps over all leaderboards of the data and norm, from the clean accuracy on."""
-    figure, axes = _axes()
+    figure, axes = _board_axes(board)
     for number, entry in enumerate(board.entries):
         points = _points(entry, [one for one in boards if (one.dataset, one.norm) == (board.dataset, board.norm)])
         if not points:
@@ -107,48 +107,48 @@ def _number(eps: str) -> float:
     return float(above) / float(below or 1)
 
 
-def _axes() -> tuple[Figure, Axes]:
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty chart of a size in inches, small enough that a phone need not shrink its letters of 8 and 9 points."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     return figure, axes
 
 
+def _board_axes(board: Board) -> tuple[Figure, Axes]:
+    """An empty chart with room below for a line of the legend for each row, so that long names fit a phone."""
+    return _axes(4.2, 3.2 + 0.17 * len(board.entries))
+
+
 def _finish(figure: Figure, axes: Axes) -> Figure:
     if axes.get_legend_handles_labels()[0]:
-        legend = figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+        legend = figure.legend(loc="outside lower left", fontsize=8, frameon=False, labelspacing=0.3)
         for text in legend.get_texts():
             text.set_color(INK)
     return figure
 
 
-def draw_findings(audit: Mapping[str, Any]) -> Figure | None:
-    """The plots of an audit's findings in one figure, those that failed first."""
-    from matplotlib.figure import Figure
-
+def draw_findings(audit: Mapping[str, Any]) -> list[Figure]:
+    """The plots of an audit's findings, those that failed first."""
     order = {"fail": 0, "suspect": 1}
     drawn = sorted(
         (finding for finding in audit["findings"] if finding.get("plot")),
         key=lambda finding: order.get(finding["verdict"], 2),
-    )[:PLOTS]
-    if not drawn:
-        return None
-    lines = -(-len(drawn) // 3)
-    figure = Figure(figsize=(9.6, 2.7 * lines), layout="constrained")
-    grid = figure.subplots(lines, 3, squeeze=False)
-    for axes in grid.flat[len(drawn) :]:
-        axes.set_axis_off()
-    for axes, finding in zip(grid.flat, drawn, strict=False):
-        plot = finding["plot"]
-        for number, curve in enumerate(plot["curves"]):
-            marker, label = MARKERS[number % len(MARKERS)], _plain(curve["label"])
-            (line,) = axes.plot(curve["x"], curve["y"], marker=marker, markersize=3, label=label)
-            if curve["low"]:
-                axes.fill_between(curve["x"], curve["low"], curve["high"], alpha=0.15, color=line.get_color())
-        axes.set_title(f"{finding['check']}: {finding['verdict']}", fontsize="small")
-        axes.set(xlabel=_plain(plot["x_label"]), ylabel=_plain(plot["y_label"]))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", frameon=False, labelcolor=INK)
+    )
+    return [_draw_finding(finding) for finding in drawn[:PLOTS]]
+
+
+def _draw_finding(finding: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes(3.4, 2.7)
+    plot = finding["plot"]
+    for number, curve in enumerate(plot["curves"]):
+        marker, label = MARKERS[number % len(MARKERS)], _plain(curve["label"])
+        (line,) = axes.plot(curve["x"], curve["y"], marker=marker, markersize=3, label=label)
+        if curve["low"]:
+            axes.fill_between(curve["x"], curve["low"], curve["high"], alpha=0.15, color=line.get_color())
+    axes.set_title(f"{finding['check']}: {finding['verdict']}", fontsize="medium")
+    axes.set(xlabel=_plain(plot["x_label"]), ylabel=_plain(plot["y_label"]))
+    axes.legend(fontsize="small", frameon=False, labelcolor=INK)
     return figure
