@@ -54,10 +54,12 @@ class Neighbours:
     Attributes:
         distinct: the paired test on the images of both tells them apart.
         images: how many that are.
+        name: the next row's rank and defense: `3. jem`.
     """
 
     distinct: bool
     images: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
         return None
     one, other = (np.array([share[index] for index in common]) for share in shares)
     level = min(compare(one, other).p, compare(other, one).p)
-    return Neighbours(level <= LEVEL / 2, len(common))
+    return Neighbours(level <= LEVEL / 2, len(common), f"{second.row['rank']}. {second.row['defense']}")
 
 
 def read_references(path: Path) -> list[Reference]:

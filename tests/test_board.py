@@ -99,6 +99,7 @@ def test_neighbours_are_told_apart_by_the_paired_test(tmp_path: Path) -> None:
     assert tie is not None
     assert apart is not None
     assert (tie.distinct, apart.distinct) == (False, True)
+    assert tie.name == f"1. {entries[1].row['defense']}"
     assert 0 < tie.images <= 50
     assert apart.images == 60
     assert _compare(entries[0], None) is None

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from board_toys import BOARD, HOSTILE, make_boards
+from board_toys import BOARD, HOSTILE, make_boards, make_row
 from browser import find_browser
 
+from robench.board import Board, Entry, Neighbours
 from robench.command_board import build_page
+from robench.leaderboard import rank_rows
+from robench.report.board import render_boards
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -36,6 +39,28 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, site: Path) -> Iterator[Page]:
+    yield from open_page(browser, site)
+
+
+@pytest.fixture
+def mixed(browser: Browser, tmp_path: Path) -> Iterator[Page]:
+    """A board of two protocols, in each of which two rows tie."""
+    names = {"standard-1": ("one", "two", "last"), "": ("few", "many")}
+    rows = rank_rows(
+        [
+            make_row(name, f"0.{9 - place}", protocol=protocol, evidence=str(place), pgd="0.5")
+            for protocol, group in names.items()
+            for place, name in enumerate(group)
+        ]
+    )
+    ties = {"two": Neighbours(False, 50, "3. last"), "few": Neighbours(False, 40, "2. many")}
+    entries = tuple(Entry(row, None, "", ties.get(row["defense"])) for row in rows)
+    site = tmp_path / "mixed.html"
+    site.write_text(render_boards([Board("a-linf-1", "a", "linf", "1", entries)]))
+    yield from open_page(browser, site)
+
+
+def open_page(browser: Browser, site: Path) -> Iterator[Page]:
     """The page; afterwards: no error on the console, no dialogue, no request but for the file itself."""
     page = browser.new_page()
     troubles: list[str] = []
@@ -99,6 +124,58 @@ def test_filtering(page: Page) -> None:
     page.get_by_label("data").select_option("fashion_mnist")
     page.get_by_label("audit").select_option("masked")
     assert len(defenses(page)) == 1
+
+
+def listed(page: Page) -> list[str]:
+    """What a reader sees from above: the protocols' headings and the rows' names."""
+    cells = page.locator(".board > tbody > tr:visible:not(.panel) > :is(th, .name)").all_inner_texts()
+    return [cell.split()[0] for cell in cells]
+
+
+def test_each_protocol_is_sorted_by_itself_and_ranks_come_back(mixed: Page) -> None:
+    by_rank = ["standard-1", "one", "two", "last", "free", "few", "many"]
+    assert listed(mixed) == by_rank
+    for names in (["last", "one", "two", "few", "many"], ["two", "one", "last", "many", "few"]):
+        mixed.get_by_role("button", name="defense").click()
+        assert listed(mixed) == ["standard-1", *names[:3], "free", *names[3:]]
+    mixed.get_by_role("button", name="images").click()
+    assert listed(mixed) == by_rank  # all equal, which the order before does not decide
+    mixed.get_by_role("button", name="defense").click()
+    mixed.get_by_role("button", name="rank").click()
+    assert listed(mixed) == by_rank
+
+
+def test_a_tie_names_the_row_after_it(mixed: Page) -> None:
+    for name, tie in (("two", "3. last (paired test on 50 images)"), ("few", "2. many (paired test on 40 images)")):
+        row = mixed.locator("tr.entry", has=mixed.get_by_role("button", name=name, exact=True))
+        assert row.locator("abbr").get_attribute("title") == f"not distinguishable from {tie}"
+        assert row.locator("td").first.inner_text().split(maxsplit=1)[1] == f"not distinguishable from {tie}"
+    assert mixed.locator("abbr").count() == 2
+
+
+def test_a_protocol_is_filtered_in_the_table_and_in_the_charts(mixed: Page) -> None:
+    def legend() -> list[str]:
+        return mixed.locator("figure svg text:visible", has_text=", ").all_text_contents()
+
+    names = [
+        "1. one, standard-1",
+        "2. two, standard-1",
+        "3. last, standard-1",
+        "1. few, free list",
+        "2. many, free list",
+    ]
+    drawn = mixed.locator("[data-row]:visible").count()
+    assert sorted(legend()) == sorted(2 * names)
+    mixed.get_by_label("protocol").select_option("free list")
+    assert listed(mixed) == ["free", "few", "many"]
+    assert sorted(legend()) == sorted(2 * names[3:])
+    assert mixed.locator("[data-row]:visible").count() == drawn * 2 / 5
+    mixed.get_by_label("protocol").select_option("")
+    assert mixed.locator("[data-row]:visible").count() == drawn
+
+
+def test_one_protocol_needs_no_filter(page: Page) -> None:
+    assert page.get_by_label("protocol").count() == 0
 
 
 def test_a_row_opens_and_closes(page: Page) -> None:

@@ -18,7 +18,7 @@ from robench.data import load_dataset
 from robench.errors import RobenchError
 from robench.leaderboard import attack_columns
 from robench.protocol import find_protocol
-from robench.report.board_charts import draw_curves, draw_findings, draw_scatter, percent
+from robench.report.board_charts import draw_curves, draw_findings, draw_scatter, percent, protocol_name
 from robench.report.drawing import Drawings, page_style
 from robench.report.page import load_template
 from robench.unit_table import CLEAN, WORST
@@ -50,6 +50,7 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
                 "scatter": Markup(drawings.svg(draw_scatter(board))),  # every text in it is escaped
                 "curves": Markup(drawings.svg(draw_curves(board, boards))),
                 "rows": [_show(number, entry, drawings, data_dir) for number, entry in enumerate(board.entries, 1)],
+                "protocols": _show_protocols(board),
             }
             for board in boards
         ]
@@ -64,8 +65,20 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
         questions=QUESTIONS,
         datasets=sorted({board.dataset for board in boards}),
         norms=sorted({board.norm for board in boards}),
+        protocols=sorted({protocol_name(entry.row) for board in boards for entry in board.entries}, reverse=True),
         verdicts=sorted({entry.row["audit_verdict"] for board in boards for entry in board.entries}),
     )
+
+
+def _show_protocols(board: Board) -> dict[str, str]:
+    """The protocols of a board in their order, and in words what they run."""
+    found = {}
+    for row in (entry.row for entry in board.entries):
+        protocol = find_protocol(row["protocol"])
+        attacks = protocol.attacks.get(board.norm, ()) if protocol is not None else ()
+        cascade = ", each on the images that those before left" if protocol is not None and protocol.cascade else ""
+        found[protocol_name(row)] = ", ".join(attacks) + cascade if attacks else "the attacks that its row names"
+    return found
 
 
 def _without_images(sections: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -86,6 +99,7 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "number": number,
         "entry": entry,
         "row": entry.row,
+        "protocol": protocol_name(entry.row),
         "percent": {name: percent(entry.row, name) for name in ("clean", "robust")},
         "attacks": _show_attacks(entry),
         "audit": audit,

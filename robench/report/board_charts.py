@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from robench.board import Board, Entry
 from robench.leaderboard import Row
-from robench.report.drawing import INK
+from robench.report.drawing import INK, row_id
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,28 +33,46 @@ def _plain(text: str) -> str:
     return "\u200b" + text if text.startswith("_") else text
 
 
-def _label(entry: Entry) -> str:
-    rank = entry.row["rank"]
-    return _plain(f"{rank}. {entry.row['defense']}" if rank else entry.row["defense"])
+def protocol_name(row: Row) -> str:
+    """The protocol of a row, for readers."""
+    return row["protocol"] or "free list"
+
+
+def _label(entry: Entry, board: Board) -> str:
+    """A row's name in a legend: with its rank, and with its protocol where the board has several."""
+    rank, protocol = entry.row["rank"], protocol_name(entry.row)
+    several = len({protocol_name(one.row) for one in board.entries}) > 1
+    return _plain((f"{rank}. " if rank else "") + entry.row["defense"] + (f", {protocol}" if several else ""))
+
+
+@contextmanager
+def _of_row(axes: Axes, number: int) -> Iterator[str]:
+    """What is drawn within belongs to a row of the board, by whose number the page finds it; gives the row's colour."""
+    before = set(axes.get_children())
+    yield f"C{number - 1}"
+    for artist in set(axes.get_children()) - before:
+        artist.set_gid(row_id(number))
 
 
 def draw_scatter(board: Board) -> Figure:
     """Robust against clean accuracy, with both intervals."""
     figure, axes = _board_axes(board)
-    for number, entry in enumerate(board.entries):
+    for number, entry in enumerate(board.entries, 1):
         clean, robust = (percent(entry.row, kind) for kind in ("clean", "robust"))
         if clean is None or robust is None:
             continue
-        axes.errorbar(
-            clean[0],
-            robust[0],
-            xerr=_arms(clean),
-            yerr=_arms(robust),
-            fmt=MARKERS[number % len(MARKERS)],
-            label=_label(entry) + (" (masked)" if entry.masked else ""),
-            fillstyle="none" if entry.masked else "full",
-            capsize=2,
-        )
+        with _of_row(axes, number) as color:
+            drawn = axes.errorbar(
+                clean[0],
+                robust[0],
+                xerr=_arms(clean),
+                yerr=_arms(robust),
+                fmt=MARKERS[number % len(MARKERS)],
+                color=color,
+                fillstyle="none" if entry.masked else "full",
+                capsize=2,
+            )
+            drawn[0].set_label(_label(entry, board) + (" (masked)" if entry.masked else ""))
     axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", ylim=(-3, 103))
     return _finish(figure, axes)
 
@@ -66,17 +85,18 @@ def _arms(estimate: tuple[float, float, float]) -> list[list[float]]:
 def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
     """Worst-case accuracy against eps over all leaderboards of the data and norm, from the clean accuracy on."""
     figure, axes = _board_axes(board)
-    for number, entry in enumerate(board.entries):
+    for number, entry in enumerate(board.entries, 1):
         points = _points(entry, [one for one in boards if (one.dataset, one.norm) == (board.dataset, board.norm)])
         if not points:
             continue
         at = sorted(points)
         middle, low, high = zip(*(points[eps] for eps in at), strict=True)
-        (line,) = axes.plot(at, middle, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_label(entry))
-        axes.fill_between(at, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        under_pgd = _points_under_pgd(entry, _number(board.eps))
-        if under_pgd:
-            axes.plot(*zip(*under_pgd, strict=True), linestyle="--", linewidth=1, color=line.get_color())
+        marker, under_pgd = MARKERS[number % len(MARKERS)], _points_under_pgd(entry, _number(board.eps))
+        with _of_row(axes, number) as color:
+            axes.plot(at, middle, marker=marker, markersize=4, color=color, label=_label(entry, board))
+            axes.fill_between(at, low, high, alpha=0.15, color=color, linewidth=0)
+            if under_pgd:
+                axes.plot(*zip(*under_pgd, strict=True), linestyle="--", linewidth=1, color=color)
     axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
     return _finish(figure, axes)
 
@@ -123,10 +143,15 @@ def _board_axes(board: Board) -> tuple[Figure, Axes]:
 
 
 def _finish(figure: Figure, axes: Axes) -> Figure:
-    if axes.get_legend_handles_labels()[0]:
-        legend = figure.legend(loc="outside lower left", fontsize=8, frameon=False, labelspacing=0.3)
-        for text in legend.get_texts():
-            text.set_color(INK)
+    """Adds the legend, whose lines belong to the rows that they name."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return figure
+    legend = figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False, labelspacing=0.3)
+    for handle, shown, text in zip(handles, legend.legend_handles, legend.get_texts(), strict=True):
+        text.set(color=INK, gid=handle.get_gid())
+        if shown is not None:
+            shown.set_gid(handle.get_gid())
     return figure
 
 

@@ -17,7 +17,13 @@ INK: Final = "#010203"
 LINK: Final = "{http://www.w3.org/1999/xlink}href"
 NAMESPACE: Final = "{http://www.w3.org/2000/svg}"
 NUMBER: Final = re.compile(r"-?\d+\.\d+")
+ROW: Final = re.compile(r"row-(\d+)")
 NO_TURN: Final = re.compile(r"^rotate\(-?0 [^)]*\)$")
+
+
+def row_id(number: int) -> str:
+    """The id (`set_gid`) of what is drawn of a table's row; on the page it has the attribute `data-row`."""
+    return f"row-{number}"
 
 
 @contextmanager
@@ -72,13 +78,16 @@ class Drawings:
         return "\n".join(rules).replace(INK, "currentColor")
 
     def _name(self, root: ElementTree.Element) -> None:
-        """Ids that something refers to get a name of their own on the page; the others go."""
+        """Ids that something refers to get a name of their own on the page; the others go, but for rows' numbers."""
         used = {link.lstrip("#") for element in root.iter() if (link := element.get(LINK))}
         used |= {name for element in root.iter() for name in re.findall(r"url\(#(\w+)\)", element.get("clip-path", ""))}
         self._count += 1
         names = {old: f"g{self._count}-{number}" for number, old in enumerate(sorted(used))}
         for element in root.iter():
             old = element.attrib.pop("id", None)
+            row = ROW.fullmatch(old or "")
+            if row:
+                element.set("data-row", row[1])
             if old in names:
                 element.set("id", names[old])
             link = element.attrib.pop(LINK, None)
