@@ -18,9 +18,19 @@ from robench.data import load_dataset
 from robench.errors import RobenchError
 from robench.leaderboard import attack_columns
 from robench.protocol import find_protocol
-from robench.report.board_charts import draw_curves, draw_findings, draw_scatter, percent, protocol_name
+from robench.report.board_charts import (
+    Point,
+    draw_curves,
+    draw_findings,
+    draw_scatter,
+    percent,
+    points_of,
+    points_under_pgd,
+    protocol_name,
+)
 from robench.report.drawing import Drawings, page_style
 from robench.report.page import load_template
+from robench.threat import format_eps
 from robench.unit_table import CLEAN, WORST
 
 PICTURES: Final = 8
@@ -49,7 +59,10 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
                 "board": board,
                 "scatter": Markup(drawings.svg(draw_scatter(board))),  # every text in it is escaped
                 "curves": Markup(drawings.svg(draw_curves(board, boards))),
-                "rows": [_show(number, entry, drawings, data_dir) for number, entry in enumerate(board.entries, 1)],
+                "rows": [
+                    {**_show(number, entry, drawings, data_dir), "points": _show_points(entry, board, boards)}
+                    for number, entry in enumerate(board.entries, 1)
+                ],
                 "protocols": _show_protocols(board),
             }
             for board in boards
@@ -119,7 +132,7 @@ def _show_attacks(entry: Entry) -> dict[str, Any]:
     if not (spec.cascade if spec is not None else protocol is not None and protocol.cascade):
         heading = "under each attack"
     elif entry.row["randomized"] == "yes":
-        heading = "under each attack, in order, on images with right answers left"
+        heading = "under each attack in turn; an image without any right answer stays wrong"
     else:
         heading = "left standing after each attack, in order"
     order = [one.key for one in spec.attacks] if spec is not None else attack_columns([entry.row])
@@ -129,6 +142,14 @@ def _show_attacks(entry: Entry) -> dict[str, Any]:
         "heading": heading,
         "lines": [(key, 100 * float(entry.row[key]), attacked.get(key)) for key in known],
     }
+
+
+def _show_points(entry: Entry, board: Board, boards: Sequence[Board]) -> list[tuple[str, str, Point]]:
+    """What the curves of a row are drawn from: the bound, the attacks, and the point."""
+    worst = f"worst case, {protocol_name(entry.row)}"
+    shown = [(worst if point.eps else "none", point) for point in points_of(entry, board, boards)]
+    shown += [(f"{'PGD' if point.eps else 'none'}, in the audit", point) for point in points_under_pgd(entry)]
+    return [(format_eps(point.eps, board.norm), name, point) for name, point in shown]
 
 
 def _count_attacked(bundle: Bundle) -> dict[str, int]:

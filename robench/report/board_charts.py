@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from robench.board import Board, Entry
 from robench.leaderboard import Row
@@ -17,9 +20,12 @@ if TYPE_CHECKING:
 PLOTS: Final = 6
 """Plots of an audit's findings shown of a row."""
 MARKERS: Final = "osD^vP*X"
+SWEEP: Final = 3
+"""Points from which on a line joins them; between a clean accuracy and one bound it would be made up."""
+Interval = tuple[float, float, float]
 
 
-def percent(row: Row, kind: str) -> tuple[float, float, float] | None:
+def percent(row: Row, kind: str) -> Interval | None:
     """The clean or robust accuracy of a row with its interval, in percent; None where a number is missing."""
     cells = [row[f"{kind}_{end}"] for end in ("acc", "low", "high")]
     if not all(cells):
@@ -77,45 +83,74 @@ def draw_scatter(board: Board) -> Figure:
     return _finish(figure, axes)
 
 
-def _arms(estimate: tuple[float, float, float]) -> list[list[float]]:
+def _arms(estimate: Interval) -> list[list[float]]:
     value, low, high = estimate
     return [[max(value - low, 0)], [max(high - value, 0)]]
 
 
-def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
-    """Worst-case accuracy against eps over all leaderboards of the data and norm, from the clean accuracy on."""
-    figure, axes = _board_axes(board)
-    for number, entry in enumerate(board.entries, 1):
-        points = _points(entry, [one for one in boards if (one.dataset, one.norm) == (board.dataset, board.norm)])
-        if not points:
-            continue
-        at = sorted(points)
-        middle, low, high = zip(*(points[eps] for eps in at), strict=True)
-        marker, under_pgd = MARKERS[number % len(MARKERS)], _points_under_pgd(entry, _number(board.eps))
-        with _of_row(axes, number) as color:
-            axes.plot(at, middle, marker=marker, markersize=4, color=color, label=_label(entry, board))
-            axes.fill_between(at, low, high, alpha=0.15, color=color, linewidth=0)
-            if under_pgd:
-                axes.plot(*zip(*under_pgd, strict=True), linestyle="--", linewidth=1, color=color)
-    axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
-    return _finish(figure, axes)
+@dataclass(frozen=True)
+class Point:
+    """An accuracy of a row's defense at a bound.
+
+    Attributes:
+        eps: the bound.
+        accuracy: in percent, with its 95 % interval.
+        images: how many it was measured on.
+    """
+
+    eps: float
+    accuracy: Interval
+    images: int
 
 
-def _points(entry: Entry, boards: Sequence[Board]) -> dict[float, tuple[float, float, float]]:
-    """Accuracies of a row's defense by eps, over the leaderboards of one kind of threat model; the clean one at 0."""
-    rows = [(_number(board.eps), one.row) for board in boards for one in board.entries if _same(one.row, entry.row)]
-    found = {0.0: percent(entry.row, "clean")} | {eps: percent(row, "robust") for eps, row in rows}
-    return {eps: value for eps, value in found.items() if value is not None}
+def points_of(entry: Entry, board: Board, boards: Sequence[Board]) -> list[Point]:
+    """The row's worst case by eps, over the leaderboards of its data and norm; the clean accuracy at 0."""
+    known = [(0.0, percent(entry.row, "clean"), entry.row)]
+    for other in boards:
+        if (other.dataset, other.norm) == (board.dataset, board.norm):
+            rows = (one.row for one in other.entries if _same(one.row, entry.row))
+            known += [(_number(other.eps), percent(row, "robust"), row) for row in rows]
+    found = {eps: Point(eps, accuracy, int(row["n"])) for eps, accuracy, row in known if accuracy is not None}
+    return [found[eps] for eps in sorted(found)]
 
 
-def _points_under_pgd(entry: Entry, eps: float) -> list[tuple[float, float]]:
-    """Accuracies under PGD in the row's audit, each bound attacked by itself; empty without one."""
+def points_under_pgd(entry: Entry) -> list[Point]:
+    """The accuracies under PGD alone in the row's audit, each bound attacked by itself; empty without an audit."""
     audit = entry.bundle.audit if entry.bundle is not None else None
     if audit is None:
         return []
     factors = {"clean": 0.0, "pgd, half eps": 0.5, "pgd": 1.0, "pgd, double eps": 2.0}
     known = audit["accuracies"]
-    return [(factor * eps, known[name][0]) for name, factor in factors.items() if name in known]
+    return [Point(at * audit["eps"], tuple(known[name]), audit["n"]) for name, at in factors.items() if name in known]
+
+
+def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
+    """Accuracy against eps: what was run as markers, joined where it is a sweep; dashed under PGD in the audit."""
+    figure, axes = _board_axes(board)
+    for number, entry in enumerate(board.entries, 1):
+        points, under_pgd = points_of(entry, board, boards), points_under_pgd(entry)
+        if not points:
+            continue
+        label = _label(entry, board) + (f" (dashed: {under_pgd[0].images} images)" if under_pgd else "")
+        with _of_row(axes, number) as color:
+            drawn = axes.errorbar(
+                [point.eps for point in points],
+                [point.accuracy[0] for point in points],
+                yerr=np.hstack([_arms(point.accuracy) for point in points]),
+                fmt=MARKERS[number % len(MARKERS)],
+                linestyle="-" if len(points) >= SWEEP else "none",
+                color=color,
+                markersize=4,
+                capsize=2,
+            )
+            drawn[0].set_label(label)
+            if under_pgd:
+                at = [point.eps for point in under_pgd]
+                middle, low, high = zip(*(point.accuracy for point in under_pgd), strict=True)
+                axes.plot(at, middle, linestyle="--", linewidth=1, color=color)
+                axes.fill_between(at, low, high, alpha=0.1, color=color, linewidth=0)
+    axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
+    return _finish(figure, axes)
 
 
 def _same(one: Row, other: Row) -> bool:
