@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -271,6 +272,28 @@ def test_everything_from_outside_is_escaped(page: str) -> None:
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3  # the row, a chart's legend, a reference
     assert "partial $x$" in page
     assert "&amp;amp;" in page
+
+
+def test_checks_that_were_not_run_are_listed_with_their_reason(boards: Path) -> None:
+    board = the_board(boards)
+    (entry,) = (one for one in board.entries if one.bundle is not None)
+    assert entry.bundle is not None
+    assert entry.bundle.audit is not None
+    findings = [dict(finding) for finding in entry.bundle.audit["findings"]]
+    for finding in findings[5:7]:
+        finding |= {"verdict": "not run", "reason": f"no <b>{finding['check']}</b>"}
+    audit = {**entry.bundle.audit, "findings": findings}
+    changed = dataclasses.replace(entry, bundle=dataclasses.replace(entry.bundle, audit=audit))
+    page = render_boards([dataclasses.replace(board, entries=(changed,))])
+    (listed,) = re.findall(r"<details><summary>2 of the checks were not run</summary>(.*?)</details>", page, re.DOTALL)
+    assert re.findall(r"<td[^>]*>(.*?)</td>", listed) == [
+        cell for one in findings[5:7] for cell in (one["check"], f"no &lt;b&gt;{one['check']}&lt;/b&gt;")
+    ]
+    made, verdict = len(findings) - 2, audit["verdict"]
+    assert (
+        f'<small title="{verdict}: {made} of {len(findings)} checks, on 24 images">{made}/{len(findings)}, n 24' in page
+    )
+    assert "not run</summary>" not in render_boards([board])
 
 
 def test_the_page_has_the_commands_and_the_findings(page: str) -> None:

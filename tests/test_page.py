@@ -224,6 +224,7 @@ def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) ->
     """Rank, name, figures and audit of every row, an opened row as a whole, and charts whose letters are not shrunk."""
     page.set_viewport_size({"width": 390, "height": 844})
     page.get_by_role("button", name="prototypes").click()
+    page.locator("details summary:visible").click()
     section = page.locator("section").first
     heads = section.locator("table.board > thead th:visible").all_inner_texts()
     assert [head.split()[0] for head in heads] == ["rank", "defense", "robust", "clean", "audit"]

@@ -116,6 +116,7 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "percent": {name: percent(entry.row, name) for name in ("clean", "robust")},
         "attacks": _show_attacks(entry),
         "audit": audit,
+        "missed": [one for one in audit["findings"] if one["verdict"] == "not run"] if audit is not None else [],
         "plots": [Markup(drawings.svg(one)) for one in draw_findings(audit)] if audit is not None else [],
         "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",
     }
