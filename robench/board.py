@@ -9,10 +9,10 @@ import csv
 import io
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -85,10 +85,19 @@ class Entry:
 
     @property
     def reproduce(self) -> str:
-        """The command that makes the run again; "" without evidence."""
+        """The command that makes the run again, and its audit if a run makes that one; "" without evidence."""
         if self.bundle is None or not self.bundle.spec.defense:
             return ""
-        return repeat_command(self.bundle.spec)
+        spec, audit = self.bundle.spec, self.bundle.audit
+        return repeat_command(spec, audit=audit is not None and is_audit_of_run(audit, spec))
+
+    @property
+    def audit_again(self) -> str:
+        """The command that makes the audit again where `reproduce` does not; "" without one."""
+        if self.bundle is None or self.bundle.audit is None or not self.bundle.spec.defense:
+            return ""
+        spec, audit = self.bundle.spec, self.bundle.audit
+        return "" if is_audit_of_run(audit, spec) else repeat_audit_command(audit, spec)
 
     @property
     def verify(self) -> str:
@@ -222,12 +231,10 @@ def attack_specs(spec: RunSpec) -> list[str]:
     return [entry.spec + (f"@{entry.mode}" if entry.mode else "") for entry in spec.attacks]
 
 
-def repeat_command(spec: RunSpec) -> str:
-    """The command that makes a run again."""
+def repeat_command(spec: RunSpec, *, audit: bool = False) -> str:
+    """The command that makes a run again, and audits it if asked for."""
     protocol = find_protocol(spec.protocol) if spec.protocol else None
-    words = ["robench", "run", "--defense", spec.defense, "--dataset", spec.dataset, "--norm", spec.norm]
-    words += ["--weights", str(spec.defense_options["weights"])] if "weights" in spec.defense_options else []
-    words += ["--eps", eps_text(spec)]
+    words = ["robench", "run", *_subject_words(spec), "--eps", eps_text(spec)]
     words += ["--protocol", spec.protocol] if spec.protocol else ["--attack", ",".join(attack_specs(spec))]
     words += ["--n", str(spec.n), "--seed", str(spec.seed)]
     words += ["--eot", str(spec.eot), "--judge-repeats", str(spec.judge_repeats)] if spec.randomized else []
@@ -236,4 +243,31 @@ def repeat_command(spec: RunSpec) -> str:
     if spec.cascade != (protocol is not None and protocol.cascade):
         words.append("--cascade" if spec.cascade else "--no-cascade")
     words += ["--precision", spec.precision] if spec.precision != Settings.precision else []
+    words += ["--audit"] if audit else []
     return shlex.join(words)
+
+
+def is_audit_of_run(audit: Mapping[str, Any], spec: RunSpec) -> bool:
+    """Whether `robench run --audit` makes this audit: with the run's seed and draws, on as many images as it takes.
+
+    That a defense names a first look on fewer images is not told by its evidence. Its usual audit is not taken for one
+    of a run then, which costs a second command; one on the usual number of images for others is.
+    """
+    from robench.audit import DEFAULT_N
+
+    same_draws = not spec.randomized or audit.get("eot") == spec.eot
+    return audit["n"] == min(DEFAULT_N, spec.n) and audit.get("seed") == spec.seed and same_draws
+
+
+def repeat_audit_command(audit: Mapping[str, Any], spec: RunSpec) -> str:
+    """The command that makes an audit of a run's defense again."""
+    words = ["robench", "audit", *_subject_words(spec), "--eps", exact_eps(audit["eps"], spec.norm)]
+    words += ["--n", str(audit["n"]), "--seed", str(audit.get("seed", 0))]
+    words += ["--eot", str(audit["eot"])] if spec.randomized and "eot" in audit else []
+    return shlex.join(words)
+
+
+def _subject_words(spec: RunSpec) -> list[str]:
+    """What is attacked, on which data and in which norm, as the command line takes it."""
+    weights = ["--weights", str(spec.defense_options["weights"])] if "weights" in spec.defense_options else []
+    return ["--defense", spec.defense, "--dataset", spec.dataset, "--norm", spec.norm, *weights]

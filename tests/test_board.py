@@ -297,8 +297,10 @@ def test_checks_that_were_not_run_are_listed_with_their_reason(boards: Path) -> 
 
 
 def test_the_page_has_the_commands_and_the_findings(page: str) -> None:
-    assert "robench run --defense" in page
-    assert "robench verify leaderboards/evidence/" in page
+    commands = re.sub(r"</?span>", "", page)
+    assert "robench run --defense" in commands
+    assert " --audit</code>" in commands
+    assert "robench verify leaderboards/evidence/" in commands
     assert page.count("Published elsewhere") == 1
     assert "There is no evidence for this row." in page
     assert HOSTILE not in page

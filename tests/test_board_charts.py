@@ -82,6 +82,12 @@ def test_the_figures_of_the_curves_stand_in_the_row(board: Board) -> None:
     ]
 
 
+def test_an_audit_of_another_size_than_a_run_takes_is_made_again_by_itself(board: Board) -> None:
+    page = re.sub(r"</?span>", "", render_boards([board]))
+    assert "<dt>audit it again</dt><dd><code>robench audit --defense" in page
+    assert "--n 77 --seed 0</code>" in page
+
+
 def test_all_that_is_drawn_of_a_row_has_its_number(board: Board, tmp_path: Path) -> None:
     """Else a filter would leave some of it."""
     two = dataclasses.replace(board, entries=board.entries * 2)

@@ -15,7 +15,7 @@ import jaxtyping
 import pytest
 from board_toys import make_row
 
-from robench.board import load_boards, repeat_command
+from robench.board import is_audit_of_run, load_boards, repeat_audit_command, repeat_command
 from robench.bundle import bundle_folder, read_bundle
 from robench.cli import main
 from robench.data_names import list_embedded_files
@@ -282,6 +282,50 @@ def test_the_command_of_a_row_makes_the_same_run_again(call: Any) -> None:
     ((entry,),) = (board.entries for board in load_boards(Path("leaderboards")))
     assert call(*shlex.split(entry.reproduce)[1:], "--device", "cpu", "--out", "second")[0] == 1
     assert RunStore.open(Path("second")).spec == RunStore.open(Path("first")).spec
+
+
+def the_audit(folder: str) -> dict[str, Any]:
+    (path,) = Path(folder).glob("**/audit*.json")
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
+
+
+def test_the_commands_of_a_row_make_its_audit_again(call: Any) -> None:
+    words = ["--defense", "plug.py:Sigma(sigma=2.0)", "--attack", "fgsm", "--n", 6, "--seed", 3, "--eps", "0.1"]
+    assert call("run", *words, "--device", "cpu", "--audit", "--out", "first")[0] == 0
+    call("leaderboard", "add", "first")
+    ((entry,),) = (board.entries for board in load_boards(Path("leaderboards")))
+    assert (entry.reproduce[-8:], entry.audit_again) == (" --audit", "")
+    assert call(*shlex.split(entry.reproduce)[1:], "--device", "cpu", "--out", "second")[0] == 0
+    assert RunStore.open(Path("second")).spec == RunStore.open(Path("first")).spec
+    assert the_audit("second") == the_audit("first")
+
+    assert entry.bundle is not None
+    smaller = the_audit("first") | {"n": 5}
+    entry = dataclasses.replace(entry, bundle=dataclasses.replace(entry.bundle, audit=smaller))
+    assert "--audit" not in entry.reproduce
+    few = ["--checks", "zero_gradients", "--device", "cpu", "--out", "again"]
+    assert call(*shlex.split(entry.audit_again)[1:], *few)[0] == 0
+    for key in ("n", "seed", "spec", "dataset", "norm", "eps", "weights_digest"):
+        assert the_audit("again")[key] == smaller[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "of_run"),
+    [({}, True), ({"n": 64}, False), ({"seed": 1}, False), ({"eot": 5}, False), ({"device": "cuda"}, True)],
+)
+def test_an_audit_with_other_settings_than_a_run_takes_has_a_command_of_its_own(
+    change: dict[str, Any], of_run: bool, call: Any
+) -> None:
+    spec: RunSpec = dataclasses.replace(RunStore.open(attack(call, "run")).spec, n=1000, randomized=True, eot=10)
+    spec = dataclasses.replace(spec, defense_options={"weights": "my nets/w.safetensors"})
+    audit = {"n": 128, "seed": 0, "eot": 10, "eps": 8 / 255} | change
+    assert is_audit_of_run(audit, spec) is of_run
+    assert repeat_audit_command(audit, spec) == (
+        "robench audit --defense 'plug.py:Sigma(sigma=1.0)' --dataset fashion_mnist --norm linf "
+        "--weights 'my nets/w.safetensors' --eps 8/255 "
+        f"--n {audit['n']} --seed {audit['seed']} --eot {audit['eot']}"
+    )
+    assert is_audit_of_run(audit, dataclasses.replace(spec, randomized=False)) is (of_run or "eot" in change)
 
 
 def test_the_command_leaves_out_what_is_the_default_and_names_gradient_modes(call: Any) -> None:
