@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 PINS   := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := run
-.PHONY: run test check golden wheel clean
+.PHONY: run test check golden picture wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -24,6 +24,10 @@ check: $(VENV)/.installed-dev
 golden: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --update-golden -k golden
 	git diff --stat
+
+picture: $(VENV)/.installed-dev
+	$(BIN)/robench leaderboard build
+	$(BIN)/python tools/picture_boards.py
 
 wheel: $(VENV)/.installed-dev
 	rm -rf build  # setuptools reuses it: a deleted plugin would be in the next wheel

@@ -6,11 +6,14 @@ of a pull request runs nobody's code before someone has read it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from robench.board import load_boards
 from robench.bundle import bundle_folder, read_bundle
@@ -22,6 +25,7 @@ from robench.leaderboard import Row, rank_rows, read_rows, rows_csv
 from robench.plan import RunSpec
 from robench.publish import EVIDENCE, all_rows, boards
 from robench.registry import builtin_names, load_defense, parse_spec
+from robench.report.tables import as_markdown
 from robench.rng import seeded
 from robench.stats import answers_differ
 from robench.submission import check_form
@@ -96,6 +100,16 @@ def test_the_row_holds(path: Path, row: Row) -> None:
         return
     report = verify_evidence(bundle_folder(FOLDER / EVIDENCE, row["evidence"]), row=row, device="cpu", trust=True)
     assert report.holds, report.failures
+
+
+def test_the_readme_shows_the_rows_of_today() -> None:
+    """Its picture of the page, by the digest that `make picture` leaves in it, and its table."""
+    board = FOLDER / "fashion_mnist-linf-0.1.csv"
+    picture = Image.open(FOLDER.parent / "docs" / "pictures" / "leaderboards.png")
+    assert isinstance(picture, PngImageFile)
+    assert picture.text["rows"] == hashlib.sha256(board.read_bytes()).hexdigest()
+    (loaded,) = load_boards(FOLDER, [board.stem])
+    assert as_markdown(loaded) in (FOLDER.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_page_is_made_from_these_files() -> None:
