@@ -27,6 +27,7 @@ class Defense(nn.Module):
     Attributes:
         name: the name in tables and CSV files.
         randomized: True if two calls on the same images can differ.
+        generative: True if it models the images too, so that it can draw or score them.
         num_classes: number of logits.
         input_shape: (channels, height, width).
         gradient_modes: the differentiable paths that `adaptive_forward` offers, strongest first.
@@ -41,6 +42,7 @@ class Defense(nn.Module):
 
     name: str = ""
     randomized: bool = False
+    generative: ClassVar[bool] = False
     num_classes: int
     input_shape: tuple[int, int, int]
     gradient_modes: tuple[str, ...] = ("full",)

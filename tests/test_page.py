@@ -126,6 +126,15 @@ def test_filtering(page: Page) -> None:
     assert len(defenses(page)) == 1
 
 
+def test_generative_rows_are_marked_and_found(browser: Browser) -> None:
+    """On the page of this repository, whose rows are of robench's own defenses."""
+    for page in open_page(browser, Path(__file__).parents[1] / "leaderboards" / "index.html"):
+        page.get_by_label("kind").select_option("generative")
+        named = {name.split()[0]: name for name in page.locator("tr.entry:visible .name").all_inner_texts()}
+        assert named.keys() == {"jem", "shortrun"}
+        assert all("generative" in name for name in named.values())
+
+
 def listed(page: Page) -> list[str]:
     """What a reader sees from above: the protocols' headings and the rows' names."""
     cells = page.locator(".board > tbody > tr:visible:not(.panel) > :is(th, .name)").all_inner_texts()

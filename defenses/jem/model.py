@@ -67,6 +67,7 @@ class JEM(Defense):
     """
 
     name = "jem"
+    generative = True
     needs_weights = True
     training_options = ("augment",)
     batch_rows = 256

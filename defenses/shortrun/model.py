@@ -86,6 +86,7 @@ class ShortRun(Defense):
 
     name = "shortrun"
     randomized = True
+    generative = True
     needs_weights = True
     training_options = ("sigma",)
     gradient_modes = ("full", "last_step")

@@ -18,6 +18,7 @@ from robench.data import load_dataset
 from robench.errors import RobenchError
 from robench.leaderboard import attack_columns
 from robench.protocol import find_protocol
+from robench.registry import builtin_names, parse_spec, resolve
 from robench.report.board_charts import (
     Point,
     draw_curves,
@@ -113,6 +114,7 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "entry": entry,
         "row": entry.row,
         "protocol": protocol_name(entry.row),
+        "kinds": _kinds(entry),
         "percent": {name: percent(entry.row, name) for name in ("clean", "robust")},
         "attacks": _show_attacks(entry),
         "audit": audit,
@@ -120,6 +122,15 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "plots": [Markup(drawings.svg(one)) for one in draw_findings(audit)] if audit is not None else [],
         "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",
     }
+
+
+def _kinds(entry: Entry) -> list[str]:
+    """What a row's defense is; whether it is generative is asked of robench's own alone, others are not imported."""
+    kinds = ["randomized" if entry.row["randomized"] == "yes" else "deterministic"]
+    name = parse_spec(entry.bundle.spec.defense)[0] if entry.bundle is not None and entry.bundle.spec.defense else ""
+    if name in builtin_names("defense") and getattr(resolve("defense", name), "generative", False):
+        kinds.append("generative")
+    return kinds
 
 
 def _show_attacks(entry: Entry) -> dict[str, Any]:
