@@ -95,7 +95,9 @@ class Fortified(Defense):
             activation: of the net and of the autoencoders, `leaky_relu` (slope 0.2) or `relu`.
             lambda_rec: weight of the reconstruction of clean images in training.
             lambda_adv: weight of the reconstruction from adversarial images in training.
-            stop_gradient: hold the targets of both in training.
+            stop_gradient: hold the targets of both in training, as the released code's `blocking_option`. With the
+                other defaults this runs away at once (the first loss of 2.3 is 347 after 12 steps): what is held still
+                pulls the layer through its reconstruction, towards larger and larger values.
             train_attack: `pgd` or `fgsm`; names the recipe, too.
             train_eps: linf bound of the training attack.
             augment: train on randomly shifted and mirrored images (photographs; never digits).
