@@ -253,6 +253,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     precision: Annotated[
         str, typer.Option(help="auto takes bfloat16 where the device has it; float32 does not.")
     ] = "auto",
+    split: Annotated[str, typer.Option(help="What to train on; of SVHN also extra, or both: train+extra.")] = "train",
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -260,7 +261,20 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     from robench.command import TrainRequest, data_words, train_command
 
     request = TrainRequest(
-        defense, dataset, recipe, out, seed, scale, device, resume, data_dir, tensorboard, init, first_stage, precision
+        defense,
+        dataset,
+        recipe,
+        out,
+        seed,
+        scale,
+        device,
+        resume,
+        data_dir,
+        tensorboard,
+        init,
+        first_stage,
+        precision,
+        split,
     )
     path, card = train_command(request)
     if as_json:

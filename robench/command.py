@@ -268,6 +268,7 @@ class TrainRequest:
     init: Path | None = None
     first_stage: str = ""
     precision: str = "auto"
+    split: str = "train"
 
 
 def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
@@ -291,7 +292,13 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
         precision=request.precision,
     )
     job = TrainJob(
-        request.defense, request.dataset, folder, recipe=request.recipe, data_dir=request.data_dir, settings=settings
+        request.defense,
+        request.dataset,
+        folder,
+        recipe=request.recipe,
+        data_dir=request.data_dir,
+        split=request.split,
+        settings=settings,
     )
     try:
         return train_named(job, resume=request.resume)
@@ -307,4 +314,5 @@ def _train_again(request: TrainRequest, folder: Path) -> str:
     words += ["--init", str(request.init)] if request.init is not None else []
     words += ["--first-stage", request.first_stage] if request.first_stage else []
     words += ["--precision", request.precision] if request.precision != "auto" else []
+    words += ["--split", request.split] if request.split != "train" else []
     return shlex.join([*words, *data_words(request.data_dir)])

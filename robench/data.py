@@ -27,7 +27,6 @@ from robench.data_hub import fetch_from_hub, read_quietly
 from robench.data_names import (
     HUB_PREFIX,
     KNOWN,
-    SPLITS,
     DatasetInfo,
     check_complete,
     find_data_root,
@@ -101,7 +100,8 @@ def load_dataset(
             split of `fashion_mnist`, from the folder, else the hub; a plugin's entry point in group `robench.datasets`;
             `hf:org/name` or `hf:org/name/configuration`; or the path of a Parquet file with columns `image` (or `img`)
             and `label`.
-        split: name of the split. A Parquet file is one split: for a path this is only a label.
+        split: name of the split, or several joined: `train+extra` (SVHN). A Parquet file is one split: for a path this
+            is only a label.
         n: number of examples, see `draw_stratified`; None takes all.
         seed: of the draw; with n=None it has no effect.
         data_dir: folder of `<name>/<split>-*.parquet` for the named datasets; default: what `ROBENCH_DATA` names. Given
@@ -112,9 +112,10 @@ def load_dataset(
         DataError: a file is damaged, incomplete, empty, or does not have the columns, labels or images it should have.
         PluginError: a plugin raised, or what it returned is not (images, labels).
     """
-    if not re.fullmatch(r"\w[\w.-]*", split):
+    names = split.split("+")
+    if not all(re.fullmatch(r"\w[\w.-]*", one) for one in names) or len(set(names)) < len(names):
         raise UsageError(f'split takes a name such as test or train; it is "{split}". Choose how many with n.')
-    source = _open(name, split, data_dir)
+    source = _join([_open(name, one, data_dir) for one in names])
     labels = torch.from_numpy(source.labels)
     index = torch.arange(len(labels)) if n is None else draw_stratified(labels, n, seed)
     x = source.take(index.numpy())
@@ -184,6 +185,20 @@ def digest_data(x: Tensor, y: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _join(parts: list[_Split]) -> _Split:
+    """Splits one after another as one; positions are taken in ascending order."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([len(part.labels) for part in parts])
+
+    def take(index: np.ndarray) -> Images:
+        which = np.searchsorted(ends, index, side="right")
+        inside = [index[which == number] - ends[number] + len(part.labels) for number, part in enumerate(parts)]
+        return torch.cat([part.take(rows) for part, rows in zip(parts, inside, strict=True) if len(rows)])
+
+    return _Split(np.concatenate([part.labels for part in parts]), parts[0].class_names, take)
+
+
 def _open(name: str, split: str, data_dir: str | Path | None) -> _Split:
     """Find a dataset by name, in the order that `load_dataset` documents."""
     if name in KNOWN:
@@ -209,8 +224,9 @@ def _open(name: str, split: str, data_dir: str | Path | None) -> _Split:
 
 
 def _open_known(name: str, split: str, data_dir: str | Path | None) -> _Split:
-    if split not in SPLITS:
-        raise UsageError(f'dataset "{name}" has the splits {" and ".join(SPLITS)}; split is "{split}". Choose one.')
+    splits = KNOWN[name].splits
+    if split not in splits:
+        raise UsageError(f'dataset "{name}" has the splits {" and ".join(splits)}; split is "{split}". Choose one.')
     where = f"{name} {split}"
     if files := list_embedded_files(name, split):
         _check_embedded(files)

@@ -12,7 +12,6 @@ from robench.errors import DataError, UsageError
 
 ENTRY_POINT_GROUP = "robench.datasets"
 HUB_PREFIX = "hf:"
-SPLITS = ("train", "test")
 _ASSETS = Path(__file__).parent / "assets"
 
 
@@ -25,19 +24,21 @@ class KnownDataset:
         num_classes: number of classes.
         hub_repo: the repository on the Hugging Face hub.
         hub_config: its configuration; also the name of the folder that holds the files in a copy of the repository.
+        splits: its splits.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     hub_repo: str
     hub_config: str
+    splits: tuple[str, ...] = ("train", "test")
 
 
 KNOWN = {
     "cifar10": KnownDataset((3, 32, 32), 10, "uoft-cs/cifar10", "plain_text"),
     "fashion_mnist": KnownDataset((1, 28, 28), 10, "zalando-datasets/fashion_mnist", "fashion_mnist"),
     "mnist": KnownDataset((1, 28, 28), 10, "ylecun/mnist", "mnist"),
-    "svhn": KnownDataset((3, 32, 32), 10, "ufldl-stanford/svhn", "cropped_digits"),
+    "svhn": KnownDataset((3, 32, 32), 10, "ufldl-stanford/svhn", "cropped_digits", ("train", "test", "extra")),
 }
 
 

@@ -18,11 +18,12 @@ from robench.data import load_dataset
 from robench.defenses.shortrun import ShortRun
 from robench.rng import seeded
 from robench.train import TrainSettings, train
+from robench.train.named import TrainJob, train_named
 
 
 @pytest.fixture(scope="module")
 def svhn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training split of 48 images in SVHN's layout on the hub; each class has its own grey."""
+    """Splits of 48 (train) and 20 images (extra) in SVHN's layout on the hub; each class has its own grey."""
     folder = tmp_path_factory.mktemp("hub") / "svhn" / "cropped_digits"
     folder.mkdir(parents=True)
     rng = np.random.Generator(np.random.PCG64(0))
@@ -35,6 +36,7 @@ def svhn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     table = pa.table({"image": pa.array(cells, kind), "label": [number % 10 for number in range(48)]})
     pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    pq.write_table(table.slice(0, 20), folder / "extra-00000-of-00001.parquet")
     return folder.parent.parent
 
 
@@ -76,6 +78,22 @@ def test_recipe_runs_from_the_hubs_layout(svhn: Path, tmp_path: Path) -> None:
     card = train(model, recipe, data, tmp_path, TrainSettings(holdout=8))
     assert card["dataset"] == "svhn"
     assert {"generative", "discriminative", "bptt"} <= card["held_out"].keys()
+
+
+def test_extra_images_are_joined_to_the_training_split(svhn: Path) -> None:
+    """The thesis's 80,000 and 120,000 unlabelled images are more than the training split has."""
+    train_split, extra, both = (load_dataset("svhn", name, data_dir=svhn) for name in ("train", "extra", "train+extra"))
+    assert torch.equal(both.x, torch.cat([train_split.x, extra.x]))
+    assert torch.equal(both.y, torch.cat([train_split.y, extra.y]))
+    drawn = load_dataset("svhn", "train+extra", n=30, seed=1, data_dir=svhn)
+    assert torch.equal(drawn.x, both.x[drawn.index])
+    assert int((drawn.index >= 48).sum()) not in (0, 30)
+    with pytest.raises(UsageError, match="has the splits train and test"):
+        load_dataset("mnist", "extra", data_dir=svhn)
+    with pytest.raises(UsageError, match="split takes a name"):
+        load_dataset("svhn", "train+train", data_dir=svhn)
+    with pytest.raises(UsageError, match="training does not take the test split"):
+        train_named(TrainJob("convnet", "svhn", svhn / "out", data_dir=svhn, split="train+test"))
 
 
 def test_small_images_are_refused() -> None:

@@ -198,6 +198,7 @@ def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:
     return {
         "defense": run.defense.name,
         "dataset": data.name,
+        **({"split": data.split} if data.split != "train" else {}),
         "recipe": run.recipe.name,
         **({"init": _origin(settings.init)} if settings.init is not None else {}),
         "stages": listed,

@@ -34,6 +34,7 @@ class TrainJob:
         folder: checkpoint and weights go there.
         recipe: the recipe's name; None takes the defense's default.
         data_dir: see `load_dataset`.
+        split: what to train on: `train`, or `train+extra` of SVHN.
         test_images: test images behind the card's clean accuracy.
         settings: seed, device and so on.
     """
@@ -43,6 +44,7 @@ class TrainJob:
     folder: Path
     recipe: str | None = None
     data_dir: Path | None = None
+    split: str = "train"
     test_images: int = TEST_IMAGES
     settings: TrainSettings = field(default_factory=TrainSettings)
 
@@ -59,9 +61,13 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
             f"training takes a named dataset ({', '.join(known)}), which has a training and a test split; "
             f'got "{job.dataset}". Name Parquet files <name>/{{train,test}}-*.parquet and their folder with --data-dir'
         )
+    if "test" in job.split.split("+"):
+        raise UsageError(
+            "training does not take the test split, which measures what was learnt. Choose another --split"
+        )
     name, written = parse_spec(job.defense)
     cls = cast("type[Defense]", resolve("defense", name))
-    data = load_dataset(job.dataset, "train", data_dir=job.data_dir)
+    data = load_dataset(job.dataset, job.split, data_dir=job.data_dir)
     test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir)
     shape = cast("tuple[int, int, int]", tuple(data.x.shape[1:]))
     options = {**cls.options_for(shape, len(data.class_names)), **written}
