@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
-from robench.files import as_place
+from robench.files import as_place, write_text
 
 leaderboard_app = typer.Typer(
     help="Leaderboards: add rows, make the page, check what was published.", no_args_is_help=True
@@ -71,7 +71,7 @@ def leaderboard_build(
     data_dir: DataDir = None,
 ) -> None:
     """Make the leaderboards' page, or tables."""
-    from robench.command_board import build_page, print_tables, write_text
+    from robench.command_board import build_page, print_tables
 
     if kind == "html":
         sys.stdout.write(f"{build_page(folder, board or [], out, data_dir)}\n")
@@ -90,7 +90,7 @@ def leaderboard_export(
     ] = None,
 ) -> None:
     """Print a leaderboard in the form of another board, or write it."""
-    from robench.command_board import load_told, print_tables, write_text
+    from robench.command_board import load_told, print_tables
     from robench.report.tables import write_robustbench
 
     if kind == "robustbench" and out is not None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from robench.board import Board, load_boards
 from robench.errors import UsageError
-from robench.files import write_atomic
+from robench.files import write_text
+from robench.leaderboard import row_name
 
 LOG = logging.getLogger("robench")
 
@@ -25,20 +26,6 @@ def build_page(folder: Path, names: Sequence[str], out: Path | None, data_dir: P
     return write_text(out or folder / "index.html", page)
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Writes a file of text, in a folder that need not be there; returns its path.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {path.parent}: {error.strerror}") from None
-    write_atomic(path, text.encode())
-    return path
-
-
 def load_told(folder: Path, names: Sequence[str]) -> list[Board]:
     """The leaderboards in a folder; tells on standard error which rows their evidence does not back.
 
@@ -50,8 +37,7 @@ def load_told(folder: Path, names: Sequence[str]) -> list[Board]:
     for board in found:
         for entry in board.entries:
             if entry.problem:
-                told = f"{entry.row['defense']}, {entry.row['protocol'] or 'free list'}"
-                LOG.warning("%s: %s: %s", board.name, told, entry.problem)
+                LOG.warning("%s: %s: %s", board.name, row_name(entry.row), entry.problem)
     return found
 
 

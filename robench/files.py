@@ -84,6 +84,20 @@ def write_atomic(path: Place, content: bytes) -> None:
             raise
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file of text, in a folder that need not be there; returns its path.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+    write_atomic(path, text.encode())
+    return path
+
+
 def list_names(folder: Place) -> list[str]:
     """The names of all files in a folder, in any order; none where there is no such folder."""
     if isinstance(folder, Path):

@@ -282,11 +282,29 @@ def find_replaced(row: Row, rows: Sequence[Row], *, replace: bool = False, whose
 
 def name_clash(row: Row, old: Row, whose: str, reason: str) -> str:
     """Says that a row would take the place of an old one, and why it should not."""
-    named = f"{row['defense']}, {row['protocol'] or 'free list'}"
     return (
-        f"{whose} ({named}, {describe(row)}) would replace the row of evidence {old['evidence'] or 'unknown'} "
+        f"{whose} ({row_name(row)}, {describe(row)}) would replace the row of evidence {old['evidence'] or 'unknown'} "
         f"({describe(old)}): {reason}"
     )
+
+
+def protocol_name(row: Row) -> str:
+    """The protocol of a row, for readers."""
+    return row["protocol"] or "free list"
+
+
+def row_name(row: Row) -> str:
+    """What a row is of, for readers: `jem, standard-1`."""
+    return f"{row['defense']}, {protocol_name(row)}"
+
+
+def percent(row: Row, kind: str) -> tuple[float, float, float] | None:
+    """The `clean` or `robust` accuracy of a row with its interval, in percent; None where a number is missing."""
+    cells = [row[f"{kind}_{end}"] for end in ("acc", "low", "high")]
+    if not all(cells):
+        return None
+    value, low, high = (100 * float(cell) for cell in cells)
+    return value, low, high
 
 
 def describe(row: Row) -> str:

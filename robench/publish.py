@@ -27,6 +27,7 @@ from robench.leaderboard import (
     name_clash,
     rank_rows,
     read_rows,
+    row_name,
     rows_csv,
 )
 from robench.plan import RunSpec
@@ -84,8 +85,7 @@ def publish(
         path, row = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps), bundle.row()
         for old in add_row(row, path, replace=replace):
             if tell is not None and old["evidence"] != bundle.digest:
-                named = f"{row['defense']}, {row['protocol'] or 'free list'}"
-                tell(f"{path.name}: {named}: replaces {describe(old)} by {describe(row)} of {result.folder}")
+                tell(f"{path.name}: {row_name(row)}: replaces {describe(old)} by {describe(row)} of {result.folder}")
             _remove(leaderboards, old["evidence"], keep=bundle.digest)
         written[path] = None
     return list(written)
@@ -107,7 +107,7 @@ def _check_places(
         if first != row:
             raise UsageError(
                 f"{folder} ({describe(first)}) and {result.folder} ({describe(row)}) would be one row of {path.name}: "
-                f"{row['defense']}, {row['protocol'] or 'free list'}. Name one of them"
+                f"{row_name(row)}. Name one of them"
             )
         whose = f"{path.name}: {result.folder}"
         for old in find_replaced(row, read_rows(path) if path.exists() else [], replace=replace, whose=whose):
@@ -207,7 +207,7 @@ def withdraw(leaderboards: Path, digests: Iterable[str]) -> list[Path]:
             raise UsageError(f"{counts[digest] or 'no'} rows in {leaderboards} have the evidence {digest}")
     touched = dict.fromkeys(path for path, row in rows if row["evidence"] in gone)
     for path in touched:
-        left = [row for row in read_rows(path) if row["evidence"] not in gone]
+        left = [row for place, row in rows if place == path and row["evidence"] not in gone]
         if left:
             write_atomic(path, rows_csv(rank_rows(left)).encode())
         else:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -52,6 +53,17 @@ def _do_without(reason: str, required: str) -> None:
     if os.environ.get(required) == "1":
         pytest.fail(f"{reason}, and {required}=1", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny batches are quicker on one thread, above all on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,12 @@ from robench.report.audit import render_audit
 from robench.testing.decoys import PLANTED
 from robench.types import Images, Logits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HERE = Path(__file__)
 THREAT = ThreatModel("linf", 0.05)
 NEEDS_A_NET = ("input noise", "resize and pad", "logit noise", "hash of the input")
 """These do not hide a linear classifier's gradient, which is the same everywhere."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,9 @@ from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.weights import read_card, shipped_weights, weights_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CARD_FIELDS = {"recipe", "train_digest", "seed", "device", "wall_time_s", "test", "known_breakage", "training_attack"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from robench.defenses.jem.sgld import Sampler, sample
 from robench.rng import seeded
 from robench.testing import DefenseContract
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def make_model(gain: float = 2.5, dtype: torch.dtype = torch.float64, **options: Any) -> JEM:
     """An untrained model, steep enough for the refinement to matter."""
@@ -34,15 +36,6 @@ def make_model(gain: float = 2.5, dtype: torch.dtype = torch.float64, **options:
 def draw_images(n: int, channels: int = 1, side: int = 28, dtype: torch.dtype = torch.float64) -> Tensor:
     with seeded("jem images"):
         return torch.rand(n, channels, side, side, dtype=dtype)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny batches are quicker on one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,17 +15,10 @@ from robench.defenses.shortrun import chain as chains
 from robench.defenses.shortrun.chain import ACTIVATIONS, Activation, Jet, Sweeps, can_sweep, mish
 from robench.rng import seeded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PRESETS = [("repaired", 1), ("repaired", 3), ("paper_literal", 1), ("paper_literal", 3)]
 STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny batches are quicker on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> ShortRun:

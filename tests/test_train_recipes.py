@@ -26,6 +26,8 @@ from robench.defenses.shortrun import ShortRun
 from robench.rng import seeded
 from robench.train import Recipe, TrainSettings, run, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HOLDOUT: Final = 64
 
 
@@ -70,15 +72,6 @@ CASES: Final = [
     Case(ShortRun, "thesis(labelled=60, unlabelled=150)", {"steps": 5}, SHORTRUN, 8, 8),
     Case(ShortRun, "thesis(depth=0)", {"steps": 5, "preset": "paper_literal"}, (*SHORTRUN[:2], "bptt"), 8, 8),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny batches are quicker on one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
 
 import torch
 from torch import Tensor, nn
 
+from robench.errors import UsageError
 from robench.train.recipe import Recipe, Stage, autocast, ranger
 from robench.types import Images, Labels
 
@@ -24,14 +25,19 @@ class ConvNetRecipe(Recipe):
             name: the recipe as it was asked for, options included.
             labelled: train on that many images, drawn by class; those of Short Run's `thesis(labelled=...)` under the
                 same seed. 0: all.
+
+        Raises:
+            UsageError: `labelled` is negative.
         """
+        if labelled < 0:
+            raise UsageError(f"convnet: labelled must be at least 0; got {labelled}")
         self.defense, self.name, self.labelled = defense, name, labelled
 
     def stages(self) -> list[Stage]:
         """One stage of about six epochs over 60,000 images."""
         parameters = list(self.defense.parameters())
-        stage = Stage("clean", 2800, self.loss, parameters, 1e-3, flat=0.5, batch_size=128, optimizer=ranger, clip=5.0)
-        return [replace(stage, images=self.labelled)]
+        stage = functools.partial(Stage, flat=0.5, batch_size=128, optimizer=ranger, clip=5.0)
+        return [stage("clean", 2800, self.loss, parameters, 1e-3, images=self.labelled)]
 
     def loss(self, x: Images, y: Labels) -> Tensor:
         """Cross-entropy."""

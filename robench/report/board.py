@@ -16,7 +16,7 @@ from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
 from robench.data import load_dataset
 from robench.errors import RobenchError
-from robench.leaderboard import attack_columns
+from robench.leaderboard import attack_columns, percent, protocol_name
 from robench.protocol import find_protocol
 from robench.registry import builtin_names, parse_spec, resolve
 from robench.report.board_charts import (
@@ -24,10 +24,8 @@ from robench.report.board_charts import (
     draw_curves,
     draw_findings,
     draw_scatter,
-    percent,
     points_of,
     points_under_pgd,
-    protocol_name,
 )
 from robench.report.drawing import Drawings, page_style
 from robench.report.page import load_template

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from robench.board import Board, Entry
-from robench.leaderboard import Row
+from robench.leaderboard import Row, percent, protocol_name
 from robench.report.drawing import INK, row_id
 
 if TYPE_CHECKING:
@@ -25,23 +25,9 @@ SWEEP: Final = 3
 Interval = tuple[float, float, float]
 
 
-def percent(row: Row, kind: str) -> Interval | None:
-    """The clean or robust accuracy of a row with its interval, in percent; None where a number is missing."""
-    cells = [row[f"{kind}_{end}"] for end in ("acc", "low", "high")]
-    if not all(cells):
-        return None
-    value, low, high = (100 * float(cell) for cell in cells)
-    return value, low, high
-
-
 def _plain(text: str) -> str:
     """A text that matplotlib shows in a legend: a leading underscore would hide it."""
     return "\u200b" + text if text.startswith("_") else text
-
-
-def protocol_name(row: Row) -> str:
-    """The protocol of a row, for readers."""
-    return row["protocol"] or "free list"
 
 
 def _label(entry: Entry, board: Board) -> str:

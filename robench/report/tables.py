@@ -10,18 +10,16 @@ from typing import Final
 
 from robench.board import Board, Entry
 from robench.errors import UsageError
-from robench.files import write_atomic
-from robench.leaderboard import Row, is_complete, is_masked, rows_csv
+from robench.files import write_text
+from robench.leaderboard import Row, is_complete, is_masked, percent, protocol_name, rows_csv
 from robench.report.markdown import markdown_table
 
 HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "worst attack", "audit", "n", "protocol")
 
 
 def _percent(row: Row, kind: str) -> str:
-    value, low, high = (row[f"{kind}_{end}"] for end in ("acc", "low", "high"))
-    if not value:
-        return "not known"
-    return f"{100 * float(value):.1f} [{100 * float(low):.1f}, {100 * float(high):.1f}]"
+    found = percent(row, kind)
+    return "not known" if found is None else "{:.1f} [{:.1f}, {:.1f}]".format(*found)
 
 
 def table_cells(board: Board) -> list[tuple[str, ...]]:
@@ -42,7 +40,7 @@ def table_cells(board: Board) -> list[tuple[str, ...]]:
             entry.row["worst_attack"],
             entry.row["audit_verdict"],
             entry.row["n"],
-            entry.row["protocol"] or "free list",
+            protocol_name(entry.row),
         )
         for entry, after in zip(board.entries, following, strict=True)
     ]
@@ -85,14 +83,14 @@ def as_robustbench(board: Board) -> str:
 
 
 def write_robustbench(board: Board, folder: Path) -> list[Path]:
-    """Writes `<folder>/<dataset>/<Linf or L2>/<model>.json` for each row, as RobustBench lays them out."""
-    place = folder / board.dataset / _THREATS[board.norm] if board.norm in _THREATS else folder
-    written = []
-    for name, info in model_infos(board).items():
-        place.mkdir(parents=True, exist_ok=True)
-        write_atomic(place / f"{name}.json", (json.dumps(info, indent=2) + "\n").encode())
-        written.append(place / f"{name}.json")
-    return written
+    """Writes `<folder>/<dataset>/<Linf or L2>/<model>.json` for each row, as RobustBench lays them out.
+
+    Raises:
+        UsageError: RobustBench has no such norm, or a file cannot be written.
+    """
+    infos = model_infos(board)
+    place = folder / board.dataset / _THREATS[board.norm]
+    return [write_text(place / f"{name}.json", json.dumps(info, indent=2) + "\n") for name, info in infos.items()]
 
 
 def model_infos(board: Board) -> dict[str, dict[str, object]]:
@@ -111,9 +109,8 @@ def model_infos(board: Board) -> dict[str, dict[str, object]]:
     for entry in board.entries:
         if not is_complete(entry.row) or entry.problem:
             continue
-        name = "-".join(part for part in (entry.row["defense"], entry.row["protocol"] or "free list") if part)
-        name = re.sub(r"[^\w.=-]+", "_", name).strip("_")
-        found[name if name not in found else f"{name}-{entry.row['weights_digest']}"] = _model_info(board, entry.row)
+        name = re.sub(r"[^\w.=-]+", "_", f"{entry.row['defense']}-{protocol_name(entry.row)}").strip("_")
+        found[name if name not in found else f"{name}-{entry.row['evidence']}"] = _model_info(board, entry.row)
     return found
 
 
@@ -133,7 +130,7 @@ def _model_info(board: Board, row: Row) -> dict[str, object]:
         "clean_acc": f"{100 * float(row['clean_acc']):.2f}",
         "external": f"{100 * float(row['robust_acc']):.2f}",
         "unreliable": is_masked(row),
-        "footnote": f"robench {row['protocol'] or 'free list'}, {row['n']} images, 95 % interval "
+        "footnote": f"robench {protocol_name(row)}, {row['n']} images, 95 % interval "
         f"{low} to {high}{draws}; audit: {row['audit_verdict']}.",
     }
 

@@ -25,7 +25,7 @@ def parse_recipe(defense: str, name: str, spec: str, known: Mapping[str, type]) 
         defense: its name.
         name: the recipe's.
         spec: the text.
-        known: the recipe's options, each with int or float; int is not negative.
+        known: the recipe's options, each with int or float.
 
     Raises:
         UsageError: another name, an option that it does not have, or a value of another kind.
@@ -39,8 +39,6 @@ def parse_recipe(defense: str, name: str, spec: str, known: Mapping[str, type]) 
         whole = known[option] is int
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise UsageError(f"{defense}: {option} takes a {'whole ' if whole else ''}number; got {value!r}")
-        if whole and value < 0:
-            raise UsageError(f"{defense}: {option} must be at least 0; got {value}")
     return options
 
 
