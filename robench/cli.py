@@ -304,6 +304,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
             "JEM-0,JEM-1. May be repeated."
         ),
     ] = None,
+    dataset: Annotated[str, typer.Option(help="Only what is measured on this dataset.")] = "",
     n: Annotated[
         int | None, typer.Option(help="Images behind each figure; default 128, fewer where it is slow.")
     ] = None,
@@ -312,6 +313,10 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     ] = "standard",
     protocol_n: Annotated[int | None, typer.Option(help="Images under the protocol; default as --n.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
+    train: Annotated[
+        bool, typer.Option("--train", help="Also train what no shipped weights are of; goes on where it stopped.")
+    ] = False,
+    scale: Annotated[float, typer.Option(help="Multiplies the iterations of --train; 0.01 is a smoke test.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; what is finished there is not repeated.")
@@ -328,12 +333,15 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
         out or Path("runs") / f"reproduce-{name}",
         tables=tuple(table or ()),
         rows=tuple(row or ()),
+        dataset=dataset,
         n=n,
         protocol="" if protocol == "none" else protocol,
         protocol_n=protocol_n,
         seed=seed,
         device=device,
         data_dir=data_dir,
+        train=train,
+        scale=scale,
     )
     outcomes = reproduce_all(request, keep=lambda done: write_outcomes(done, request))
     if as_json:

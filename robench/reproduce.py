@@ -1,7 +1,8 @@
 """`robench reproduce`: the tables of a defense's paper, cell by cell, beside what robench measures.
 
-A defense brings the cells as `TABLES` in the module `paper` of its package. Accuracies are measured on the main path
-(`evaluate`), at the paper's own attack and then under a protocol; anything else by a function of the cell.
+A defense brings the cells (`robench.paper`) as `TABLES` in the module `paper` of its package. Accuracies are measured
+on the main path (`evaluate`), at the paper's own attack and then under a protocol; anything else by a function of the
+cell. A cell may ask for a training of its own, which is done where the request says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from robench.data import load_dataset
 from robench.defense import Defense
@@ -21,157 +22,17 @@ from robench.errors import Interrupted, UsageError
 from robench.estimate import Estimate
 from robench.evaluate import evaluate
 from robench.lineup import plan_attacks
+from robench.paper import Cell, Context, Figure, Outcome
 from robench.protocol import get_protocol
 from robench.registry import load_defense, resolve
 from robench.result import Evaluation
 from robench.settings import Settings
 from robench.threat import ThreatModel
+from robench.train import TrainSettings
+from robench.train.named import TrainJob, find_trained, train_named
+from robench.train.run import CHECKPOINT
 
 DEFAULT_N = 128
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What was measured, with its 95 % interval, in the unit of the cell (percent for accuracies).
-
-    Attributes:
-        value: the figure.
-        low: lower end of the interval.
-        high: upper end.
-        n: images behind it.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        largest = max(abs(self.low), abs(self.value), abs(self.high))
-        digits = 1 if largest >= 10 else 2 if largest >= 1 else 3
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a cell's own measurement may use.
-
-    Attributes:
-        n: images, at most.
-        seed: seeds the draw of images and all randomness.
-        device: `cpu` or `cuda`.
-        data_dir: folder with datasets; None: `ROBENCH_DATA`.
-        folder: a folder of its own for what the measurement keeps.
-    """
-
-    n: int
-    seed: int
-    device: str
-    data_dir: Path | None
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure of a paper and how it is measured again.
-
-    Attributes:
-        table: as the paper calls it: `table 2.5`.
-        row: the row's heading.
-        column: the column's heading.
-        published: the paper's figure, accuracies in percent; None where it shows a curve or nothing.
-        published_on: the dataset of the paper by robench's name, `fashion_mnist`, or as robench would name it; "" where
-            the paper has no such figure.
-        dataset: the data that is used here.
-        defense: a defense as on the command line.
-        attack: an attack as on the command line; "" is clean accuracy.
-        norm: of the threat model.
-        eps: its bound, images in [0, 1].
-        measure: measures a figure that is no accuracy; defense and attack are not used then. None from it says that
-            robench does not measure this on purpose, for the reason in `note`.
-        note: what differs from the paper.
-        published_with: what else has to be known of the paper's figure, such as its net; printed as it is.
-    """
-
-    table: str
-    row: str
-    column: str
-    published: float | None
-    published_on: str
-    dataset: str
-    defense: str = ""
-    attack: str = ""
-    norm: str = "linf"
-    eps: float = 0.0
-    measure: Callable[[Context], Figure | None] | None = None
-    note: str = ""
-    published_with: str = ""
-
-    def __post_init__(self) -> None:
-        """Checks that the cell can be measured in one way, and that its datasets can be compared.
-
-        Raises:
-            UsageError: neither a defense nor a function, or both; an attack without a bound; a dataset of the paper
-                that is no name.
-        """
-        if self.published_on != self.dataset and not re.fullmatch("[a-z0-9_]*", self.published_on):
-            raise UsageError(
-                f"{self.table}, {self.row}, {self.column}: published_on is a dataset's name, such as fashion_mnist; "
-                f'got "{self.published_on}". What else there is to say goes into published_with'
-            )
-        if bool(self.defense) == (self.measure is not None):
-            raise UsageError(
-                f"{self.table}, {self.row}, {self.column}: give either a defense or a function that measures"
-            )
-        if self.attack and not self.eps > 0:
-            raise UsageError(f"{self.table}, {self.row}, {self.column}: an attack needs an eps above 0")
-
-
-def leave_out(context: Context) -> None:
-    """The `measure` of a figure that is not measured; the cell's note says why."""
-    del context
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A cell with what was measured.
-
-    Attributes:
-        cell: what was asked.
-        ours: the paper's own measurement, made here; None where it could not be.
-        worst: worst-case accuracy under the request's protocol in the cell's threat model; None where there is none.
-        problem: why `ours` is missing, or `worst`.
-    """
-
-    cell: Cell
-    ours: Figure | None
-    worst: Figure | None = None
-    problem: str = ""
-
-    @property
-    def difference(self) -> float | None:
-        """Ours minus the paper's."""
-        if self.ours is None or self.cell.published is None:
-            return None
-        return self.ours.value - self.cell.published
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON types."""
-        cell = self.cell
-        return {
-            "table": cell.table,
-            "row": cell.row,
-            "column": cell.column,
-            "published": cell.published,
-            "published_on": cell.published_on,
-            "published_with": cell.published_with,
-            "measured_on": cell.dataset,
-            "ours": vars(self.ours) if self.ours else None,
-            "difference": self.difference,
-            "worst": vars(self.worst) if self.worst else None,
-            "problem": self.problem,
-            "note": cell.note,
-        }
 
 
 @dataclass(frozen=True)
@@ -184,31 +45,39 @@ class ReproduceRequest:
         tables: only tables whose name holds one of these texts; () for all. A text that no name holds is taken for
             several with commas between them.
         rows: likewise, only rows whose heading holds one of these texts.
+        dataset: only what is measured on it; "" for all.
         n: images of each figure; None: 128, or the defense's first look where it is slow.
         protocol: measured besides the paper's attack; "" for none.
         protocol_n: images of the figures under the protocol, which costs far more; None: as many as `n` says.
         seed: seeds everything.
         device: `auto`, `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        train: train the defenses of the cells that have a recipe; what was trained before in `folder` is taken up.
+        scale: multiplies the iterations of these trainings.
     """
 
     name: str
     folder: Path
     tables: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+    dataset: str = ""
     n: int | None = None
     protocol: str = "standard"
     protocol_n: int | None = None
     seed: int = 0
     device: str = "auto"
     data_dir: Path | None = None
+    train: bool = False
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the counts and the protocol, before hours go into the figures beside it.
+        """Checks counts, scale and protocol, before hours go into the figures beside it.
 
         Raises:
-            UsageError: a count is below 1, or there is no such protocol.
+            UsageError: a count is below 1, a scale that is not positive, or no such protocol.
         """
+        if not self.scale > 0:
+            raise UsageError(f"scale must be positive; got {self.scale}")
         if self.protocol:
             get_protocol(self.protocol)
         for name, count in (("n", self.n), ("protocol-n", self.protocol_n)):
@@ -221,7 +90,7 @@ class _Runs:
     """The evaluations of one call, each done once."""
 
     request: ReproduceRequest
-    defenses: dict[tuple[str, str], Defense] = field(default_factory=dict)
+    defenses: dict[tuple[str, str, Path | None], Defense] = field(default_factory=dict)
 
     def clean(self, cell: Cell) -> Figure:
         """Clean accuracy; the attack with bound 0 is a formality."""
@@ -240,10 +109,26 @@ class _Runs:
         result = self._run(cell, get_protocol(self.request.protocol).name, cell.eps, n)
         return _figure(result, result.robust_accuracy)
 
+    def weights(self, cell: Cell) -> Path | None:
+        """Weights of the cell's own training, trained now where the request says so; None where there are none."""
+        if not cell.recipe:
+            return None
+        request = self.request
+        said = f"{cell.defense} {cell.dataset} {cell.recipe} {cell.split} {request.seed} {request.scale:g}"
+        folder = request.folder / "trained" / _folder_name(f"{cell.defense}-{cell.dataset}-{cell.recipe}", said)
+        found = find_trained(folder, cell.dataset)
+        if found is not None or not request.train:
+            return found
+        device = Settings(device=request.device).resolve_device()
+        settings = TrainSettings(seed=request.seed, scale=request.scale, device=device)
+        job = TrainJob(cell.defense, cell.dataset, folder, cell.recipe, request.data_dir, cell.split, settings=settings)
+        return train_named(job, resume=(folder / CHECKPOINT).exists())[0]
+
     def _defense(self, cell: Cell) -> Defense:
-        key = (cell.defense, cell.dataset)
+        weights = self.weights(cell)
+        key = (cell.defense, cell.dataset, weights)
         if key not in self.defenses:
-            self.defenses[key] = load_defense(cell.defense, cell.dataset)
+            self.defenses[key] = load_defense(cell.defense, cell.dataset, **_options(weights))
         return self.defenses[key]
 
     def _run(self, cell: Cell, attacks: str, eps: float, asked: int | None) -> Evaluation:
@@ -251,9 +136,10 @@ class _Runs:
         defense = self._defense(cell)
         first_look = dict(defense.first_look)
         n = asked or first_look.pop("n", DEFAULT_N)
+        weights = self.weights(cell)
         said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps:g} {n} {request.seed} {first_look}"
-        plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}").strip("-")[:60]
-        folder = request.folder / f"{plain}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+        said += f" {weights.parent.name}" if weights else ""
+        folder = request.folder / _folder_name(f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}", said)
         settings = {"eot": first_look.get("eot"), "judge_repeats": first_look.get("judge_repeats")}
         return evaluate(
             defense,
@@ -268,8 +154,19 @@ class _Runs:
             progress=True,
             data_dir=request.data_dir,
             defense_spec=cell.defense,
+            defense_options=_options(weights),
             **{name: value for name, value in settings.items() if asked is None and value is not None},
         )
+
+
+def _options(weights: Path | None) -> dict[str, str]:
+    return {} if weights is None else {"weights": str(weights.resolve())}
+
+
+def _folder_name(readable: str, said: str) -> str:
+    """A name for a folder that begins readably and is another one for everything else that is said."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", readable).strip("-")[:60]
+    return f"{plain}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
 
 def _figure(result: Evaluation, estimate: Estimate | None) -> Figure:
@@ -297,7 +194,8 @@ def load_tables(name: str) -> list[Cell]:
 def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], None] | None = None) -> Iterator[Outcome]:
     """Measures the cells of a paper's tables, in their order; yields each as it is done.
 
-    A cell that cannot be measured (weights or data that are not at hand) is yielded with its reason.
+    A cell that cannot be measured (weights or data that are not at hand) is yielded with its reason. One that takes a
+    training which is not wanted is yielded without a figure.
 
     Args:
         request: which cells, and on how many images.
@@ -306,7 +204,8 @@ def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], No
     Raises:
         UsageError: unknown defense, no tables, or none of the names asked for.
     """
-    cells = _choose(load_tables(request.name), request.tables, "table")
+    cells = _on_dataset(load_tables(request.name), request.dataset)
+    cells = _choose(cells, request.tables, "table")
     cells = _choose(cells, request.rows, "row")
     runs = _Runs(request)
     for number, cell in enumerate(cells, start=1):
@@ -352,6 +251,18 @@ def _announce(number: int, cells: int, cell: Cell) -> None:
     sys.stderr.flush()
 
 
+def _on_dataset(cells: list[Cell], dataset: str) -> list[Cell]:
+    """The cells that are measured on a dataset; all for "".
+
+    Raises:
+        UsageError: there are none.
+    """
+    names = list(dict.fromkeys(cell.dataset for cell in cells))
+    if dataset and dataset not in names:
+        raise UsageError(f'nothing is measured on "{dataset}"; there are: {", ".join(names)}')
+    return [cell for cell in cells if dataset in ("", cell.dataset)]
+
+
 def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row"]) -> list[Cell]:
     """The cells whose table or row holds one of the texts; all without a text.
 
@@ -381,19 +292,21 @@ def _holders(names: Sequence[str], text: str) -> set[str]:
 
 def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
     request = runs.request
+    weights = runs.weights(cell)
+    if cell.recipe and weights is None:
+        return Outcome(cell, None)
     if cell.measure is not None:
         device = Settings(device=request.device).resolve_device()
-        return Outcome(
-            cell, cell.measure(Context(request.n or DEFAULT_N, request.seed, device, request.data_dir, request.folder))
-        )
+        n = request.n or DEFAULT_N
+        return Outcome(cell, cell.measure(Context(n, request.seed, device, request.data_dir, request.folder, weights)))
     load_dataset(cell.dataset, "test", 1, 0, request.data_dir)
     if not cell.attack:
         return Outcome(cell, runs.clean(cell))
-    alike = (cell.defense, cell.dataset, cell.norm, cell.eps)
+    alike = (cell.defense, cell.dataset, cell.recipe, cell.split, cell.norm, cell.eps)
     attacks = [
         other.attack
         for other in cells
-        if (other.defense, other.dataset, other.norm, other.eps) == alike and other.attack
+        if (other.defense, other.dataset, other.recipe, other.split, other.norm, other.eps) == alike and other.attack
     ]
     ours = runs.attacked(cell, list(dict.fromkeys(attacks)))
     if not request.protocol:

@@ -23,8 +23,8 @@ from robench.defenses.fortified.blackbox import (
     train_substitute,
 )
 from robench.defenses.fortified.train import FortifiedRecipe
+from robench.paper import Context
 from robench.registry import parse_spec
-from robench.reproduce import Context
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.weights import read_card, shipped_weights, weights_folder

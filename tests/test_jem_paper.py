@@ -12,8 +12,9 @@ from robench.attack import Attack
 from robench.defense import Defense
 from robench.defenses.jem import JEM, paper
 from robench.detection import auroc, expected_calibration_error
+from robench.paper import Cell, Context
 from robench.registry import load_attack, parse_spec
-from robench.reproduce import Cell, Context, load_tables
+from robench.reproduce import load_tables
 from robench.rng import seeded
 
 

@@ -12,14 +12,19 @@ from typing import Any
 
 import engine_toys
 import pytest
+from hub_toys import write_svhn
 
 from robench import UsageError, reproduce
 from robench.cli import main
 from robench.data_names import KNOWN
+from robench.errors import Interrupted
 from robench.evaluate import evaluate
+from robench.paper import Cell, Context, Figure
 from robench.registry import load_defense
-from robench.reproduce import Cell, Context, Figure, ReproduceRequest, _choose, load_tables
+from robench.report.reproduced import as_page
+from robench.reproduce import ReproduceRequest, _choose, load_tables
 from robench.threat import ThreatModel
+from robench.train.named import train_named
 
 TOY = f"{engine_toys.__file__}:Prototypes"
 EPS = 0.05
@@ -122,7 +127,7 @@ def test_what_is_done_is_written_at_once_and_the_next_cell_is_told(
     """Interrupted in the third cell: two are in the tables, and the line above says which one it was."""
     folder = tmp_path / "runs"
 
-    def interrupt(context: reproduce.Context) -> reproduce.Figure:
+    def interrupt(context: Context) -> Figure:
         raise KeyboardInterrupt
 
     cells = [*CELLS[:2], dataclasses.replace(CELLS[3], measure=interrupt)]
@@ -379,3 +384,117 @@ def test_what_cannot_be_meant_is_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def trained(n: int, **more: Any) -> Cell:
+    how = {"dataset": "svhn", "defense": "convnet", "recipe": f"clean(labelled={n})", "split": "train+extra"}
+    return cell(f"{n} labelled", **{**how, **more})
+
+
+@pytest.fixture
+def trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with SVHN; the cells want training on it, one of them under an attack, one measured by a function."""
+
+    def digest(context: Context) -> Figure:
+        assert context.weights is not None
+        return Figure(len(context.weights.read_bytes()), 0, 0, 1)
+
+    cells = [
+        trained(20),
+        trained(20, attack="fgsm", eps=EPS),
+        trained(40),
+        trained(40, measure=digest),
+        cell("clean", 50.0),
+    ]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    return write_svhn(tmp_path / "data", train=540, extra=30, test=2000)
+
+
+def test_a_cell_with_a_recipe_waits_for_train(trainings: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Nothing is trained unasked, which is no failure, and the page says what would be."""
+    folder = tmp_path / "out"
+    words = ("toy", "--dataset", "svhn", "--n", 20, "--protocol", "none", "--out", folder, "--data-dir", trainings)
+    assert call(monkeypatch, *words) == 0
+    capsys.readouterr()
+    page = (folder / "tables.md").read_text()
+    assert page.count("not measured |") == 4
+    assert "not measured without a training of its own, recipe clean(labelled=40): --train" in page.replace("\\", "")
+    assert [path.name for path in folder.iterdir()] != []
+    assert not (folder / "trained").exists()
+
+
+def test_models_are_trained_once_for_their_cells(
+    trainings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(tmp_path / "out", n=20, protocol="", dataset="svhn", train=True, scale=0.002, data_dir=trainings)
+    clean, attacked, other, size = reproduce.reproduce_all(asked)
+    assert [outcome.problem for outcome in (clean, attacked, other, size)] == [""] * 4
+    weights = sorted((tmp_path / "out" / "trained").glob("*/svhn.safetensors"))
+    assert len(weights) == 2
+    cards = [json.loads(path.with_suffix(".json").read_text()) for path in weights]
+    assert sorted(card["recipe"] for card in cards) == ["clean(labelled=20)", "clean(labelled=40)"]
+    assert {(card["split"], card["scale"], card["seed"]) for card in cards} == {("train+extra", 0.002, 0)}
+    chosen = next(path for path, card in zip(weights, cards, strict=True) if card["recipe"] == "clean(labelled=20)")
+    expected = evaluate(
+        load_defense("convnet", "svhn", weights=chosen),
+        "fgsm",
+        ThreatModel("linf", EPS),
+        "svhn",
+        n=20,
+        data_dir=trainings,
+    )
+    assert clean.ours is not None
+    assert clean.ours.value == pytest.approx(100 * expected.clean_accuracy.value)
+    assert attacked.ours is not None
+    assert expected.robust_accuracy is not None
+    assert attacked.ours.value == pytest.approx(100 * expected.robust_accuracy.value)
+    assert size.ours is not None
+    assert size.ours.value > 1e5
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("was trained again")
+
+    monkeypatch.setattr(reproduce, "train_named", fail)
+    again = reproduce.reproduce_all(dataclasses.replace(asked, train=False))
+    assert [outcome.ours for outcome in again] == [outcome.ours for outcome in (clean, attacked, other, size)]
+    less = reproduce.reproduce_all(dataclasses.replace(asked, train=False, scale=0.001))
+    assert [outcome.ours for outcome in less] == [None] * 4
+
+
+def test_a_training_that_was_cut_off_goes_on(trainings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed = []
+
+    def cut_off(job: Any, *, resume: bool) -> Any:
+        resumed.append(resume)
+        if not resume:
+            weights, _ = train_named(job)
+            weights.with_suffix(".json").unlink()  # the card is the last that is written
+            raise KeyboardInterrupt
+        return train_named(job, resume=True)
+
+    monkeypatch.setattr(reproduce, "train_named", cut_off)
+    asked = request(tmp_path, n=20, protocol="", dataset="svhn", train=True, scale=0.002, data_dir=trainings)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        reproduce.reproduce_all(asked)
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: [trained(20)])
+    (outcome,) = reproduce.reproduce_all(asked)
+    assert outcome.ours is not None
+    assert resumed == [False, True]
+
+
+def test_the_page_names_the_options_of_training(tmp_path: Path) -> None:
+    asked = request(tmp_path, dataset="svhn", train=True, scale=0.5)
+    page = as_page([], asked)
+    assert "`robench reproduce toy --n 40 --protocol quick --seed 0 --dataset svhn --scale 0.5 --train`" in page
+    assert "--scale" not in as_page([], request(tmp_path))
+
+
+def test_wrong_options_of_training_are_one_line(trainings: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="scale must be positive"):
+        request(tmp_path, scale=0)
+    with pytest.raises(UsageError, match='nothing is measured on "mnist"; there are: svhn, fashion_mnist'):
+        reproduce.reproduce_all(request(tmp_path, dataset="mnist"))
+    with pytest.raises(UsageError, match="a recipe trains a defense"):
+        Cell("t", "r", "c", None, "", "svhn", measure=ten, recipe="clean")
+    elsewhere = request(tmp_path, dataset="svhn", train=True, data_dir=tmp_path / "none")
+    assert all("none" in outcome.problem for outcome in reproduce.reproduce_all(elsewhere))

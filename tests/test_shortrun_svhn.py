@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from hub_toys import write_svhn
 
 from robench import UsageError
 from robench.data import load_dataset
@@ -23,21 +19,8 @@ from robench.train.named import TrainJob, train_named
 
 @pytest.fixture(scope="module")
 def svhn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Splits of 48 (train) and 20 images (extra) in SVHN's layout on the hub; each class has its own grey."""
-    folder = tmp_path_factory.mktemp("hub") / "svhn" / "cropped_digits"
-    folder.mkdir(parents=True)
-    rng = np.random.Generator(np.random.PCG64(0))
-    cells = []
-    for number in range(48):
-        pixels = rng.integers(0, 60, (32, 32, 3)) + 19 * (number % 10)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
-        cells.append({"bytes": buffer.getvalue(), "path": None})
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    table = pa.table({"image": pa.array(cells, kind), "label": [number % 10 for number in range(48)]})
-    pq.write_table(table, folder / "train-00000-of-00001.parquet")
-    pq.write_table(table.slice(0, 20), folder / "extra-00000-of-00001.parquet")
-    return folder.parent.parent
+    """Splits of 48 (train) and 20 images (extra) in SVHN's layout on the hub."""
+    return write_svhn(tmp_path_factory.mktemp("hub"), train=48, extra=20)
 
 
 def test_images_are_shrunk_and_pictures_are_not() -> None:

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from robench.data import load_dataset
 from robench.defense import Defense, wrap
+from robench.paper import Cell, Context, Figure, leave_out
 from robench.registry import load_attack, load_defense
-from robench.reproduce import Cell, Context, Figure, leave_out
 from robench.rng import seeded
 from robench.settings import RANDOMIZED_REPEATS
 from robench.stats import mean_interval, paired_interval

@@ -15,8 +15,8 @@ from torch import nn
 from robench.data import load_data
 from robench.detection import auroc, calibration_interval
 from robench.errors import UsageError
+from robench.paper import Cell, Context, Figure
 from robench.registry import load_defense
-from robench.reproduce import Cell, Context, Figure
 from robench.rng import seeded
 from robench.threat import format_eps
 from robench.types import Images

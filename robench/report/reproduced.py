@@ -13,8 +13,9 @@ from rich.table import Table
 from robench.data_names import find_data_root
 from robench.files import write_atomic
 from robench.leaderboard import csv_line
+from robench.paper import Outcome
 from robench.report.markdown import escape, markdown_table
-from robench.reproduce import Outcome, ReproduceRequest
+from robench.reproduce import ReproduceRequest
 
 COLUMNS: Final = (
     "table",
@@ -24,6 +25,7 @@ COLUMNS: Final = (
     "published_on",
     "published_with",
     "measured_on",
+    "recipe",
     "ours",
     "low",
     "high",
@@ -88,9 +90,12 @@ def _command(request: ReproduceRequest) -> str:
         "protocol": request.protocol or "none",
         "protocol-n": request.protocol_n,
         "seed": request.seed,
+        "dataset": request.dataset or None,
+        "scale": f"{request.scale:g}" if request.train and request.scale != 1 else None,
     }
     told = [*chosen, *((f"--{name}", str(value)) for name, value in options.items() if value is not None)]
-    return shlex.join(["robench", "reproduce", request.name, *itertools.chain.from_iterable(told)])
+    words = ["robench", "reproduce", request.name, *itertools.chain.from_iterable(told)]
+    return shlex.join([*words, *(["--train"] if request.train else [])])
 
 
 def _by_table(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
@@ -151,6 +156,9 @@ def _remarks_on(outcome: Outcome) -> Iterator[str]:
         yield f"the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable"
     if cell.published_with:
         yield cell.published_with
+    if cell.recipe:
+        training = f"a training of its own, recipe {cell.recipe}"
+        yield training if outcome.ours else f"not measured without {training}: --train"
     if outcome.problem:
         yield outcome.problem
     if cell.note:

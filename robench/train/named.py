@@ -85,6 +85,12 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
     return path, card
 
 
+def find_trained(folder: Path, dataset: str) -> Path | None:
+    """The weights that a training for a dataset left in a folder; None where it is not at its end."""
+    done = (path for path in sorted(folder.glob(f"{dataset}*.safetensors")) if path.with_suffix(".json").exists())
+    return next(done, None)
+
+
 def round_if_harmless(defense: Defense, test: Dataset, settings: TrainSettings) -> tuple[dict[str, Any], bool]:
     """Rounds the weights to half precision unless that changes the test accuracy by more than `HARMLESS`.
 

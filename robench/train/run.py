@@ -27,6 +27,7 @@ from robench.train.recipe import Recipe, Stage
 from robench.train.split import split_images
 from robench.types import Images, Labels
 
+CHECKPOINT: Final = "checkpoint.pt"
 CHECKPOINT_SECONDS = 60.0
 ENTRIES: Final = {"identity", "state", "measured", "checks", "weights", "optimizer", "recipe", "good"}
 
@@ -99,7 +100,7 @@ class Run:
                 f"training keeps {settings.holdout} images aside; the split has {len(data.x)}. Train on a larger one"
             )
         self.defense, self.recipe, self.settings = defense, recipe, settings
-        self.path = folder / "checkpoint.pt"
+        self.path = folder / CHECKPOINT
         self.state = Position()
         self.measured: dict[str, dict[str, float]] = {}
         self.checks: list[dict[str, Any]] = []

@@ -1,0 +1,32 @@
+"""Made-up data in the hub's layout."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+
+def write_svhn(root: Path, **splits: int) -> Path:
+    """Writes splits of so many images (the first ones of a common row) as the hub has SVHN; returns the data folder.
+
+    Each class has its own grey.
+    """
+    folder = root / "svhn" / "cropped_digits"
+    folder.mkdir(parents=True)
+    rng = np.random.Generator(np.random.PCG64(0))
+    cells = []
+    for number in range(max(splits.values())):
+        pixels = rng.integers(0, 60, (32, 32, 3)) + 19 * (number % 10)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(cells, kind), "label": [number % 10 for number in range(len(cells))]})
+    for name, count in splits.items():
+        pq.write_table(table.slice(0, count), folder / f"{name}-00000-of-00001.parquet")
+    return root
