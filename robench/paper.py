@@ -129,12 +129,14 @@ class Outcome:
         ours: the paper's own measurement, made here; None where it could not be.
         worst: worst-case accuracy under the request's protocol in the cell's threat model; None where there is none.
         problem: why `ours` is missing, or `worst`, where that is not on purpose.
+        trained: the recipe, and its scale where that is not 1, that a training of the cell's own was done with.
     """
 
     cell: Cell
     ours: Figure | None
     worst: Figure | None = None
     problem: str = ""
+    trained: str = ""
 
     @property
     def difference(self) -> float | None:
@@ -154,7 +156,7 @@ class Outcome:
             "published_on": cell.published_on,
             "published_with": cell.published_with,
             "measured_on": cell.dataset,
-            "recipe": cell.recipe,
+            "recipe": self.trained or cell.recipe,
             "ours": vars(self.ours) if self.ours else None,
             "difference": self.difference,
             "worst": vars(self.worst) if self.worst else None,

@@ -18,7 +18,7 @@ from typing import Literal
 
 from robench.data import load_dataset
 from robench.defense import Defense
-from robench.errors import Interrupted, UsageError
+from robench.errors import DataError, Interrupted, UsageError
 from robench.estimate import Estimate
 from robench.evaluate import evaluate
 from robench.lineup import plan_attacks
@@ -194,8 +194,8 @@ def load_tables(name: str) -> list[Cell]:
 def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], None] | None = None) -> Iterator[Outcome]:
     """Measures the cells of a paper's tables, in their order; yields each as it is done.
 
-    A cell that cannot be measured (weights or data that are not at hand) is yielded with its reason. One that takes a
-    training which is not wanted is yielded without a figure.
+    A cell that cannot be measured (weights or data that are not at hand, training that diverges) is yielded with its
+    reason. One that takes a training which is not wanted is yielded without a figure.
 
     Args:
         request: which cells, and on how many images.
@@ -213,7 +213,7 @@ def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], No
             announce(number, len(cells), cell)
         try:
             yield _measure(cell, cells, runs)
-        except UsageError as error:
+        except (UsageError, DataError) as error:
             yield Outcome(cell, None, problem=str(error))
 
 
@@ -295,13 +295,15 @@ def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
     weights = runs.weights(cell)
     if cell.recipe and weights is None:
         return Outcome(cell, None)
+    trained = f"{cell.recipe}{'' if request.scale == 1 else f', scale {request.scale:g}'}" if weights else ""
     if cell.measure is not None:
         device = Settings(device=request.device).resolve_device()
         n = request.n or DEFAULT_N
-        return Outcome(cell, cell.measure(Context(n, request.seed, device, request.data_dir, request.folder, weights)))
+        context = Context(n, request.seed, device, request.data_dir, request.folder, weights)
+        return Outcome(cell, cell.measure(context), trained=trained)
     load_dataset(cell.dataset, "test", 1, 0, request.data_dir)
     if not cell.attack:
-        return Outcome(cell, runs.clean(cell))
+        return Outcome(cell, runs.clean(cell), trained=trained)
     alike = (cell.defense, cell.dataset, cell.recipe, cell.split, cell.norm, cell.eps)
     attacks = [
         other.attack
@@ -310,8 +312,8 @@ def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
     ]
     ours = runs.attacked(cell, list(dict.fromkeys(attacks)))
     if not request.protocol:
-        return Outcome(cell, ours)
+        return Outcome(cell, ours, trained=trained)
     try:
-        return Outcome(cell, ours, runs.protocol(cell))
+        return Outcome(cell, ours, runs.protocol(cell), trained=trained)
     except UsageError as error:
-        return Outcome(cell, ours, problem=f"under {request.protocol}: {error}")
+        return Outcome(cell, ours, problem=f"under {request.protocol}: {error}", trained=trained)

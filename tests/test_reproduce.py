@@ -17,16 +17,17 @@ from hub_toys import write_svhn
 from robench import UsageError, reproduce
 from robench.cli import main
 from robench.data_names import KNOWN
-from robench.errors import Interrupted
+from robench.errors import DataError, Interrupted
 from robench.evaluate import evaluate
 from robench.paper import Cell, Context, Figure
 from robench.registry import load_defense
-from robench.report.reproduced import as_page
+from robench.report.reproduced import COLUMNS, as_csv, as_page
 from robench.reproduce import ReproduceRequest, _choose, load_tables
 from robench.threat import ThreatModel
 from robench.train.named import train_named
 
 TOY = f"{engine_toys.__file__}:Prototypes"
+REPRODUCED = Path(__file__).parent.parent / "docs" / "reproduced"
 EPS = 0.05
 
 
@@ -418,7 +419,7 @@ def test_a_cell_with_a_recipe_waits_for_train(trainings: Path, tmp_path: Path, c
     capsys.readouterr()
     page = (folder / "tables.md").read_text()
     assert page.count("not measured |") == 4
-    assert "not measured without a training of its own, recipe clean(labelled=40): --train" in page.replace("\\", "")
+    assert "not measured without a training of its own, clean(labelled=40): --train" in page.replace("\\", "")
     assert [path.name for path in folder.iterdir()] != []
     assert not (folder / "trained").exists()
 
@@ -457,6 +458,8 @@ def test_models_are_trained_once_for_their_cells(
     monkeypatch.setattr(reproduce, "train_named", fail)
     again = reproduce.reproduce_all(dataclasses.replace(asked, train=False))
     assert [outcome.ours for outcome in again] == [outcome.ours for outcome in (clean, attacked, other, size)]
+    assert "a training of its own: clean(labelled=20), scale 0.002" in as_page(again, asked)
+    assert ',"clean(labelled=40), scale 0.002",' in as_csv(again, "")
     less = reproduce.reproduce_all(dataclasses.replace(asked, train=False, scale=0.001))
     assert [outcome.ours for outcome in less] == [None] * 4
 
@@ -497,4 +500,37 @@ def test_wrong_options_of_training_are_one_line(trainings: Path, tmp_path: Path)
     with pytest.raises(UsageError, match="a recipe trains a defense"):
         Cell("t", "r", "c", None, "", "svhn", measure=ten, recipe="clean")
     elsewhere = request(tmp_path, dataset="svhn", train=True, data_dir=tmp_path / "none")
-    assert all("none" in outcome.problem for outcome in reproduce.reproduce_all(elsewhere))
+    outcomes = reproduce.reproduce_all(elsewhere)
+    assert all("none" in outcome.problem for outcome in outcomes)
+    assert "--train\n" not in as_page(outcomes, request(tmp_path))  # it was asked for
+
+
+def test_a_training_that_fails_is_told_in_its_cells_and_the_others_go_on(
+    trainings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(job: Any, *, resume: bool) -> Any:
+        if "20" in job.recipe:
+            raise DataError("training diverged")
+        return train_named(job, resume=resume)
+
+    monkeypatch.setattr(reproduce, "train_named", diverge)
+    asked = request(tmp_path, n=20, protocol="", dataset="svhn", train=True, scale=0.002, data_dir=trainings)
+    first, second, third, _ = reproduce.reproduce_all(asked)
+    assert first.problem == second.problem == "training diverged"
+    assert third.ours is not None
+
+
+@pytest.mark.parametrize("path", sorted(REPRODUCED.glob("*.csv")), ids=lambda path: path.stem)
+def test_what_was_published_is_of_the_cells_that_there_are(path: Path) -> None:
+    """docs/reproduced: each line is a cell of the paper's tables, with its figure; the page shows the same rows."""
+    known = {(cell.table, cell.row, cell.column): cell for cell in load_tables(path.stem.partition("-")[0])}
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == list(COLUMNS)
+    for line in lines:
+        cell = known[line["table"], line["row"].removeprefix("'"), line["column"]]
+        assert line["published"] == ("" if cell.published is None else f"{cell.published}")
+        assert line["measured_on"] == cell.dataset
+        assert line["recipe"].startswith(cell.recipe) or not line["ours"]
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page.count("\n| ") == len(lines) + 2 * len({line["table"] for line in lines})

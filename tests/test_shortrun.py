@@ -353,8 +353,10 @@ def test_auto_sigma_equals_numpy() -> None:
     x, _ = load_data("fashion_mnist", n=60)
     flat = 2 * x.flatten(1).double().numpy() - 1
     top = np.linalg.eigvalsh(np.cov(flat, rowvar=False))[-1]
-    assert auto_sigma(x) == pytest.approx(math.sqrt(0.015 * top / 0.8), rel=1e-6)
-    assert auto_sigma(x, step_size=0.06, stability=0.2) == pytest.approx(math.sqrt(0.06 * top / 0.2), rel=1e-6)
+    assert auto_sigma((2 * x - 1).split(25)) == pytest.approx(math.sqrt(0.015 * top / 0.8), rel=1e-6)
+    assert auto_sigma([2 * x - 1], step_size=0.06, stability=0.2) == pytest.approx(
+        math.sqrt(0.06 * top / 0.2), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (0.5, 0.5), (0.999, 0.999)])

@@ -12,6 +12,7 @@ from robench.defenses.shortrun import ShortRun
 from robench.defenses.shortrun.figures import misfit, reconstruct
 from robench.defenses.shortrun.paper import TABLES, measure_mse
 from robench.paper import Context
+from robench.registry import parse_spec, resolve
 from robench.reproduce import load_tables
 from robench.rng import seeded
 
@@ -32,38 +33,45 @@ def test_published_figures_are_those_of_the_thesis() -> None:
 
 
 def test_each_attacked_cell_stands_in_both_readings_of_eps() -> None:
-    attacked = {(cell.dataset, cell.defense, cell.column, cell.eps): cell.published for cell in TABLES if cell.attack}
+    attacked = {(cell.dataset, cell.row, cell.column, cell.eps): cell.published for cell in TABLES if cell.attack}
     assert attacked == {
-        (data, name, f"FGSM {eps:g}, eps in {scale}", eps * share): value
+        (data, row, f"FGSM {eps:g}, eps in {scale}", eps * share): value
         for data in DATASETS
-        for name, eps, value in [
-            ("shortrun", 0.01, 68.4),
-            ("shortrun", 0.03, 48.4),
-            ("convnet", 0.01, 59.5),
-            ("convnet", 0.03, 30.6),
+        for row, eps, value in [
+            ("Short Run", 0.01, 68.4),
+            ("Short Run", 0.03, 48.4),
+            ("ConvNet", 0.01, 59.5),
+            ("ConvNet", 0.03, 30.6),
         ]
         for scale, share in (("[0, 1]", 1.0), ("[-1, 1]", 0.5))
     }
 
 
 def test_models_are_trained_on_as_many_images_as_the_cell_says() -> None:
-    recipes = {(cell.table, cell.row, cell.column): (cell.recipe, cell.split) for cell in TABLES if cell.recipe}
-    assert recipes["table 4.2, fashion_mnist", "Short Run", "40,000"] == (
-        "thesis(labelled=10000, unlabelled=40000)",
-        "train",
-    )
-    assert recipes["table 4.1, svhn", "MSE", "120,000"] == (
-        "thesis(labelled=10000, unlabelled=120000)",
-        "train+extra",
-    )
-    assert recipes["figure 4.4, svhn", "ConvNet", "FGSM 0.01, eps in [0, 1]"] == ("clean(labelled=10000)", "train")
-    assert recipes["set sizes, fashion_mnist", "Short Run", "3,000 labelled, 40,000 unlabelled"] == (
-        "thesis(labelled=3000, unlabelled=40000)",
-        "train",
-    )
-    # SVHN is measured on nothing but models trained for the cell, Fashion-MNIST never on images that it does not have
+    found = {(cell.table, cell.row, cell.column): cell for cell in TABLES if cell.recipe}
+    expected = {
+        ("table 4.1, svhn", "MSE", "120,000"): "thesis(labelled=10000, unlabelled=120000)",
+        ("table 4.2, fashion_mnist", "Short Run", "40,000"): "thesis(labelled=10000, unlabelled=40000)",
+        ("figure 4.4, svhn", "ConvNet", "FGSM 0.01, eps in [0, 1]"): "clean(labelled=10000)",
+        ("set sizes, fashion_mnist", "Short Run", "3,000 labelled, 40,000 unlabelled"): (
+            "thesis(labelled=3000, unlabelled=40000)"
+        ),
+        ("set sizes, fashion_mnist", "Short Run", "all labelled"): "thesis(labelled=0, unlabelled=0)",
+        ("set sizes, fashion_mnist", "ConvNet", "all labelled"): "clean(labelled=0)",
+    }
+    assert {key: found[key].recipe for key in expected} == expected
+    splits = {"svhn": "train+extra", "fashion_mnist": "train"}
+    assert {cell.split for cell in found.values() if cell.dataset == "svhn"} == {"train+extra"}
+    for cell in found.values():
+        assert cell.split == splits[cell.dataset]
+        name, options = parse_spec(cell.defense)
+        net = resolve("defense", name)(**{"channels": 3, "side": 32, **options})
+        if cell.row == "ConvNet":
+            first = next(net.parameters())
+            assert len(first) == 64  # as wide as the thesis's
+        net.recipe(cell.recipe)
+    # SVHN is measured on nothing but models trained for the cell
     assert all(cell.recipe or cell.row == "FID" for cell in TABLES if cell.dataset == "svhn")
-    assert not [cell for cell in TABLES if cell.dataset == "fashion_mnist" and cell.split != "train"]
 
 
 def test_mse_is_the_mean_over_images_of_the_summed_error(tmp_path: Path) -> None:

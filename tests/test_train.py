@@ -144,7 +144,7 @@ def test_prepare_sets_sigma_from_the_data_unless_the_paper_is_taken_at_its_word(
     assert isinstance(literal, ShortRun)
     for defense in (repaired, literal):
         defense.recipe().prepare(images.x)
-    assert repaired.log_sigma.exp().item() == pytest.approx(auto_sigma(images.x), rel=1e-6)
+    assert repaired.log_sigma.exp().item() == pytest.approx(auto_sigma([2 * images.x - 1]), rel=1e-6)
     assert literal.log_sigma.exp().item() == pytest.approx(6.4, rel=1e-6)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from torch.nn import functional
 from robench.data import load_dataset
 from robench.defense import Defense, wrap
 from robench.paper import Cell, Context, Figure, leave_out
+from robench.protocol import default_eps
 from robench.registry import load_attack, load_defense
 from robench.rng import seeded
 from robench.settings import RANDOMIZED_REPEATS
 from robench.stats import mean_interval, paired_interval
-from robench.threat import ThreatModel
+from robench.threat import ThreatModel, parse_eps
 from robench.types import Images, PerExample
 from robench.victim import Victim
 
@@ -30,6 +31,7 @@ from .fortify import FortifiedModule, fortify, reconstruction_losses
 
 FULL: Final = "fortified"
 PLAIN: Final = "fortified(layers=[])"
+ALL_CIFAR: Final = "trained on all 50,000 images, in a pipeline whose eps are not in pixels of [0, 1]"
 NO_LOSSES: Final = "fortified(lambda_rec=0, lambda_adv=0)"
 NO_ADV: Final = "fortified(lambda_adv=0)"
 FULL_FGSM: Final = "fortified(train_attack=fgsm)"
@@ -129,12 +131,26 @@ def _train_mlp(x: Images, y: Tensor, layer: str, capacity: int) -> FortifiedModu
 
 
 def _accuracies(
-    table: str, dataset: str, attacks: dict[str, tuple[str, float]], rows: dict[str, tuple[str, list[float | None]]]
+    table: str,
+    dataset: str,
+    attacks: dict[str, tuple[str, float]],
+    rows: dict[str, tuple[str, list[float | None]]],
+    **more: Any,
 ) -> list[Cell]:
     """One cell for each row and attack; a row is a defense with the published figures."""
     return [
         Cell(
-            table, row, column, published, dataset, dataset, defense, attack, eps=eps, note=_note(defense, dataset, eps)
+            table,
+            row,
+            column,
+            published,
+            dataset,
+            dataset,
+            defense,
+            attack,
+            eps=eps,
+            note=_note(defense, dataset, eps),
+            **more,
         )
         for row, (defense, figures) in rows.items()
         for (column, (attack, eps)), published in zip(attacks.items(), figures, strict=True)
@@ -142,9 +158,10 @@ def _accuracies(
 
 
 def _note(defense: str, dataset: str, eps: float) -> str:
-    bound = {"mnist": 0.3, "fashion_mnist": 0.1}[dataset]
+    bound = default_eps(dataset, "linf")
     attack = "FGSM" if "fgsm" in defense else "PGD"
-    return f"ours is trained with {attack} at {bound:g}" + ("" if eps == bound else f", attacked at {eps:g}")
+    told = f"ours is trained with {attack} at {bound}"
+    return told + ("" if eps == parse_eps(bound) else f", attacked at {eps:g}")
 
 
 def _black_box() -> list[Cell]:
@@ -173,8 +190,8 @@ def _left_out(table: str, dataset: str, note: str, rows: dict[str, dict[str, flo
     ]
 
 
+FASHION_ATTACKS: Final = {"FGSM 0.1": ("fgsm", 0.1), "FGSM 0.3": ("fgsm", 0.3), "PGD 0.1": (PGD, 0.1)}
 QUOTED: Final = "not measured: the paper quotes it of another"
-NO_RELU: Final = "not measured: there are no weights with ReLU; 'fortified(layers=[], activation=relu)' trains them"
 
 TABLES: Final[list[Cell]] = [
     *_left_out(
@@ -206,17 +223,48 @@ TABLES: Final[list[Cell]] = [
         {"PGD 0.1": (PGD, 0.1)},
         {"adversarial training": (PLAIN, [96.98]), "fortified": (FULL, [98.09])},
     ),
-    *_left_out("table 2.5", "fashion_mnist", QUOTED, {"DefenseGAN (Samangouei et al.)": {"FGSM 0.3": 89.60}}),
+    *_accuracies(
+        "table 2.3",
+        "cifar10",
+        {"FGSM 0.3": ("fgsm", 0.3)},
+        {"adversarial training": (PLAIN, [79.57]), "fortified": (FULL, [80.47])},
+        published_with=ALL_CIFAR,
+    ),
     *_left_out(
+        "table 2.4",
+        "cifar10",
+        QUOTED,
+        {
+            "quantized (Buckman et al.)": {"FGSM 0.03": 53.53},
+            "one-hot (Buckman et al.)": {"FGSM 0.03": 68.76},
+            "thermometer (Buckman et al.)": {"FGSM 0.03": 80.97},
+        },
+    ),
+    *_left_out(
+        "table 2.4",
+        "cifar10",
+        "not measured: robench has no autoencoder in the space of images",
+        {"autoencoder in input space, with the loss in hidden space": {"FGSM 0.03": 79.77}},
+    ),
+    *_accuracies(
+        "table 2.4",
+        "cifar10",
+        {"FGSM 0.03": ("fgsm", 0.03)},
+        {"adversarial training": (PLAIN, [79.34]), "fortified": (FULL, [81.80])},
+        published_with=ALL_CIFAR,
+    ),
+    *_left_out("table 2.5", "fashion_mnist", QUOTED, {"DefenseGAN (Samangouei et al.)": {"FGSM 0.3": 89.60}}),
+    *_accuracies(
         "table 2.5",
         "fashion_mnist",
-        NO_RELU,
-        {"adversarial training, ReLU": {"FGSM 0.1": 86.14, "FGSM 0.3": 90.66, "PGD 0.1": 77.49}},
+        FASHION_ATTACKS,
+        {"adversarial training, ReLU": ("fortified(layers=[], activation=relu)", [86.14, 90.66, 77.49])},
+        recipe="pgd",
     ),
     *_accuracies(
         "table 2.5",
         "fashion_mnist",
-        {"FGSM 0.1": ("fgsm", 0.1), "FGSM 0.3": ("fgsm", 0.3), "PGD 0.1": (PGD, 0.1)},
+        FASHION_ATTACKS,
         {
             "adversarial training, LReLU": (PLAIN, [89.10, 88.80, 77.90]),
             "fortified": (FULL, [89.86, 91.31, 79.54]),

@@ -20,6 +20,7 @@ from robench.registry import load_defense
 from robench.rng import seeded
 from robench.threat import format_eps
 from robench.types import Images
+from robench.weights import has_weights
 
 if TYPE_CHECKING:
     from robench.defense import Defense
@@ -116,7 +117,17 @@ def not_at_hand(data: str) -> Callable[[Context], Figure]:
 def _clean_cells() -> list[Cell]:
     published = {"cifar10": 92.9, "svhn": 96.7, "fashion_mnist": None, "mnist": None}
     return [
-        Cell(CLEAN, "JEM-0", data, figure, data, data, "jem", published_with=f"{WIDE}, trained on all images")
+        Cell(
+            CLEAN,
+            "JEM-0",
+            data,
+            figure,
+            data,
+            data,
+            "jem",
+            published_with=f"{WIDE}, trained on all images",
+            recipe="" if has_weights("jem", data) else "informative",
+        )
         if figure is not None
         else Cell(CLEAN, "JEM-0", data, None, "", data, "jem", note="not in the paper")
         for data, figure in published.items()

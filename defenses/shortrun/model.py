@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
@@ -301,13 +301,20 @@ def _check_options(preset: str, aggregate: str, smallest: int, *, sigma: float |
         raise UsageError(f"shortrun: sigma and step_size must be positive; got {sigma} and {step_size}")
 
 
-def auto_sigma(x: Images, step_size: float = 0.015, stability: float = 0.8) -> float:
+def auto_sigma(parts: Iterable[Tensor], step_size: float = 0.015, stability: float = 0.8) -> float:
     """The sigma at which the stiffest direction of the data moves by `stability` a step: sqrt(s lambda_1 / stability).
 
-    lambda_1 is the largest eigenvalue of the pixel covariance of the images in the model's scale [-1, 1]. A linear
-    chain is stable below 2; directions of variance under sigma^2 carry no information into the code.
+    lambda_1 is the largest eigenvalue of the pixel covariance. A linear chain is stable below 2; directions of variance
+    under sigma^2 carry no information into the code.
+
+    Args:
+        parts: the images in the model's scale [-1, 1], some at a time; each part is held in float64.
+        step_size: s.
+        stability: see above.
     """
-    flat = (2 * x - 1).flatten(1).double()
-    flat = flat - flat.mean(0)
-    top = torch.linalg.eigvalsh(flat.T @ flat / (len(flat) - 1))[-1].item()
-    return math.sqrt(step_size * top / stability)
+    count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for part in parts:
+        flat = part.flatten(1).double()
+        count, total, squares = count + len(flat), total + flat.sum(0), squares + flat.T @ flat
+    covariance = (squares - torch.outer(total, total) / count) / (count - 1)
+    return math.sqrt(step_size * torch.linalg.eigvalsh(covariance)[-1].item() / stability)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 
 from robench.data import load_dataset
+from robench.defenses.convnet.model import THESIS_WIDTH
 from robench.paper import Cell, Context, Figure, leave_out
 from robench.registry import load_defense
 from robench.rng import seeded
@@ -28,8 +29,8 @@ FASHION: Final = "fashion_mnist"
 LABELLED: Final = 10_000
 SET_SIZES: Final = (40_000, 80_000, 120_000)
 """The thesis's images without labels, for stage 1."""
-FITS_TRAIN: Final = 70_000
-"""More than so many take SVHN's third split, too."""
+SPLITS: Final = {SVHN: "train+extra", FASHION: "train"}
+"""The thesis's 80,000 and 120,000 images need SVHN's third split; all its models share it and the labelled images."""
 TRAINING_IMAGES: Final = {SVHN: 73_257 + 531_131, FASHION: 60_000}
 PUBLISHED: Final = {
     "MSE": (3.74, 3.74, 3.70),
@@ -74,23 +75,24 @@ def measure_mse(dataset: str) -> Callable[[Context], Figure]:
     return measure
 
 
-def _short_run(labelled: int, unlabelled: int) -> dict[str, Any]:
-    """The parts of a cell that name a training on so many images."""
+def _short_run(dataset: str, labelled: int = 0, unlabelled: int = 0) -> dict[str, Any]:
+    """The parts of a cell that name a training on so many images; 0: all."""
     recipe = f"thesis(labelled={labelled}, unlabelled={unlabelled})"
-    return {"defense": "shortrun", "recipe": recipe, "split": "train" if unlabelled <= FITS_TRAIN else "train+extra"}
+    return {"defense": "shortrun", "recipe": recipe, "split": SPLITS[dataset]}
 
 
-def _convnet(labelled: int, dataset: str) -> dict[str, Any]:
-    """The same of the undefended net."""
+def _convnet(dataset: str, labelled: int = 0) -> dict[str, Any]:
+    """The same of the undefended net, as wide as the thesis's."""
     note = "on whole images of 32x32; the thesis shrinks them to 28x28" if dataset == SVHN else ""
-    return {"defense": "convnet", "recipe": f"clean(labelled={labelled})", "note": note}
+    defense = f"convnet(width={THESIS_WIDTH})"
+    return {"defense": defense, "recipe": f"clean(labelled={labelled})", "split": SPLITS[dataset], "note": note}
 
 
 def _by_set_size(table: str, row: str, dataset: str, **more: Any) -> list[Cell]:
     """A row of the thesis's tables 4.1 and 4.2: a cell for each count of images without labels."""
     cells = []
     for size, value in zip(SET_SIZES, PUBLISHED[row], strict=True):
-        how = {**_short_run(LABELLED, size), **more}
+        how = {**_short_run(dataset, LABELLED, size), **more}
         if size > TRAINING_IMAGES[dataset]:
             how = {"measure": leave_out, "note": f"{dataset} has {TRAINING_IMAGES[dataset]:,} images to train on"}
         cells.append(Cell(f"{table}, {dataset}", row, f"{size:,}", value, SVHN, dataset, **how))
@@ -107,7 +109,7 @@ def _table_4_1(dataset: str) -> list[Cell]:
 
 
 def _table_4_2(dataset: str) -> list[Cell]:
-    table, column, how = "table 4.2", f"{LABELLED:,} labelled", _convnet(LABELLED, dataset)
+    table, column, how = "table 4.2", f"{LABELLED:,} labelled", _convnet(dataset, LABELLED)
     return [
         *_by_set_size(table, "Short Run", dataset),
         Cell(f"{table}, {dataset}", "ConvNet", column, CONVNET_CLEAN, SVHN, dataset, **how),
@@ -129,18 +131,18 @@ def _set_sizes() -> list[Cell]:
     sizes = [(labelled, OURS_UNLABELLED[-1]) for labelled in OURS_LABELLED]
     sizes += [(LABELLED, unlabelled) for unlabelled in OURS_UNLABELLED[:-1]]
     named = [
-        ("Short Run", f"{labelled:,} labelled, {unlabelled:,} unlabelled", _short_run(labelled, unlabelled))
+        ("Short Run", f"{labelled:,} labelled, {unlabelled:,} unlabelled", _short_run(FASHION, labelled, unlabelled))
         for labelled, unlabelled in sizes
     ]
-    named += [("Short Run", "all labelled", SHIPPED["Short Run"])]
-    named += [("ConvNet", f"{labelled:,} labelled", _convnet(labelled, FASHION)) for labelled in OURS_LABELLED]
-    named += [("ConvNet", "all labelled", SHIPPED["ConvNet"])]
+    named += [("Short Run", "all labelled", _short_run(FASHION))]
+    named += [("ConvNet", f"{labelled:,} labelled", _convnet(FASHION, labelled)) for labelled in OURS_LABELLED]
+    named += [("ConvNet", "all labelled", _convnet(FASHION))]
     return [Cell("set sizes, fashion_mnist", row, column, None, "", FASHION, **how) for row, column, how in named]
 
 
 def _tables() -> list[Cell]:
     """The thesis's tables on both datasets; it does not say which of its models it attacked."""
-    trained = {"Short Run": _short_run(LABELLED, SET_SIZES[0]), "ConvNet": _convnet(LABELLED, SVHN)}
+    trained = {"Short Run": _short_run(SVHN, LABELLED, SET_SIZES[0]), "ConvNet": _convnet(SVHN, LABELLED)}
     return [
         cell
         for dataset, attacked in ((FASHION, SHIPPED), (SVHN, trained))

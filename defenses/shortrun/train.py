@@ -27,6 +27,9 @@ RECONSTRUCTION: Final = 10.0
 LEAST_SIGMA: Final = 0.8
 """Stage 3 may lower sigma to this share of where it started; at two thirds of it the chains of MNIST blew up."""
 CHECKED: Final = 128
+FITTED_AT_ONCE: Final = 2048
+FORGOTTEN: Final = 0.1
+"""What a batch's loss weighs in the average that the checks go by."""
 
 
 class ShortRunRecipe(Recipe):
@@ -82,15 +85,14 @@ class ShortRunRecipe(Recipe):
         self.reconstruction, self.depth = reconstruction, depth
         self.sigma_start = math.nan
         self.floor = 1e-6
-        self.best = math.inf
+        self.recent, self.best = math.nan, math.inf
 
     def prepare(self, x: Images) -> None:
-        """Fits sigma to the images (`auto_sigma`) where the model asks for it."""
+        """Fits sigma to all images (`auto_sigma`), without their labels, where the model asks for it."""
         if self.defense.fits_sigma:
             with torch.no_grad():
-                self.defense.log_sigma.fill_(
-                    math.log(auto_sigma((self.defense.target(x) + 1) / 2, self.defense.step_size))
-                )
+                parts = (self.defense.target(part) for part in x.split(FITTED_AT_ONCE))
+                self.defense.log_sigma.fill_(math.log(auto_sigma(parts, self.defense.step_size)))
         self.sigma_start = self.defense.log_sigma.exp().item()
         self.floor = LEAST_SIGMA * self.sigma_start
 
@@ -136,6 +138,8 @@ class ShortRunRecipe(Recipe):
         with self._quick_sweeps():
             codes = self.defense.infer_differentiably(x, depth=depth)
         loss = nn.functional.cross_entropy(self.defense.classifier(codes), y)
+        came = loss.item()
+        self.recent = came if math.isnan(self.recent) else self.recent + FORGOTTEN * (came - self.recent)
         if self.reconstruction:
             loss = loss + self.reconstruction / self.defense.target(x[:1]).numel() * self._misfit(x, codes)
         return loss
@@ -160,9 +164,10 @@ class ShortRunRecipe(Recipe):
         return measure_chains(self.defense, x, y)
 
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
-        """Cross-entropy and R2 of one chain; wrong where the cross-entropy is half as much again as at its best.
+        """Cross-entropy and R2 of one chain on held-out images, and the cross-entropy of the last batches.
 
-        That is how it looks when the chain leaves the sizes of step and sigma at which it is stable.
+        Wrong where the latter is half as much again as at its best: so it looks when the chain leaves the sizes of step
+        and sigma at which it is stable. On held-out images a model that overfits a few labels would look the same.
         """
         del stage
         x, y = x[:CHECKED], y[:CHECKED]
@@ -171,10 +176,10 @@ class ShortRunRecipe(Recipe):
             codes = self.defense.infer(x)
             loss = nn.functional.cross_entropy(self.defense.classifier(codes), y).item()
             left = misfit(self.defense, x, codes).sum() / (target - target.mean(0)).square().sum()
-        fine = loss < 1.5 * self.best + 0.1
-        self.best = min(self.best, loss)
-        sigma = self.defense.log_sigma.exp().item()
-        return {"cross_entropy": loss, "reconstruction_r2": 1 - left.item(), "sigma": sigma}, fine
+        fine = not self.recent >= 1.5 * self.best + 0.1
+        self.best = min(self.best, self.recent)
+        figures = {"cross_entropy": loss, "trained_cross_entropy": self.recent, "reconstruction_r2": 1 - left.item()}
+        return {**figures, "sigma": self.defense.log_sigma.exp().item()}, fine
 
     def roll_back(self, stage: Stage) -> None:
         """Keeps sigma larger from here on: the chain is stable where s (1 + lambda_1 / sigma^2) is under 2."""
@@ -182,12 +187,12 @@ class ShortRunRecipe(Recipe):
         self.floor *= 1.1
 
     def state(self) -> dict[str, Any]:
-        """The least sigma, and the best check so far."""
-        return {"floor": self.floor, "best": self.best}
+        """The least sigma, the average of the last losses, and its least at a check so far."""
+        return {"floor": self.floor, "recent": self.recent, "best": self.best}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes both up."""
-        self.floor, self.best = state["floor"], state["best"]
+        """Takes them up."""
+        self.floor, self.recent, self.best = state["floor"], state["recent"], state["best"]
 
     def facts(self) -> dict[str, object]:
         """What was fitted or chosen."""

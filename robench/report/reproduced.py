@@ -91,7 +91,7 @@ def _command(request: ReproduceRequest) -> str:
         "protocol-n": request.protocol_n,
         "seed": request.seed,
         "dataset": request.dataset or None,
-        "scale": f"{request.scale:g}" if request.train and request.scale != 1 else None,
+        "scale": None if request.scale == 1 else f"{request.scale:g}",
     }
     told = [*chosen, *((f"--{name}", str(value)) for name, value in options.items() if value is not None)]
     words = ["robench", "reproduce", request.name, *itertools.chain.from_iterable(told)]
@@ -156,9 +156,10 @@ def _remarks_on(outcome: Outcome) -> Iterator[str]:
         yield f"the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable"
     if cell.published_with:
         yield cell.published_with
-    if cell.recipe:
-        training = f"a training of its own, recipe {cell.recipe}"
-        yield training if outcome.ours else f"not measured without {training}: --train"
+    if outcome.trained:
+        yield f"a training of its own: {outcome.trained}"
+    elif cell.recipe and not outcome.problem:
+        yield f"not measured without a training of its own, {cell.recipe}: --train"
     if outcome.problem:
         yield outcome.problem
     if cell.note:

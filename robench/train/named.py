@@ -35,7 +35,7 @@ class TrainJob:
         recipe: the recipe's name; None takes the defense's default.
         data_dir: see `load_dataset`.
         split: what to train on: `train`, or `train+extra` of SVHN.
-        test_images: test images behind the card's clean accuracy.
+        test_images: test images behind the card's clean accuracy, or all where there are fewer.
         settings: seed, device and so on.
     """
 
@@ -68,7 +68,9 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
     name, written = parse_spec(job.defense)
     cls = cast("type[Defense]", resolve("defense", name))
     data = load_dataset(job.dataset, job.split, data_dir=job.data_dir)
-    test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir)
+    test = load_dataset(job.dataset, "test", data_dir=job.data_dir)
+    if len(test.x) > job.test_images:
+        test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir)
     shape = cast("tuple[int, int, int]", tuple(data.x.shape[1:]))
     options = {**cls.options_for(shape, len(data.class_names)), **written}
     with seeded(job.settings.seed, "weights"):

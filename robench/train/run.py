@@ -232,7 +232,7 @@ class Run:
         if content["identity"] != self.identity:
             raise UsageError(
                 f'checkpoint {self.path} is of another run: expected "{self.identity}", got "{content["identity"]}". '
-                "Choose another --out, or train without --resume"
+                "Choose another --out, or delete the file to start over"
             )
         self.state = Position(**content["state"])
         self.measured, self.checks, self.good = content["measured"], content["checks"], content["good"]
