@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from engine_toys import Prototypes
@@ -16,8 +17,10 @@ from torch import Tensor
 import robench
 from robench import Defense, ThreatModel, UsageError
 from robench.audit import CHECKS, Audit, audit, evidence
+from robench.audit.checks import black_box
+from robench.audit.evidence import Evidence
 from robench.audit.statistics import compare
-from robench.check_names import QUESTIONS, overall
+from robench.check_names import QUESTIONS, Verdict, overall
 from robench.cli import main
 from robench.data import Dataset, load_dataset
 from robench.report.audit import render_audit
@@ -251,6 +254,35 @@ def test_noise_that_hides_the_constructed_point_is_no_masking(data: Dataset) -> 
     assert (finding.verdict, "separate the boundary point" in finding.reason) == ("not run", True), finding.reason
     (sound,) = look(Prototypes(), data, "binarisation").findings
     assert sound.verdict == "pass"
+
+
+class Drawn(Evidence):
+    """Counted answers of a randomized defense: under each gradient attack by one chance, under square `gap` below."""
+
+    gap = 0.0
+    draw = 0
+
+    def applies(self, name: str) -> str:
+        return ""
+
+    def right(self, name: str) -> npt.NDArray[np.float64]:
+        numbers = np.random.Generator(np.random.PCG64([self.draw, *name.encode()]))
+        chance = np.linspace(0.1, 0.9, 128) - (self.gap if name == "square" else 0)
+        return numbers.binomial(20, chance) / 20
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.0, "pass"), (2 * black_box.TOLERANCE, "fail")])
+def test_a_gap_to_black_box_attacks_is_told_through_noise(gap: float, verdict: Verdict, data: Dataset) -> None:
+    """Twice the tolerance fails, no gap passes, in most of 40 audits with 20 answers on each of 128 images."""
+    drawn = Drawn(Coin(), THREAT, data, 0, "cpu", evidence.USUAL)
+    drawn.gap = gap
+    verdicts, statistics = [], np.zeros(40)
+    for drawn.draw in range(len(statistics)):
+        outcome = CHECKS["square"].judge(drawn)
+        verdicts.append(outcome.verdict)
+        statistics[drawn.draw] = outcome.statistic
+    assert verdicts.count(verdict) >= 30, verdicts
+    assert statistics.mean() == pytest.approx(gap, abs=0.015)  # the strongest of three is low by chance, a little
 
 
 # statistics
