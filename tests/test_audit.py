@@ -312,8 +312,16 @@ def test_equal_answers_are_no_gap_and_few_images_say_so() -> None:
     gap = compare(np.ones(20), np.ones(20))
     assert (gap.mean, gap.p, gap.verdict(0.05)) == (0.0, 1.0, "pass")
     assert gap.low < 0 < gap.high
-    assert "20 images cannot tell a gap under 40 points, 160 would tell 5" in gap.power()
-    assert compare(np.ones(160), np.ones(160)).power() == ""
+    assert "20 images cannot tell a gap under 40 points, 160 would tell 5" in gap.power(0.05)
+    assert compare(np.ones(160), np.ones(160)).power(0.05) == ""
+
+
+def test_few_images_of_shares_say_what_students_test_cannot_tell() -> None:
+    """16 gaps of 0.5 either way: standard error 0.5 * sqrt(16 / 15) / 4 = 0.129, times 2.947 (t at 0.995, 15) 38.0."""
+    larger, smaller = np.tile([1.0, 0.5], 8), np.tile([0.5, 1.0], 8)
+    assert "16 images cannot tell a gap under 38 points, 232 would tell 10" in compare(larger, smaller).power(0.1)
+    assert compare(larger, smaller).power(0.4) == ""
+    assert compare(larger[:1], smaller[:1]).power(0.1) == ""
 
 
 def test_a_large_gap_on_few_images_is_not_called_a_failure() -> None:

@@ -29,6 +29,7 @@ class Gap:
         high: upper end.
         p: the one-sided level at which the difference is above 0.
         n: images.
+        error: the standard error behind `p` where Student's test was used; None where it was McNemar's.
     """
 
     mean: float
@@ -36,6 +37,7 @@ class Gap:
     high: float
     p: float
     n: int
+    error: float | None
 
     def verdict(self, tolerance: float) -> Verdict:
         """`fail`: at least the tolerance and above 0 at `LEVEL`; `suspect`: half of it and `HINT`."""
@@ -43,13 +45,23 @@ class Gap:
             return "fail"
         return "suspect" if self.mean >= tolerance / 2 and self.p <= HINT else "pass"
 
-    def power(self) -> str:
-        """What gap so few images could not tell, and how many would tell one of 5 points; "" if these do."""
-        needed = math.ceil(math.log(LEVEL) / math.log(0.5))  # images that must differ, all in one direction
-        smallest = needed / self.n
-        if smallest <= 0.05:
+    def power(self, tolerance: float) -> str:
+        """What gap so few images could not tell, and how many would tell the tolerance; "" if these do.
+
+        Of McNemar's test where all images that differ do so in one direction, of Student's by the variance of these.
+        """
+        if self.error is None:
+            needed = math.ceil(math.log(LEVEL) / math.log(0.5))  # images that must differ, all in one direction
+            smallest, order = needed / self.n, 1
+        else:
+            smallest, order = float(t.isf(LEVEL, max(self.n - 1, 1))) * self.error, 2
+        if smallest <= tolerance:
             return ""
-        return f"; {self.n} images cannot tell a gap under {100 * smallest:.0f} points, {20 * needed} would tell 5"
+        enough = math.ceil(round(self.n * (smallest / tolerance) ** order, 6))
+        return (
+            f"; {self.n} images cannot tell a gap under {100 * smallest:.0f} points, "
+            f"{enough} would tell {100 * tolerance:.0f}"
+        )
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} points [{100 * self.low:.1f}, {100 * self.high:.1f}]"
@@ -66,19 +78,21 @@ def compare(larger: npt.NDArray[np.float64], smaller: npt.NDArray[np.float64]) -
     padded = np.concatenate([gaps, (-1.0, 1.0)]) if n else np.zeros(2)
     half = float(t.ppf(0.975, max(n - 1, 1))) * float(padded.std(ddof=1)) / math.sqrt(len(padded))
     mean = float(gaps.mean()) if n else 0.0
-    return Gap(mean, mean - half, mean + half, _level(gaps), n)
+    p, error = _test(gaps)
+    return Gap(mean, mean - half, mean + half, p, n, error)
 
 
-def _level(gaps: npt.NDArray[np.float64]) -> float:
-    up, down = int((gaps > 0).sum()), int((gaps < 0).sum())
+def _test(gaps: npt.NDArray[np.float64]) -> tuple[float, float | None]:
+    """The one-sided level, and the standard error of Student's test; None where the test is McNemar's."""
+    n, up, down = len(gaps), int((gaps > 0).sum()), int((gaps < 0).sum())
     if up + down == 0:
-        return 1.0
+        return 1.0, None
     if np.isin(gaps, (-1.0, 0.0, 1.0)).all():
-        return float(binomtest(up, up + down, 0.5, alternative="greater").pvalue)
-    error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+        return float(binomtest(up, up + down, 0.5, alternative="greater").pvalue), None
+    error = float(gaps.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     if error == 0:
-        return 0.0 if gaps.mean() > 0 else 1.0
-    return float(t.sf(float(gaps.mean()) / error, len(gaps) - 1))
+        return (0.0 if gaps.mean() > 0 else 1.0), error
+    return float(t.sf(float(gaps.mean()) / error, n - 1)), error
 
 
 def share_interval(hits: npt.NDArray[np.bool_]) -> tuple[float, float, float]:

@@ -69,7 +69,7 @@ def compare_runs(evidence: Evidence, larger: str, smaller: str, tolerance: float
     if first is None or second is None:
         return not_run("an attack failed")
     gap = compare(first, second)
-    return Outcome(gap.verdict(tolerance), gap.mean, tolerance, reason.format(gap=gap) + gap.power())
+    return Outcome(gap.verdict(tolerance), gap.mean, tolerance, reason.format(gap=gap) + gap.power(tolerance))
 
 
 def graded(value: float, suspect: float, fail: float, *, high_is_bad: bool = True) -> Verdict:

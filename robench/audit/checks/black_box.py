@@ -40,7 +40,7 @@ def _judge(evidence: Evidence, name: str) -> Outcome:
         gap = compare(white, black)
     else:
         gap, said = compare(white, np.minimum(white, black)), "images that FGSM and PGD (two losses) leave to"
-    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, f"{said} {NAMES[name]}: {gap}{gap.power()}")
+    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, f"{said} {NAMES[name]}: {gap}{gap.power(TOLERANCE)}")
 
 
 def _make(name: str) -> Check:

@@ -25,7 +25,7 @@ def judge(evidence: Evidence) -> Outcome:
             worst, which = gap, mode
     if worst is None:
         return not_run("an attack failed")
-    reason = f"the accuracy under PGD along {modes[0]} less that along {which}: {worst}{worst.power()}"
+    reason = f"the accuracy under PGD along {modes[0]} less that along {which}: {worst}{worst.power(TOLERANCE)}"
     return Outcome(worst.verdict(TOLERANCE), worst.mean, TOLERANCE, reason)
 
 

@@ -35,7 +35,7 @@ def judge(evidence: Evidence) -> Outcome:
         return not_run("an attack failed")
     reason = f"accuracy under {where} changes by {worst} at the next larger bound, where it should not rise"
     plot = Plot("eps", "accuracy (%)", tuple(curves))
-    return Outcome(worst.verdict(TOLERANCE), worst.mean, TOLERANCE, reason + worst.power(), plot)
+    return Outcome(worst.verdict(TOLERANCE), worst.mean, TOLERANCE, reason + worst.power(TOLERANCE), plot)
 
 
 CHECK = Check(
