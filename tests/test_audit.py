@@ -18,6 +18,7 @@ import robench
 from robench import Defense, ThreatModel, UsageError
 from robench.audit import CHECKS, Audit, audit, evidence
 from robench.audit.checks import black_box
+from robench.audit.checks.base import graded_share
 from robench.audit.evidence import Evidence
 from robench.audit.statistics import compare
 from robench.check_names import QUESTIONS, Verdict, overall
@@ -330,6 +331,41 @@ def test_a_large_gap_on_few_images_is_not_called_a_failure() -> None:
     assert compare(larger, smaller).verdict(0.1) == "pass"  # 4 of 4: 1 in 16 by chance
     smaller[:8] = 0
     assert compare(larger, smaller).verdict(0.1) == "fail"
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "thresholds", "high_is_bad", "verdict"),
+    [
+        (1, 10, (0.02, 0.1), True, "suspect"),  # Wilson from 1.8 %
+        (13, 128, (0.02, 0.1), True, "fail"),  # from 6.0 %
+        (3, 128, (0.02, 0.1), True, "suspect"),
+        (2, 4, (0.75, 0.5), False, "suspect"),  # to 85 %
+        (16, 32, (0.75, 0.5), False, "fail"),  # to 66 %
+        (30, 32, (0.75, 0.5), False, "pass"),
+    ],
+)
+def test_a_share_fails_beyond_noise_only(
+    hits: int, n: int, thresholds: tuple[float, float], high_is_bad: bool, verdict: str
+) -> None:
+    share, found = graded_share(np.arange(n) < hits, *thresholds, high_is_bad=high_is_bad)
+    assert (share, found) == (hits / n, verdict)
+
+
+class Dead(Prototypes):
+    """Has no gradient where the image's first pixel is lit, and answers as ever."""
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        self.check_mode(mode)
+        logits = super().forward(x)
+        return torch.where(x.detach()[:, 0, 0, :1] > 0.5, logits.detach() + 0 * logits, logits)
+
+
+@pytest.mark.parametrize(("n", "dead", "verdict"), [(10, 1, "suspect"), (60, 6, "fail")])
+def test_one_dead_gradient_of_ten_is_not_yet_a_failure(n: int, dead: int, verdict: str, data: Dataset) -> None:
+    x = data.x[:n].clone()
+    x[:, :, 0, 0] = (torch.arange(n) < dead)[:, None].float()
+    (finding,) = audit(Dead(), THREAT, (x, data.y[:n]), checks=["zero_gradients"]).findings
+    assert (finding.verdict, finding.statistic) == (verdict, dead / n)
 
 
 def test_overall_verdict() -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from robench.audit.evidence import Evidence
 from robench.audit.finding import Curve, Plot
-from robench.audit.statistics import compare
+from robench.audit.statistics import compare, share_interval
 from robench.check_names import QUESTIONS, Verdict
 from robench.estimate import Estimate
 
@@ -78,6 +78,19 @@ def graded(value: float, suspect: float, fail: float, *, high_is_bad: bool = Tru
     if sign * value >= sign * fail:
         return "fail"
     return "suspect" if sign * value >= sign * suspect else "pass"
+
+
+def graded_share(
+    hits: npt.NDArray[np.bool_], suspect: float, fail: float, *, high_is_bad: bool = True
+) -> tuple[float, Verdict]:
+    """The share of images that are hits, and the verdict on it.
+
+    As `graded`, but what fails is suspect only where the share's 95 % interval (Wilson) holds the suspect threshold.
+    """
+    share, low, high = share_interval(hits)
+    verdict = graded(share, suspect, fail, high_is_bad=high_is_bad)
+    beyond = low > suspect if high_is_bad else high < suspect
+    return share, "suspect" if verdict == "fail" and not beyond else verdict
 
 
 def points(estimate: Estimate) -> tuple[float, float, float]:

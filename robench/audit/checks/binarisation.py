@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robench.audit.checks.base import Check, Outcome, graded, not_run
+from robench.audit.checks.base import Check, Outcome, graded_share, not_run
 from robench.audit.evidence import Evidence
 from robench.defense import Defense
 from robench.errors import PluginError
@@ -91,10 +92,13 @@ def judge(evidence: Evidence) -> Outcome:
     tested = [one for one in found if one is not None]
     if len(tested) < count / 2:
         return not_run(f"the features separate the boundary point at {len(tested)} of {count} images only")
-    hits, lucky = (sum(column) for column in zip(*tested, strict=True))
-    share = hits / len(tested)
-    reason = f"PGD finds {hits} of {len(tested)} adversarial examples that exist by construction, random search {lucky}"
-    return Outcome(graded(share, SUSPECT, FAIL, high_is_bad=False), share, FAIL, reason)
+    hits, lucky = np.array(tested).T
+    share, verdict = graded_share(hits, SUSPECT, FAIL, high_is_bad=False)
+    reason = (
+        f"PGD finds {hits.sum()} of {len(tested)} adversarial examples that exist by construction, "
+        f"random search {lucky.sum()}"
+    )
+    return Outcome(verdict, share, FAIL, reason)
 
 
 def _try(evidence: Evidence, number: int) -> tuple[bool, bool] | None:

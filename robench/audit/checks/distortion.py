@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from robench.audit.checks.base import Check, Outcome, not_run
+from robench.audit.checks.base import Check, Outcome, graded_share, not_run
 from robench.audit.evidence import Evidence
 from robench.audit.finding import Curve, Plot
-from robench.audit.statistics import share_interval
-from robench.check_names import Verdict
 from robench.errors import PluginError
 from robench.losses import margin
 
@@ -42,8 +40,7 @@ def judge(evidence: Evidence) -> Outcome:
     if right_at_both.sum() < LEAST:
         return not_run(f"a single step leaves {int(right_at_both.sum())} images right, too few to tell")
     inside = wrong[1:-1][:, right_at_both].max(axis=0)
-    share, low, _ = share_interval(inside)
-    verdict: Verdict = "fail" if share >= FAIL and low > SUSPECT else "suspect" if share >= SUSPECT else "pass"
+    share, verdict = graded_share(inside, SUSPECT, FAIL)
     reason = f"{int(inside.sum())} of {len(inside)} images, right before and after a single step, are wrong in between"
     accuracy = tuple(float(100 * (1 - row.mean())) for row in wrong)
     plot = Plot("share of the step", "accuracy (%)", (Curve("along the single step", tuple(steps), accuracy),))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from robench.audit.checks.base import Check, Outcome, graded, not_run, quantile_curve
+from robench.audit.checks.base import Check, Outcome, graded_share, not_run, quantile_curve
 from robench.audit.evidence import Evidence
 from robench.audit.finding import Plot
 from robench.errors import PluginError
@@ -31,7 +31,7 @@ def judge(evidence: Evidence) -> Outcome:
     with seeded(evidence.seed, "audit", "directions", device=evidence.device):
         random = [threat.steepest(torch.randn_like(x)) for _ in range(evidence.effort.directions)]
     gains = {"gradient": [], "random": []}  # type: dict[str, list[np.ndarray]]
-    beaten = None
+    beaten = np.zeros(len(x), dtype=bool)
     for share in SHARES:
         step = share * threat.eps
         gain = evidence.losses((x + step * along).clamp(0, 1), y, margin, purpose="surface") - start
@@ -43,13 +43,12 @@ def judge(evidence: Evidence) -> Outcome:
         gains["random"].append(others[0])
         if share == JUDGED:
             beaten = gain > np.max(others, axis=0)
-    won = float(np.mean(beaten)) if beaten is not None else 0.0
+    won, verdict = graded_share(beaten, SUSPECT, FAIL, high_is_bad=False)
     curves = tuple(quantile_curve(name, list(SHARES), rows) for name, rows in gains.items())
     reason = (
         f"half of eps along the gradient raises the margin more than each of {len(random)} random directions "
         f"at {100 * won:.0f} % of the images"
     )
-    verdict = graded(won, SUSPECT, FAIL, high_is_bad=False)
     return Outcome(verdict, won, FAIL, reason, Plot("step / eps", "rise of the margin", curves))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from robench.audit.checks.base import Check, Outcome, graded, not_run, quantile_curve
+from robench.audit.checks.base import Check, Outcome, graded_share, not_run, quantile_curve
 from robench.audit.evidence import Evidence
 from robench.audit.finding import Plot
 from robench.errors import PluginError
@@ -15,6 +15,8 @@ from robench.losses import margin
 from robench.rng import seeded
 
 IMAGES = 64
+SUSPECT, FAIL = 0.1, 0.3
+"""Of `silent_success`."""
 ATTRIBUTE = "_trajectory"
 
 
@@ -61,11 +63,11 @@ def judge_silent(evidence: Evidence) -> Outcome:
         walk = _walk(evidence)
     except (PluginError, RuntimeError):
         return not_run("the defense gives no gradient")
-    share = float((walk.wrong.any(0) & ~walk.wrong[-1]).mean())
+    share, verdict = graded_share(walk.wrong.any(0) & ~walk.wrong[-1], SUSPECT, FAIL)
     reason = f"{100 * share:.0f} % of the images are broken on the way and right at PGD's last step"
     if evidence.defense.randomized:
-        return Outcome("suspect" if share >= 0.3 else "pass", share, None, f"{reason} (chance plays a part)")
-    return Outcome(graded(share, 0.1, 0.3), share, 0.3, reason)
+        return Outcome("suspect" if share >= FAIL else "pass", share, None, f"{reason} (chance plays a part)")
+    return Outcome(verdict, share, FAIL, reason)
 
 
 def judge_incomplete(evidence: Evidence) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from robench.audit.checks.base import Check, Outcome, graded
+from robench.audit.checks.base import Check, Outcome, graded_share
 from robench.audit.evidence import Evidence
 from robench.errors import PluginError
 from robench.rng import seeded
@@ -29,9 +29,9 @@ def judge(evidence: Evidence) -> Outcome:
             return Outcome("fail", 1.0, FAIL, reason)
         flat = grad.flatten(1)
         bad.append(~flat.isfinite().all(1) | (flat == 0).all(1))
-    share = float(torch.stack(bad).any(0).float().mean())
+    share, verdict = graded_share(torch.stack(bad).any(0).cpu().numpy(), SUSPECT, FAIL)
     reason = f"the gradient of cross-entropy is zero or not finite at {100 * share:.1f} % of the images"
-    return Outcome(graded(share, SUSPECT, FAIL), share, FAIL, reason)
+    return Outcome(verdict, share, FAIL, reason)
 
 
 CHECK = Check(
