@@ -218,11 +218,15 @@ def check_audit(content: bytes, path: Path) -> dict[str, Any]:
     Raises:
         DataError: a field is missing or of the wrong kind, or the verdict is not that of the findings.
     """
+    from robench.audit.effort import read_effort
+
     try:
         audit: dict[str, Any] = json.loads(content)
         wrong = [key for key, kind in AUDIT_KINDS.items() if not isinstance(audit[key], kind)]
         for name, values in audit["accuracies"].items():
             wrong += [] if len(values) == 3 and all(math.isfinite(value) for value in values) else [name]
+        if "effort" in audit:
+            read_effort(audit)
         for finding in audit["findings"]:
             wrong += [key for key in ("check", "verdict", "reason", "paper") if not isinstance(finding[key], str)]
             for curve in finding.get("plot", {"curves": ()})["curves"]:

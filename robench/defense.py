@@ -37,6 +37,7 @@ class Defense(nn.Module):
         batch_rows: the largest batch that the engine passes at once (None: no limit); bounds memory.
         forward_cost: how long one `forward` takes against one pass of `adaptive_forward`; guides the time left only.
         first_look: settings of a first look that a CPU affords, where the general ones cost too much.
+            An audit is then made with less effort, says so, and carries a row of robench's own defenses only.
         detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
     """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from robench.audit import audit
+from robench.audit.effort import may_have_effort, read_effort
 from robench.bundle import Bundle, bundle_folder, read_bundle, size
 from robench.check_names import FEWEST_AUDITED, QUESTIONS
 from robench.data import digest_data, load_dataset
@@ -139,6 +140,8 @@ def _audit_again(report: Report, bundle: Bundle, redo: Redo, device: str, data_d
         data_dir=data_dir,
         progress=True,
     )
+    effort = read_effort(found.facts)
+    report.check("audited again with an effort it may have", may_have_effort(spec.defense, effort), str(effort))
     hidden = sorted(set(found.failed) - set(claimed["failed"]))
     said = f"{claimed['verdict']}, now {found.verdict}, seed {seed}"
     report.check("audited again, no other check fails", not hidden, f"{said}; {', '.join(hidden)}" if hidden else said)
@@ -197,6 +200,9 @@ def _check_form(report: Report, bundle: Bundle, leaderboards: Path) -> Row | Non
     report.check("the audit made every check", made >= QUESTIONS.keys(), f"{len(made)} of {len(QUESTIONS)}")
     fitting = bundle.audit is not None and audit_fits(bundle.audit, bundle.spec, bundle.eps)
     report.check("the audit is of these weights and this bound", fitting, f"eps {bundle.eps:g}")
+    effort = read_effort(bundle.audit or {})
+    fitting = may_have_effort(bundle.spec.defense, effort)
+    report.check("the audit is of an effort it may have", fitting, str(effort or "not told: audit again"))
     audited = bundle.audit["n"] if bundle.audit is not None else 0
     enough = bundle.spec.n >= FEWEST and audited >= FEWEST_AUDITED
     counts = f"{bundle.spec.n}, at least {FEWEST}; {audited} audited, at least {FEWEST_AUDITED}"

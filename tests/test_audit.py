@@ -19,11 +19,14 @@ from robench import Defense, ThreatModel, UsageError
 from robench.audit import CHECKS, Audit, audit, evidence
 from robench.audit.checks import black_box
 from robench.audit.checks.base import graded_share
+from robench.audit.effort import REDUCED, USUAL, read_effort
 from robench.audit.evidence import Evidence
 from robench.audit.statistics import compare
+from robench.bundle import check_audit
 from robench.check_names import QUESTIONS, Verdict, overall
 from robench.cli import main
 from robench.data import Dataset, load_dataset
+from robench.errors import DataError
 from robench.report.audit import render_audit
 from robench.testing.decoys import PLANTED
 from robench.types import Images, Logits
@@ -275,7 +278,7 @@ class Drawn(Evidence):
 @pytest.mark.parametrize(("gap", "verdict"), [(0.0, "pass"), (2 * black_box.TOLERANCE, "fail")])
 def test_a_gap_to_black_box_attacks_is_told_through_noise(gap: float, verdict: Verdict, data: Dataset) -> None:
     """Twice the tolerance fails, no gap passes, in most of 40 audits with 20 answers on each of 128 images."""
-    drawn = Drawn(Coin(), THREAT, data, 0, "cpu", evidence.USUAL)
+    drawn = Drawn(Coin(), THREAT, data, 0, "cpu", USUAL)
     drawn.gap = gap
     verdicts, statistics = [], np.zeros(40)
     for drawn.draw in range(len(statistics)):
@@ -408,6 +411,34 @@ def test_the_seed_decides(data: Dataset) -> None:
 
     assert statistic(1) == statistic(1)
     assert statistic(1) != statistic(2)
+
+
+class Costly(Prototypes):
+    """Names a cheaper first look of its own, though a pass of it costs nothing."""
+
+    first_look = {"n": 32}  # noqa: RUF012 - a constant; the base declares the type
+
+
+def test_the_effort_that_a_defense_asks_for_is_told(data: Dataset) -> None:
+    checks = ("stability", "binarisation", "distortion")
+    reduced, usual = look(Costly(), data, *checks), look(Prototypes(), data, *checks)
+    assert read_effort(reduced.to_json()) == REDUCED
+    assert read_effort(usual.to_json()) == USUAL
+    words = "made with reduced effort, as the defense asks for: 8 steps of PGD (usual: 20), 30 queries of square (usual"
+    assert words in render_audit(reduced)
+    assert "made with the usual effort" in render_audit(usual)
+    assert [one.verdict for one in reduced.findings if one.check == "binarisation"] == ["not run"]
+    assert [len(one.plot.curves[0].x) for one in reduced.findings if one.plot] == [5]
+
+
+def test_an_audit_from_before_efforts_were_told_is_read(data: Dataset) -> None:
+    content = json.loads(json.dumps(look(Prototypes(), data, "stability").to_json()))
+    assert check_audit(json.dumps(content).encode(), HERE) == content
+    for wrong in ({"steps": 20}, 20, {**content["effort"], "steps": "<b>"}, {**content["effort"], "luck": 1}):
+        with pytest.raises(DataError, match="Run the audit again"):
+            check_audit(json.dumps({**content, "effort": wrong}).encode(), HERE)
+    del content["effort"]
+    assert read_effort(check_audit(json.dumps(content).encode(), HERE)) is None
 
 
 def test_public_name_is_the_function(data: Dataset) -> None:

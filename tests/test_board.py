@@ -10,6 +10,7 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from board_toys import BOARD, FORMULA, HOSTILE, TOY, make_boards, make_row
@@ -274,17 +275,33 @@ def test_everything_from_outside_is_escaped(page: str) -> None:
     assert "&amp;amp;" in page
 
 
-def test_checks_that_were_not_run_are_listed_with_their_reason(boards: Path) -> None:
-    board = the_board(boards)
+def audited(board: Board, **changes: Any) -> tuple[dict[str, Any], Board]:
+    """The audit of the board's row with evidence, changed, and the board with that row alone."""
     (entry,) = (one for one in board.entries if one.bundle is not None)
     assert entry.bundle is not None
     assert entry.bundle.audit is not None
-    findings = [dict(finding) for finding in entry.bundle.audit["findings"]]
+    audit = {**entry.bundle.audit, **changes}
+    changed = dataclasses.replace(entry, bundle=dataclasses.replace(entry.bundle, audit=audit))
+    return audit, dataclasses.replace(board, entries=(changed,))
+
+
+def test_the_effort_of_an_audit_is_told_in_its_row(boards: Path) -> None:
+    audit, board = audited(the_board(boards))
+    assert "Made with the usual effort." in render_boards([board])
+    _, reduced = audited(board, effort={**audit["effort"], "queries": 30})
+    words = "Made with reduced effort, as the defense asks for: 30 queries of square (usual: 300)."
+    assert words in render_boards([reduced])
+    del audit["effort"]
+    assert "Made with" not in render_boards([board])  # as in audits of before it was told
+
+
+def test_checks_that_were_not_run_are_listed_with_their_reason(boards: Path) -> None:
+    board = the_board(boards)
+    findings = [dict(finding) for finding in audited(board)[0]["findings"]]
     for finding in findings[5:7]:
         finding |= {"verdict": "not run", "reason": f"no <b>{finding['check']}</b>"}
-    audit = {**entry.bundle.audit, "findings": findings}
-    changed = dataclasses.replace(entry, bundle=dataclasses.replace(entry.bundle, audit=audit))
-    page = render_boards([dataclasses.replace(board, entries=(changed,))])
+    audit, changed = audited(board, findings=findings)
+    page = render_boards([changed])
     (listed,) = re.findall(r"<details><summary>2 of the checks were not run</summary>(.*?)</details>", page, re.DOTALL)
     assert re.findall(r"<td[^>]*>(.*?)</td>", listed) == [
         cell for one in findings[5:7] for cell in (one["check"], f"no &lt;b&gt;{one['check']}&lt;/b&gt;")

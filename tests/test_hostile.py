@@ -20,7 +20,8 @@ import robench
 from robench import PluginError, ThreatModel, UsageError
 from robench.audit.checks.contract import judge as judge_contract
 from robench.audit.checks.contract import remember
-from robench.audit.evidence import USUAL, Evidence
+from robench.audit.effort import USUAL
+from robench.audit.evidence import Evidence
 from robench.data import Dataset, digest_data
 from robench.defense import Defense
 from robench.evaluate import evaluate

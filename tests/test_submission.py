@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from board_toys import EPS, HOSTILE, TOY, forge, make_row, write_audit
 
 from robench import ThreatModel, submission
-from robench.audit import CHECKS
+from robench.audit import CHECKS, audit
+from robench.audit.effort import REDUCED, USUAL, may_have_effort
 from robench.bundle import bundle_folder, read_bundle
 from robench.cli import main
 from robench.errors import UsageError
@@ -21,7 +23,7 @@ from robench.evaluate import evaluate
 from robench.leaderboard import add_row
 from robench.publish import publish
 from robench.registry import load_defense
-from robench.submission import Redo, check_submission, digest_of
+from robench.submission import Redo, check_form, check_submission, digest_of
 from robench.unit_table import CLEAN
 from robench.verify import Report
 
@@ -52,7 +54,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 9 + 12
+    assert len(report.lines) == 9 + 13
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -72,6 +74,43 @@ def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
 def test_what_is_missing_is_named(n: int, attacks: str, audited: int, reason: str, tmp_path: Path) -> None:
     report = check_submission(*submit(tmp_path, n, attacks, audited), device="cpu", trust=True)
     assert reason in refused(report)
+
+
+def test_an_effort_that_the_defense_chose_is_refused(tmp_path: Path) -> None:
+    """Of a defense that robench does not ship; nor may an audit leave its effort out."""
+    defense = load_defense(TOY)
+    defense.first_look = {"n": 32}
+    reduced = audit(defense, ThreatModel("linf", EPS), "fashion_mnist", checks=["zero_gradients"]).to_json()
+    assert reduced["n"] == 32
+    for number, effort in enumerate((reduced["effort"], None)):
+        folder = tmp_path / str(number)
+        evaluate(
+            load_defense(TOY),
+            "quick-1",
+            ThreatModel("linf", EPS),
+            "fashion_mnist",
+            n=64,
+            out=folder / "run",
+            defense_spec=TOY,
+        )
+        write_audit(folder / "audit", 32)
+        path = folder / "audit" / "audit.json"
+        content = json.loads(path.read_text())
+        content["effort"] = effort
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        publish([folder / "run", folder / "audit"], folder / "boards")
+        (evidence,) = (folder / "boards" / "evidence").iterdir()
+        report, _ = check_form(folder / "boards", evidence.name)
+        assert refused(report) == ["the audit is of an effort it may have"]
+
+
+def test_what_robench_ships_may_ask_for_less() -> None:
+    assert may_have_effort("shortrun(steps=10)", REDUCED)
+    assert may_have_effort("jem", None)
+    assert may_have_effort(TOY, USUAL)
+    assert not may_have_effort(TOY, REDUCED)
+    assert not may_have_effort("", REDUCED)
+    assert not may_have_effort(TOY, replace(USUAL, queries=1))
 
 
 def test_a_row_written_by_hand_is_named(whole: tuple[Path, str], tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from robench.audit.checks import CHECKS
 from robench.audit.checks.base import Check, Outcome, not_run
 from robench.audit.checks.contract import remember
-from robench.audit.evidence import RUNS, SLOW, USUAL, Evidence
+from robench.audit.effort import REDUCED, USUAL
+from robench.audit.evidence import RUNS, Evidence
 from robench.audit.finding import Audit, Curve, Finding, Plot
 from robench.check_names import Overall, Verdict
 from robench.data import Dataset, digest_data, load_dataset
@@ -81,7 +82,7 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
     for name, value in (("n", n), ("eot", eot)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1; got {value}")
-    effort = SLOW if defense.first_look else USUAL
+    effort = REDUCED if defense.first_look else USUAL
     effort = effort if eot is None else replace(effort, eot=eot)
     defense.check_traits()
     dataset = _load(data, n or defense.first_look.get("n"), seed, data_dir)
@@ -176,7 +177,7 @@ def _judge(check: Check, evidence: Evidence) -> Finding:
 
 
 def _facts(evidence: Evidence) -> dict[str, Any]:
-    """By which a leaderboard row finds its audit."""
+    """By which a leaderboard row finds its audit, and the effort behind the findings."""
     result = evidence.run("nothing")
     if result is None:
         return {}
@@ -186,6 +187,7 @@ def _facts(evidence: Evidence) -> dict[str, Any]:
         "norm": evidence.threat.norm,
         "eps": evidence.threat.eps,
         "eot": evidence.effort.eot,
+        "effort": evidence.effort.to_json(),
         "weights_digest": spec.weights_digest,
         "data_digest": spec.data_digest,
         "device": spec.device,

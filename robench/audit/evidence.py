@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from robench.audit.effort import Effort
 from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import PluginError
@@ -21,7 +22,6 @@ from robench.evaluate import evaluate as evaluate
 from robench.losses import Loss
 from robench.result import Evaluation
 from robench.rng import seeded
-from robench.settings import RANDOMIZED_EOT
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.unit_table import CLEAN
@@ -30,34 +30,6 @@ from robench.weights import has_weights
 
 SOURCES: Final = ("convnet", "convnet_at")
 """Surrogates of the transfer run, the first that is not the defense itself and has weights for the data."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much the runs may cost.
-
-    Attributes:
-        steps: gradient steps of the reference attack.
-        queries: of the score attack.
-        noise: random points in the ball for each image.
-        directions: random directions and points of the local checks.
-        judge_repeats: fresh answers behind each verdict on a randomized defense.
-        eot: draws in a gradient of a randomized defense.
-        local_draws: draws behind a loss of the local checks, which compare losses under the same draws.
-    """
-
-    steps: int
-    queries: int
-    noise: int
-    directions: int
-    judge_repeats: int
-    eot: int
-    local_draws: int
-
-
-USUAL: Final = Effort(20, 300, 100, 20, 20, RANDOMIZED_EOT, RANDOMIZED_EOT)
-SLOW: Final = Effort(8, 30, 5, 5, 6, RANDOMIZED_EOT, 3)
-"""For a defense that names a cheaper first look of its own: a pass of it costs a hundred times that of a small net."""
 
 
 @dataclass(frozen=True)

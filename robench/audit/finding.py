@@ -103,7 +103,7 @@ class Audit:
         findings: of each check, in the order of the list of checks.
         accuracies: clean accuracy and that under each run of the audit, in percent: value, low, high.
         seconds: wall time.
-        facts: what else identifies the audit: norm, eps, eot, digests of data and weights, versions.
+        facts: what else identifies the audit: norm, eps, eot, effort, digests of data and weights, versions.
         examples: rows of images `b c h w` for the report: originals, what PGD made of them, the difference.
     """
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robench.audit import Audit
+from robench.audit.effort import read_effort
 from robench.audit.finding import Plot
 from robench.check_names import FEWEST_AUDITED, QUESTIONS
 from robench.errors import UsageError
@@ -42,6 +43,8 @@ def print_audit(audit: Audit, folder: Path | None) -> None:
         table.add_row(finding.check, finding.verdict, finding.reason)
     console.print(table)
     console.print(f"verdict: {tell_verdict(audit)}")
+    if (effort := read_effort(audit.facts)) is not None and effort.reduced:
+        console.print(f"made with {effort}")
     if audit.failed:
         console.print(f"failed: {', '.join(audit.failed)}")
     if folder is not None:
@@ -95,6 +98,7 @@ def render_audit(audit: Audit) -> str:
         meaning=MEANING[audit.verdict],
         plots=plots,
         grid=grid,
+        effort=read_effort(audit.facts),
         questions=QUESTIONS,
     )
 

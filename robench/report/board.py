@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from robench.audit.effort import read_effort
 from robench.board import Board, Entry
 from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
@@ -116,6 +117,7 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "percent": {name: percent(entry.row, name) for name in ("clean", "robust")},
         "attacks": _show_attacks(entry),
         "audit": audit,
+        "effort": read_effort(audit) if audit is not None else None,
         "missed": [one for one in audit["findings"] if one["verdict"] == "not run"] if audit is not None else [],
         "plots": [Markup(drawings.svg(one)) for one in draw_findings(audit)] if audit is not None else [],
         "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",

@@ -19,7 +19,6 @@ from robench.threat import ThreatModel
 from robench.types import Images, Logits
 from robench.victim import Victim
 
-IMAGES: Final = 24
 INNER: Final = 400
 RADIUS: Final = 0.95
 CLOSENESS: Final = 0.9
@@ -82,9 +81,9 @@ def judge(evidence: Evidence) -> Outcome:
     For each image a readout of the defense's features separates many points within 0.95 eps from one point at eps; PGD
     within eps must find that side. Images at which the readout does not separate are left out.
     """
-    if evidence.defense.first_look:
+    if not evidence.effort.constructed:
         return not_run("it takes hundreds of passes for each image, too many for this defense")
-    count = min(IMAGES, evidence.n)
+    count = min(evidence.effort.constructed, evidence.n)
     try:
         found = [_try(evidence, number) for number in range(count)]
     except (PluginError, RuntimeError) as error:

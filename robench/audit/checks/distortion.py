@@ -10,7 +10,6 @@ from robench.audit.finding import Curve, Plot
 from robench.errors import PluginError
 from robench.losses import margin
 
-POINTS, FEW_POINTS = 8, 4
 SUSPECT, FAIL = 0.03, 0.10
 LEAST = 10
 """Images that have to be right at both ends for a share of them to mean anything."""
@@ -28,7 +27,7 @@ def judge(evidence: Evidence) -> Outcome:
         direction = threat.steepest(evidence.gradient(x, y, purpose="distortion").grad)
     except (PluginError, RuntimeError):
         return not_run("the defense gives no gradient")
-    points = FEW_POINTS if evidence.defense.first_look else POINTS
+    points = evidence.effort.step_points
     steps = [number / points for number in range(points + 1)]
     wrong = np.stack(
         [
