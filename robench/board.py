@@ -18,7 +18,7 @@ import numpy as np
 
 from robench.bundle import Bundle, bundle_folder, read_bundle
 from robench.errors import DataError, RobenchError, UsageError
-from robench.leaderboard import Row, is_complete, is_masked, read_rows
+from robench.leaderboard import Row, find_changed, is_complete, is_masked, read_rows
 from robench.plan import RunSpec
 from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
@@ -166,7 +166,7 @@ def _entry(row: Row, evidence: Path) -> Entry:
         return Entry(row, None, "There is no evidence for this row.")
     try:
         bundle = read_bundle(folder)
-        differing = [key for key, value in bundle.row().items() if key != "rank" and row.get(key, "") != value]
+        differing = find_changed(row, bundle.row())
     except RobenchError as error:
         return Entry(row, None, f"The evidence is damaged: {error}")
     problem = f"The row does not agree with its evidence in: {', '.join(differing)}" if differing else ""

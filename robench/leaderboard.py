@@ -147,6 +147,11 @@ def is_complete(row: Row) -> bool:
     return all(row.get(name, "") for name in _NUMBERS) and all(row[key] for key in row if key not in (*HEAD, *TAIL))
 
 
+def find_changed(row: Row, made: Row) -> list[str]:
+    """The columns but the rank in which a row differs from the one that its evidence makes; no cell is an empty one."""
+    return [key for key in {**made, **row} if key != "rank" and row.get(key, "") != made.get(key, "")]
+
+
 def is_masked(row: Row) -> bool:
     """True if the audit says that the row's robustness cannot be believed."""
     return row["audit_verdict"] == "masked"

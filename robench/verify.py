@@ -16,7 +16,7 @@ from robench.defense import Defense, weights_digest
 from robench.errors import DataError, PluginError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge_in_units
-from robench.leaderboard import Row, board_name, read_rows
+from robench.leaderboard import Row, board_name, find_changed, read_rows
 from robench.lineup import find_departure, plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS, find_protocol
@@ -145,9 +145,7 @@ def verify_evidence(
     report.check("files are those that were published", held=True, detail=f"digest {bundle.digest}")
     if row is not None:
         changed = [
-            f"{key} {row.get(key, '')!r}, not {value!r}"
-            for key, value in published.items()
-            if key != "rank" and row.get(key, "") != value
+            f"{key} {row.get(key, '')!r}, not {published.get(key, '')!r}" for key in find_changed(row, published)
         ]
         report.check("row is that of the evidence", not changed, ", ".join(changed) or f"{len(published)} cells")
     if board is not None:

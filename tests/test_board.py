@@ -21,7 +21,7 @@ from robench.board import Board, Entry, load_boards, read_references
 from robench.command_board import print_tables
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
-from robench.leaderboard import add_row, read_rows
+from robench.leaderboard import add_row, read_rows, rows_csv
 from robench.publish import publish
 from robench.registry import load_defense
 from robench.report.board import render_boards
@@ -72,9 +72,10 @@ def test_a_row_says_what_its_evidence_lacks(boards: Path, tmp_path: Path) -> Non
     (path,) = other.glob("fashion*.csv")
     (folder,) = (other / "evidence").iterdir()
     rows = read_rows(path)
-    add_row({**next(row for row in rows if row["defense"] == "prototypes"), "n": "1000"}, path)
+    changed = {"n": "1000", "autoattack": "0.9120"}  # a cell of the evidence, and one of which it knows nothing
+    path.write_text(rows_csv([{**row, **changed} if row["defense"] == "prototypes" else row for row in rows]))
     (entry,) = (one for one in the_board(other).entries if one.row["defense"] == "prototypes")
-    assert entry.problem == "The row does not agree with its evidence in: n"
+    assert entry.problem == "The row does not agree with its evidence in: n, autoattack"
     (folder / "examples.parquet").write_bytes(b"")
     (entry,) = (one for one in the_board(other).entries if one.row["defense"] == "prototypes")
     assert "examples.parquet was changed" in entry.problem

@@ -196,6 +196,10 @@ def test_every_cell_of_the_row_is_checked(boards: Path) -> None:
         report = verify_evidence(boards / EVIDENCE / row["evidence"], row=changed, device="cpu", trust=True)
         assert not report.holds, key
         assert any(key in failure for failure in report.failures), report.failures
+    invented = verify_evidence(
+        boards / EVIDENCE / row["evidence"], row={**row, "autoattack": "0.9120"}, device="cpu", trust=True
+    )
+    assert invented.failures == ["row is that of the evidence (autoattack '0.9120', not '')"]
     path.write_text(rows_csv([{**row, "evidence": "0" * 16}]))
     assert outcomes(boards)[0][0] == "cannot be checked"
 
