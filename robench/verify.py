@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,6 @@ def _find_gap(result: Evaluation, data: Dataset, defense: Defense) -> str:
     blocks = [(CLEAN, 0.0), *((key, eps) for eps in spec.eps for key in (*keys, WORST))]
     if len(result.table) != len(blocks) * spec.n:
         return f"{len(result.table)} rows, not {len(blocks) * spec.n}"
-    right = {}
     for key, eps in blocks:
         rows = result.table[(result.table["attack"] == key) & (result.table["eps"] == eps)]
         if rows["index"].tolist() != data.index.tolist() or rows["label"].tolist() != data.y.tolist():
@@ -269,10 +269,29 @@ def _find_gap(result: Evaluation, data: Dataset, defense: Defense) -> str:
             return f"the answers of {key} are no counts over {defense.num_classes} classes"
         if (votes[judged].sum(1) != spec.judge_repeats).any():
             return f"not {spec.judge_repeats} answers for each image under {key}"
-        right[key, eps] = np.where(judged, votes[np.arange(len(votes)), data.y.numpy()], spec.judge_repeats)
-    for key, eps in blocks[1:]:
-        if not defense.randomized and (right[WORST, eps] > right[key, eps]).any():
+    if defense.randomized:
+        return ""  # the worst case was judged on draws of its own
+    return next(filter(None, (_find_contradiction(result, keys, eps) for eps in spec.eps)), "")
+
+
+def _find_contradiction(result: Evaluation, keys: Sequence[str], eps: float) -> str:
+    """Where a deterministic defense's answers at worst contradict those under the attacks; empty if nowhere.
+
+    They are those on the image of the chosen attack, so the same, and no attack has left fewer right ones.
+    """
+    table = result.table[result.table["eps"] == eps]
+    blocks = {key: table[table["attack"] == key] for key in (*keys, WORST)}
+    worst = blocks.pop(WORST)
+    votes, chosen = np.stack(worst["votes"].tolist()), worst["chosen"].to_numpy()
+    known = (worst["status"] != "failed").to_numpy()
+    if not set(chosen[known]) <= set(keys):
+        return f"a worst case at eps {eps:g} is of no attack of the run"
+    for key, rows in blocks.items():
+        judged = known & (rows["status"] != "failed").to_numpy()
+        if (worst["accuracy"].to_numpy() > rows["accuracy"].to_numpy())[judged].any():
             return f"the worst case at eps {eps:g} is right where {key} is not"
+        if (votes != np.stack(rows["votes"].tolist()))[judged & (chosen == key)].any():
+            return f"the worst case at eps {eps:g} has other answers than {key}, of which it is said to be"
     return ""
 
 

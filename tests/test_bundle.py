@@ -112,7 +112,8 @@ def test_each_bound_has_its_bundle(tmp_path: Path) -> None:
     from robench.registry import load_defense
 
     threats = [ThreatModel("linf", eps) for eps in (0.01, EPS)]
-    evaluate(load_defense(TOY), "pgd(steps=3)", threats, "fashion_mnist", n=N, out=tmp_path / "run", defense_spec=TOY)
+    attacks = "fgsm,noise(tries=2),pgd(steps=3)"
+    evaluate(load_defense(TOY), attacks, threats, "fashion_mnist", n=N, out=tmp_path / "run", defense_spec=TOY)
     written = publish([tmp_path / "run"], tmp_path / "boards")
     assert [path.name for path in written] == ["fashion_mnist-linf-0.01.csv", "fashion_mnist-linf-0.03.csv"]
     assert outcomes(tmp_path / "boards") == [("holds", ""), ("holds", "")]
@@ -218,6 +219,21 @@ def claim_more_at_worst(manifest: Any, examples: Any, images: Any) -> None:
             examples["votes"][row] = [int(k == examples["label"][row]) for k in range(10)]
 
 
+def credit_another(manifest: Any, examples: Any, images: Any) -> None:
+    """Every attack leaves every image right, and each worst case, which stays as it is, is said to be of another."""
+    others = {"fgsm": "pgd(steps=3)", "pgd(steps=3)": "fgsm"}
+    for row, attack in enumerate(examples["attack"]):
+        if attack in others:
+            examples["votes"][row] = [int(k == examples["label"][row]) for k in range(10)]
+        elif attack == WORST:
+            examples["chosen"][row] = others[examples["chosen"][row]]
+
+
+def credit_nobody(manifest: Any, examples: Any, images: Any) -> None:
+    """The worst cases are of themselves, and of no attack."""
+    examples["chosen"] = [WORST * bool(chosen) for chosen in examples["chosen"]]
+
+
 def many_votes(manifest: Any, examples: Any, images: Any) -> None:
     """A deterministic defense that is told to be randomized, with votes that no judge gave: noise hides the claim."""
     manifest["spec"]["randomized"], manifest["spec"]["judge_repeats"] = True, 100
@@ -299,6 +315,8 @@ def short_image(manifest: Any, examples: Any, images: Any) -> None:
     [
         (claim_more, "robust accuracy"),
         (claim_more_at_worst, "the worst case at eps"),
+        (credit_another, "has other answers than"),
+        (credit_nobody, "is of no attack of the run"),
         (many_votes, "the defense is what the run calls it"),
         (huge_votes, "no counts over 10 classes"),
         (famous_name, "the defense is what the run calls it"),
