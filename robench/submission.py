@@ -115,6 +115,7 @@ def check_form(leaderboards: Path, evidence: str) -> tuple[Report, tuple[Bundle,
     report = Report(folder)
     try:
         bundle = read_bundle(folder)
+        _check_draw(report, bundle)
     except DataError as error:
         report.check("the evidence can be read", held=False, detail=str(error))
         return report, None
@@ -177,6 +178,15 @@ def _attack_again(report: Report, bundle: Bundle, redo: Redo, device: str, data_
         "attacked again, the row claims no more",
         bool(low <= SLACK),
         f"on {len(rows)} images {100 * before.mean():.1f} %, now {100 * now.mean():.1f} %, seed {seed}",
+    )
+
+
+def _check_draw(report: Report, bundle: Bundle) -> None:
+    """Refuses images that could have been shopped for, among the draws of many seeds."""
+    spec = bundle.spec
+    is_whole = bundle.figures.indices.tolist() == list(range(spec.n))  # no draw of less can be counted on to be that
+    report.check(
+        "the images are the draw of seed 0, or the whole split", spec.seed == 0 or is_whole, f"seed {spec.seed}"
     )
 
 

@@ -54,7 +54,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 9 + 13
+    assert len(report.lines) == 10 + 13
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -140,6 +140,34 @@ def test_large_evidence_is_refused(whole: tuple[Path, str], monkeypatch: pytest.
     assert "the evidence is small" in refused(check_submission(*whole, device="cpu", trust=True))
 
 
+def publish_forged(boards: Path, digest: str, change: Any) -> str:
+    """Puts a forged bundle and its row in the place of the only ones; returns its digest."""
+    (path,) = boards.glob("*.csv")
+    path.unlink()
+    forged = read_bundle(forge(bundle_folder(boards / "evidence", digest), change))
+    add_row({**forged.row(), "rank": ""}, path)
+    return forged.digest
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_images_of_a_seed_of_one_s_own_are_refused_unless_they_are_all(is_whole: bool, tmp_path: Path) -> None:
+    """Evidence that calls its draw the whole split has other images than its seed and count give."""
+
+    def shop(manifest: Any, examples: Any, images: Any) -> None:
+        manifest["spec"]["seed"] = 17
+        if is_whole:
+            places = {index: place for place, index in enumerate(images["index"])}
+            for table in (examples, images):
+                table["index"] = [places[index] for index in table["index"]]
+
+    boards, digest = submit(tmp_path)
+    digest = publish_forged(boards, digest, shop)
+    claim = "the images are the draw of seed 0, or the whole split"
+    assert refused(check_form(boards, digest)[0]) == [claim] * (not is_whole)
+    if is_whole:
+        assert "images are those of the run" in refused(check_submission(boards, digest, device="cpu", trust=True))
+
+
 def leave_alone(manifest: Any, examples: Any, images: Any) -> None:
     """The images are the originals, and their answers those of the clean pass, under every attack."""
     clean = {examples["index"][row]: row for row, attack in enumerate(examples["attack"]) if attack == CLEAN}
@@ -155,13 +183,10 @@ def test_images_that_nobody_attacked_are_found_by_attacking_them(tmp_path: Path)
     honest = check_submission(boards, digest, device="cpu", trust=True, redo=Redo(48, seed=1))
     assert honest.holds, honest.failures
     assert "attacked again" in honest.lines[-1]
-    (path,) = boards.glob("*.csv")
-    path.unlink()
-    forged = read_bundle(forge(bundle_folder(boards / "evidence", digest), leave_alone))
-    add_row({**forged.row(), "rank": ""}, path)
-    by_judging = check_submission(boards, forged.digest, device="cpu", trust=True)
+    forged = publish_forged(boards, digest, leave_alone)
+    by_judging = check_submission(boards, forged, device="cpu", trust=True)
     assert by_judging.holds, by_judging.failures
-    attacked = check_submission(boards, forged.digest, device="cpu", trust=True, redo=Redo(48, seed=1))
+    attacked = check_submission(boards, forged, device="cpu", trust=True, redo=Redo(48, seed=1))
     assert refused(attacked) == ["attacked again, the row claims no more"]
 
 
