@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import chi2, norm, t
+from scipy.stats import beta, binom, chi2, norm, t
 
 
 def wilson(right: float, n: float, level: float = 0.95, quantile: float | None = None) -> tuple[float, float]:
@@ -141,6 +141,16 @@ def answers_differ(
         return True
     scatter = float((gaps[open_ones] ** 2 / variances[open_ones]).sum())
     return scatter > 1.5 * noise.each * float(chi2.ppf(1 - level, count / noise.each))
+
+
+def most_by_chance(n: int, rate: float, level: float = 0.001) -> int:
+    """How many of n independent trials chance explains at a rate: more come with a probability of at most `level`."""
+    return int(binom.isf(level, n, rate))
+
+
+def smallest_shown(n: int, most: int, power: float = 0.9) -> float:
+    """The rate at which more than `most` of n trials come with the probability `power`; 1 where `most` is n."""
+    return float(beta.ppf(power, most + 1, n - most)) if most < n else 1.0
 
 
 def paired_interval(

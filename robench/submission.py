@@ -10,6 +10,9 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from robench.audit import audit
 from robench.audit.effort import may_have_effort, read_effort
 from robench.bundle import Bundle, bundle_folder, read_bundle, size
@@ -21,7 +24,7 @@ from robench.leaderboard import Row, board_name, is_complete, rank_rows, read_ro
 from robench.protocol import PROTOCOLS
 from robench.publish import EVIDENCE, audit_fits
 from robench.registry import load_defense
-from robench.stats import paired_interval
+from robench.stats import most_by_chance, paired_interval, smallest_shown
 from robench.threat import ThreatModel
 from robench.unit_table import WORST
 from robench.verify import Report, verify_evidence
@@ -31,7 +34,10 @@ LARGEST: Final = 2_000_000
 FEWEST: Final = 64
 """Images; the interval of fewer is wider than most differences between defenses."""
 SLACK: Final = 0.02
-"""How far a row may lie above a new attack beyond what chance explains: attacks draw their starts."""
+"""How far a row may lie above a new attack beyond what chance explains: attacks draw their starts.
+
+Of a deterministic defense: the share of its images that the new attack may break where the row's did not.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Redo:
     """What of a row's own work to do again: no look at its files shows that this was done, or done well.
 
     Attributes:
-        attack: how many images to attack again; 0 for none. At most those of the row.
+        attack: how many images to attack again; 0 for none, else at least 2. At most those of the row.
         audit: whether to audit again, on as many images as the row's audit had.
         seed: draws the images, and seeds attacks and audit; None draws one, so that no submitter can know it.
     """
@@ -52,10 +58,10 @@ class Redo:
         """Checks the count.
 
         Raises:
-            UsageError: it is negative.
+            UsageError: it is negative, or a single image, which can show nothing.
         """
-        if self.attack < 0:
-            raise UsageError(f"attack must be at least 0 images; got {self.attack}")
+        if self.attack < 0 or self.attack == 1:
+            raise UsageError(f"attack must be 0, or at least 2 images; got {self.attack}")
 
     def draw_seed(self) -> int:
         """The seed, or one that nobody knows."""
@@ -168,17 +174,30 @@ def _attack_again(report: Report, bundle: Bundle, redo: Redo, device: str, data_
         device=device,
         progress=True,
     ).answers(WORST)
-    claimed = bundle.figures.answers(WORST)
+    claimed, claim = bundle.figures.answers(WORST), "attacked again, the row claims no more"
     if found is None or claimed is None:
-        report.check("attacked again, the row claims no more", held=False, detail="an attack failed")
+        report.check(claim, held=False, detail="an attack failed")
         return
     before, now = claimed.right[rows] / claimed.repeats, found.right / found.repeats
-    _, low, _ = paired_interval(now, before, level=0.998)
-    report.check(
-        "attacked again, the row claims no more",
-        bool(low <= SLACK),
-        f"on {len(rows)} images {100 * before.mean():.1f} %, now {100 * now.mean():.1f} %, seed {seed}",
-    )
+    held, power = _compare(before, now, randomized=spec.randomized)
+    shares = f"{100 * before.mean():.1f} %, now {100 * now.mean():.1f} %"
+    report.check(claim, held, f"on {len(rows)} images {shares}, seed {seed}; {power}")
+
+
+def _compare(before: npt.NDArray[np.float64], now: npt.NDArray[np.float64], *, randomized: bool) -> tuple[bool, str]:
+    """Whether chance and `SLACK` explain how far the row lies above a new attack, and what would have shown.
+
+    Args:
+        before: the row's share of right answers on each image.
+        now: that under the new attack.
+        randomized: whether answers are drawn; else the images that the new attack alone breaks are counted.
+    """
+    if randomized:
+        gap, low, _ = paired_interval(now, before, level=0.998)
+        return low <= SLACK, f"more than {100 * (SLACK + gap - low):.0f} points too much would show"
+    broken, most = int((now < before).sum()), most_by_chance(len(now), SLACK)
+    shown = f"{100 * smallest_shown(len(now), most):.0f} points too much show in nine of ten checks"
+    return broken <= most, f"{broken} more are broken, of which chance explains {most}; {shown}"
 
 
 def _check_draw(report: Report, bundle: Bundle) -> None:

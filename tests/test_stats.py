@@ -9,10 +9,18 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from robench.estimate import Answers
-from robench.stats import INDEPENDENT, answers_differ, mean_interval, shared_noise, wilson
+from robench.stats import (
+    INDEPENDENT,
+    answers_differ,
+    mean_interval,
+    most_by_chance,
+    shared_noise,
+    smallest_shown,
+    wilson,
+)
 
 Fractions = npt.NDArray[np.float64]
 
@@ -33,6 +41,14 @@ def test_mean_interval_of_single_answers_is_wilson(n: int, data: st.DataObject) 
     right = data.draw(st.integers(0, n))
     fractions = np.r_[np.ones(right), np.zeros(n - right)]
     assert mean_interval(fractions, 1) == pytest.approx(wilson(right, n), abs=1e-12)
+
+
+@given(n=st.integers(1, 1000), rate=st.floats(0.001, 0.5))
+def test_what_chance_explains_is_scipy_s_exact_test(n: int, rate: float) -> None:
+    most = most_by_chance(n, rate)
+    assert binomtest(most, n, rate, alternative="greater").pvalue > 0.001
+    assert most == n or binomtest(most + 1, n, rate, alternative="greater").pvalue <= 0.001
+    assert smallest_shown(n, most) == 1 or binom.sf(most, n, smallest_shown(n, most)) == pytest.approx(0.9)
 
 
 @st.composite

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import engine_toys
+import numpy as np
 import pytest
 from board_toys import EPS, HOSTILE, TOY, forge, make_row, write_audit
 
@@ -24,7 +26,7 @@ from robench.leaderboard import add_row
 from robench.publish import publish
 from robench.registry import load_defense
 from robench.submission import Redo, check_form, check_submission, digest_of
-from robench.unit_table import CLEAN
+from robench.unit_table import CLEAN, WORST
 from robench.verify import Report
 
 
@@ -168,14 +170,23 @@ def test_images_of_a_seed_of_one_s_own_are_refused_unless_they_are_all(is_whole:
         assert "images are those of the run" in refused(check_submission(boards, digest, device="cpu", trust=True))
 
 
-def leave_alone(manifest: Any, examples: Any, images: Any) -> None:
-    """The images are the originals, and their answers those of the clean pass, under every attack."""
-    clean = {examples["index"][row]: row for row, attack in enumerate(examples["attack"]) if attack == CLEAN}
-    for row, index in enumerate(examples["index"]):
-        examples["votes"][row] = examples["votes"][clean[index]]
-    images["pixels"] = [bytes(28 * 28) for _ in images["pixels"]]
-    images["encoding"] = ["steps"] * len(images["encoding"])
-    manifest["encodings"] = {"steps": len(images["encoding"])}
+def leave_alone(count: int) -> Any:
+    """So many of the images that an attack broke are the originals, with the answers of these under every attack."""
+
+    def change(manifest: Any, examples: Any, images: Any) -> None:
+        rows = list(enumerate(zip(examples["attack"], examples["index"], strict=True)))
+        clean = {index: examples["votes"][row] for row, (attack, index) in rows if attack == CLEAN}
+        worst = {index: examples["votes"][row] for row, (attack, index) in rows if attack == WORST}
+        left = [index for index in clean if clean[index] != worst[index]][:count]
+        for row, (_, index) in rows:
+            if index in left:
+                examples["votes"][row] = clean[index]
+        for place, index in enumerate(images["index"]):
+            if index in left:
+                images["pixels"][place], images["encoding"][place] = bytes(28 * 28), "steps"
+        manifest["encodings"] = dict(Counter(images["encoding"]))
+
+    return change
 
 
 def test_images_that_nobody_attacked_are_found_by_attacking_them(tmp_path: Path) -> None:
@@ -183,11 +194,36 @@ def test_images_that_nobody_attacked_are_found_by_attacking_them(tmp_path: Path)
     honest = check_submission(boards, digest, device="cpu", trust=True, redo=Redo(48, seed=1))
     assert honest.holds, honest.failures
     assert "attacked again" in honest.lines[-1]
-    forged = publish_forged(boards, digest, leave_alone)
+    forged = publish_forged(boards, digest, leave_alone(64))
     by_judging = check_submission(boards, forged, device="cpu", trust=True)
     assert by_judging.holds, by_judging.failures
     attacked = check_submission(boards, forged, device="cpu", trust=True, redo=Redo(48, seed=1))
     assert refused(attacked) == ["attacked again, the row claims no more"]
+
+
+def test_ten_of_64_images_that_nobody_attacked_are_found(tmp_path: Path) -> None:
+    """By their count; the interval of a mean of 64 numbers would be too wide, since 10 / 64 - 3.2 * 0.046 < 0.02."""
+    boards, digest = submit(tmp_path, eps=0.1)
+    forged = publish_forged(boards, digest, leave_alone(10))
+    report = check_submission(boards, forged, device="cpu", trust=True, redo=Redo(64, seed=1))
+    (failure,) = report.failures
+    assert failure.endswith(
+        "10 more are broken, of which chance explains 6; 16 points too much show in nine of ten checks)"
+    )
+
+
+@pytest.mark.parametrize(("gap", "held"), [(0.0, True), (0.1, True), (0.22, False)])
+def test_a_randomized_row_is_compared_by_its_mean(gap: float, held: bool) -> None:
+    """With a scatter of 0.2 over 16 images half an interval is 3.73 * 0.2 * (16 / 15)**0.5 / 4 = 0.193."""
+    scatter = np.tile([0.2, -0.2], 8)
+    found = submission._compare(0.5 + gap + scatter, np.full(16, 0.5), randomized=True)
+    assert found == (held, "more than 21 points too much would show")
+
+
+@pytest.mark.parametrize("attack", [-1, 1])
+def test_one_image_says_nothing(attack: int) -> None:
+    with pytest.raises(UsageError, match=f"attack must be 0, or at least 2 images; got {attack}"):
+        Redo(attack)
 
 
 @pytest.mark.parametrize(("toy", "hidden"), [("Prototypes", []), ("Stairs", ["zero_gradients"])])
