@@ -7,7 +7,7 @@ import random
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Final
 
 import numpy as np
@@ -21,9 +21,10 @@ from robench.data import digest_data, load_dataset
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
 from robench.leaderboard import Row, board_name, is_complete, rank_rows, read_rows, rows_csv
+from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS
 from robench.publish import EVIDENCE, audit_fits
-from robench.registry import load_defense
+from robench.registry import load_defense, parse_spec
 from robench.stats import most_by_chance, paired_interval, smallest_shown
 from robench.threat import ThreatModel
 from robench.unit_table import WORST
@@ -114,7 +115,7 @@ def check_form(leaderboards: Path, evidence: str) -> tuple[Report, tuple[Bundle,
         The report, and the bundle with its row, or None where something does not hold.
 
     Raises:
-        UsageError: there is no such bundle.
+        UsageError: there is no such bundle, or its defense has a name that cannot be read.
         DataError: the leaderboard cannot be read.
     """
     folder = bundle_folder(leaderboards / EVIDENCE, evidence)
@@ -125,6 +126,7 @@ def check_form(leaderboards: Path, evidence: str) -> tuple[Report, tuple[Bundle,
     except DataError as error:
         report.check("the evidence can be read", held=False, detail=str(error))
         return report, None
+    _check_paths(report, bundle.spec)
     row = _check_form(report, bundle, leaderboards)
     return report, (bundle, row) if row is not None and report.holds else None
 
@@ -198,6 +200,28 @@ def _compare(before: npt.NDArray[np.float64], now: npt.NDArray[np.float64], *, r
     broken, most = int((now < before).sum()), most_by_chance(len(now), SLACK)
     shown = f"{100 * smallest_shown(len(now), most):.0f} points too much show in nine of ten checks"
     return broken <= most, f"{broken} more are broken, of which chance explains {most}; {shown}"
+
+
+def _check_paths(report: Report, spec: RunSpec) -> None:
+    """Refuses a defense, weights or data that are named by a path out of the repository: nobody else has them.
+
+    Raises:
+        UsageError: the defense's name cannot be read.
+    """
+    name, options = parse_spec(spec.defense) if spec.defense else ("", {})
+    paths = (name, str({**options, **spec.defense_options}.get("weights", "")), spec.dataset)
+    outside = [path for path in paths if _leads_outside(path)]
+    advice = (
+        f"weights are shipped as weights/{spec.dataset}.safetensors beside the defense's module, or named from the "
+        "repository's root in the defense's name: file.py:Class(weights='nets/w.safetensors')"
+    )
+    detail = f"not so: {', '.join(outside)}; {advice}" if outside else "no path leads elsewhere"
+    report.check("defense, weights and data lie in the repository, if in files", not outside, detail)
+
+
+def _leads_outside(text: str) -> bool:
+    path = PureWindowsPath(text)  # knows both slashes
+    return bool(path.root) or ".." in path.parts or text.startswith("~")
 
 
 def _check_draw(report: Report, bundle: Bundle) -> None:

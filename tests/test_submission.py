@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import engine_toys
 import numpy as np
 import pytest
-from board_toys import EPS, HOSTILE, TOY, forge, make_row, write_audit
+from board_toys import EPS, HOSTILE, forge, make_row, write_audit
 
 from robench import ThreatModel, submission
 from robench.audit import CHECKS, audit
@@ -28,6 +28,9 @@ from robench.registry import load_defense
 from robench.submission import Redo, check_form, check_submission, digest_of
 from robench.unit_table import CLEAN, WORST
 from robench.verify import Report
+
+TOY = "engine_toys:Prototypes"
+"""Named so that others can load it, other than by a path on this machine."""
 
 
 def submit(
@@ -56,7 +59,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 10 + 13
+    assert len(report.lines) == 11 + 13
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -170,6 +173,33 @@ def test_images_of_a_seed_of_one_s_own_are_refused_unless_they_are_all(is_whole:
         assert "images are those of the run" in refused(check_submission(boards, digest, device="cpu", trust=True))
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"defense_options": {"weights": "/home/me/w.safetensors"}}, "/home/me/w.safetensors"),
+        ({"defense_options": {"weights": "nets/../../w.safetensors"}}, "nets/../../w.safetensors"),
+        ({"defense_options": {"weights": r"C:\nets\w.safetensors"}}, r"C:\nets\w.safetensors"),
+        ({"defense": f"{TOY}(weights='~/w.safetensors')"}, "~/w.safetensors"),
+        ({"defense": "/home/me/toy.py:Prototypes"}, "/home/me/toy.py:Prototypes"),
+        ({"dataset": "/home/me/toy.parquet"}, "/home/me/toy.parquet"),
+        ({"defense_options": {"weights": "nets/w.safetensors"}}, ""),
+        ({"defense": "plugins/toy.py:Prototypes(weights='nets/w.safetensors')"}, ""),
+        ({"dataset": "hf:org/toy"}, ""),
+    ],
+)
+def test_what_lies_on_one_machine_alone_is_named(
+    change: dict[str, Any], named: str, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    boards, digest = whole
+    copy = shutil.copytree(boards / "evidence" / digest, tmp_path / "evidence" / digest)
+    forged = forge(copy, lambda manifest, examples, images: manifest["spec"].update(change))
+    report, _ = check_form(tmp_path, forged.name)
+    claim = "defense, weights and data lie in the repository, if in files"
+    lines = [line for line in report.failures if claim in line]
+    assert len(lines) == bool(named)
+    assert all(f"(not so: {named}; weights are shipped as weights/" in line for line in lines)
+
+
 def leave_alone(count: int) -> Any:
     """So many of the images that an attack broke are the originals, with the answers of these under every attack."""
 
@@ -230,7 +260,7 @@ def test_one_image_says_nothing(attack: int) -> None:
 def test_a_verdict_that_an_audit_did_not_give_is_found_by_auditing(
     toy: str, hidden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = f"{engine_toys.__file__}:{toy}"
+    spec = f"engine_toys:{toy}"
     threat, run = ThreatModel("linf", EPS), tmp_path / "run"
     evaluate(load_defense(spec), "quick-1", threat, "fashion_mnist", n=64, out=run, defense_spec=spec)
     write_audit(tmp_path / "audit", 32, defense=load_defense(spec))
