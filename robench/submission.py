@@ -212,7 +212,7 @@ def _check_paths(report: Report, spec: RunSpec) -> None:
     paths = (name, str({**options, **spec.defense_options}.get("weights", "")), spec.dataset)
     outside = [path for path in paths if _leads_outside(path)]
     advice = (
-        f"weights are shipped as weights/{spec.dataset}.safetensors beside the defense's module, or named from the "
+        "weights are shipped as weights/<dataset>.safetensors beside the defense's module, or named from the "
         "repository's root in the defense's name: file.py:Class(weights='nets/w.safetensors')"
     )
     detail = f"not so: {', '.join(outside)}; {advice}" if outside else "no path leads elsewhere"
