@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from board_toys import BOARD, make_boards
+from board_toys import BOARD, make_boards, make_row
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.container import ErrorbarContainer
 
-from robench.board import Board, load_boards
+from robench.board import Board, Entry, load_boards
 from robench.report.board import render_boards
-from robench.report.board_charts import draw_curves, draw_scatter
+from robench.report.board_charts import draw_curves, draw_scatter, points_of
 
 PGD = {"clean": [90.0, 70.0, 95.0], "fgsm": [1.0, 0.0, 2.0], "pgd": [50.0, 40.0, 60.0], "pgd, double eps": [20, 10, 30]}
 
@@ -51,6 +51,24 @@ def test_a_line_joins_a_sweep_but_not_the_clean_accuracy_and_one_bound(board: Bo
     assert points(axes, "-") == [[0.0, 0.03, 0.06]]
     (axes,) = draw_curves(board, [board, dataclasses.replace(board, eps="0.06", norm="l2")]).axes
     assert points(axes, "-") == []
+
+
+def test_rows_of_different_free_lists_have_points_of_their_own() -> None:
+    """One defense under pgd and under fgsm; on the other board its rows come the other way round."""
+
+    def board(eps: str, **by_attack: str) -> Board:
+        rows = [
+            {key: cell for key, cell in make_row(robust_acc=accuracy).items() if key != "pgd"} | {attack: accuracy}
+            for attack, accuracy in by_attack.items()
+        ]
+        return Board(eps, "mnist", "linf", eps, tuple(Entry(row, None, "") for row in rows))
+
+    boards = [board("0.3", pgd="0.2", fgsm="0.6"), board("0.4", fgsm="0.5", pgd="0.1")]
+    under_pgd, under_fgsm = (
+        {point.eps: point.accuracy[0] for point in points_of(entry, boards[0], boards)} for entry in boards[0].entries
+    )
+    assert under_pgd == {0.0: 60.0, 0.3: 20.0, 0.4: 10.0}
+    assert under_fgsm == {0.0: 60.0, 0.3: 60.0, 0.4: 50.0}
 
 
 def test_pgd_of_the_audit_has_its_band_and_its_number_of_images(board: Board) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from robench.board import Board, Entry
-from robench.leaderboard import Row, percent, protocol_name
+from robench.leaderboard import identity, percent, protocol_name
 from robench.report.drawing import INK, row_id
 
 if TYPE_CHECKING:
@@ -90,11 +90,14 @@ class Point:
 
 
 def points_of(entry: Entry, board: Board, boards: Sequence[Board]) -> list[Point]:
-    """The row's worst case by eps, over the leaderboards of its data and norm; the clean accuracy at 0."""
+    """The row's worst case by eps, over the leaderboards of its data and norm; the clean accuracy at 0.
+
+    Of another leaderboard it takes the row of the same `identity`, so under the same attacks.
+    """
     known = [(0.0, percent(entry.row, "clean"), entry.row)]
     for other in boards:
         if (other.dataset, other.norm) == (board.dataset, board.norm):
-            rows = (one.row for one in other.entries if _same(one.row, entry.row))
+            rows = (one.row for one in other.entries if identity(one.row) == identity(entry.row))
             known += [(_number(other.eps), percent(row, "robust"), row) for row in rows]
     found = {eps: Point(eps, accuracy, int(row["n"])) for eps, accuracy, row in known if accuracy is not None}
     return [found[eps] for eps in sorted(found)]
@@ -137,10 +140,6 @@ def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
                 axes.fill_between(at, low, high, alpha=0.1, color=color, linewidth=0)
     axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
     return _finish(figure, axes)
-
-
-def _same(one: Row, other: Row) -> bool:
-    return all(one[key] == other[key] for key in ("defense", "protocol", "weights_digest"))
 
 
 def _number(eps: str) -> float:
