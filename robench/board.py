@@ -84,6 +84,23 @@ class Entry:
         return is_masked(self.row)
 
     @property
+    def cascade(self) -> bool:
+        """True if each attack saw only what those before it left; without evidence as the protocol has it."""
+        if self.bundle is not None:
+            return self.bundle.spec.cascade
+        protocol = find_protocol(self.row["protocol"])
+        return protocol is not None and protocol.cascade
+
+    @property
+    def found_most(self) -> str:
+        """The attack that found most errors, for readers: `apgd (in turn)` in a cascade.
+
+        There it says nothing of how the attacks compare: an early one has more images to find errors on.
+        """
+        attack = self.row["worst_attack"]
+        return f"{attack} (in turn)" if attack and self.cascade else attack
+
+    @property
     def reproduce(self) -> str:
         """The command that makes the run again, and its audit if a run makes that one; "" without evidence."""
         if self.bundle is None or not self.bundle.spec.defense:

@@ -27,7 +27,7 @@ from robench.registry import load_defense
 from robench.report.board import render_boards
 from robench.report.board_charts import PLOTS
 from robench.report.markdown import markdown_table
-from robench.report.tables import as_csv, as_json, as_latex, as_markdown, table_cells
+from robench.report.tables import HEADINGS, as_csv, as_json, as_latex, as_markdown, table_cells
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +240,22 @@ def test_attacks_stand_in_the_order_of_the_run_and_a_cascade_says_so(cascade: bo
     ]
     heading = "left standing after each attack, in order" if cascade else "under each attack"
     assert f"<dt>{heading}</dt>" in render_boards([board])
+    attack = entry.row["worst_attack"]
+    assert entry.found_most == (f"{attack} (in turn)" if cascade else attack)
+
+
+def test_the_attack_that_found_most_of_a_cascade_is_not_called_the_strongest() -> None:
+    shown = {"standard-1": "apgd (in turn)", "quick-1": "apgd", "": "apgd"}
+    for protocol, text in shown.items():
+        board = Board("a", "a", "linf", "1", (Entry(make_row(protocol=protocol, worst_attack="apgd"), None, ""),))
+        page = render_boards([board])
+        assert f'<td class="optional">{text}</td>' in page
+        assert f"found most errors: {text}</dd>" in page
+        assert ("so that an early one had more to find" in page) == (protocol == "standard-1")
+        assert dict(zip(HEADINGS, table_cells(board)[0], strict=True))["found most errors"] == text
+    unknown = Entry(make_row(protocol="standard-1"), None, "")
+    assert unknown.found_most == ""
+    assert "found most errors:" not in render_boards([Board("a", "a", "linf", "1", (unknown,))])
 
 
 def test_a_row_without_evidence_is_a_cascade_where_its_protocol_is_one() -> None:

@@ -245,7 +245,7 @@ def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) ->
         assert min(left for left, _ in edges) >= 0
         assert max(right for _, right in edges) <= 390
     facts = section.locator(".panel:visible dl").inner_text()
-    assert "free list, on 24 images; strongest attack: " in facts
+    assert "free list, on 24 images; found most errors: " in facts
     scales = section.locator("svg:visible").evaluate_all(
         "all => all.map(one => one.getBoundingClientRect().width / one.viewBox.baseVal.width)"
     )

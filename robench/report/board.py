@@ -140,8 +140,7 @@ def _show_attacks(entry: Entry) -> dict[str, Any]:
     a randomized defense only an image without any right answer is settled.
     """
     spec = entry.bundle.spec if entry.bundle is not None else None
-    protocol = find_protocol(entry.row["protocol"])
-    if not (spec.cascade if spec is not None else protocol is not None and protocol.cascade):
+    if not entry.cascade:
         heading = "under each attack"
     elif entry.row["randomized"] == "yes":
         heading = "under each attack in turn; an image without any right answer stays wrong"

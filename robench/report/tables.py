@@ -14,7 +14,7 @@ from robench.files import write_text
 from robench.leaderboard import Row, is_complete, is_masked, percent, protocol_name, rows_csv
 from robench.report.markdown import markdown_table
 
-HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "worst attack", "audit", "n", "protocol")
+HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "found most errors", "audit", "n", "protocol")
 
 
 def _percent(row: Row, kind: str) -> str:
@@ -37,7 +37,7 @@ def table_cells(board: Board) -> list[tuple[str, ...]]:
             + (" (not backed by evidence)" if entry.problem else ""),
             _percent(entry.row, "clean"),
             _percent(entry.row, "robust"),
-            entry.row["worst_attack"],
+            entry.found_most,
             entry.row["audit_verdict"],
             entry.row["n"],
             protocol_name(entry.row),
