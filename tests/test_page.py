@@ -253,6 +253,14 @@ def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) ->
     assert 8 * min(scales) >= 9  # pixels of the smallest letters
 
 
+def test_a_phone_shows_the_figures_of_others_with_their_source_and_note(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    cells = page.locator(".reference tbody td:visible")
+    assert cells.all_inner_texts() == [HOSTILE, "40.0", "90.0", "PGD-20", "A paper, table 1", "2020", "not comparable"]
+    edges = cells.evaluate_all("all => all.map(one => one.getBoundingClientRect().right)")
+    assert max(edges) <= 390
+
+
 def _brightness(color: str) -> float:
     values = [float(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]]
     return sum(values) / 3
