@@ -237,6 +237,8 @@ def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) ->
     section = page.locator("section").first
     heads = section.locator("table.board > thead th:visible").all_inner_texts()
     assert [head.split()[0] for head in heads] == ["rank", "defense", "robust", "clean", "audit"]
+    names = section.locator("tr.entry .name").all_inner_texts()
+    assert sorted(name.split("\n")[-1] for name in names if "prototypes" in name) == ["24 images"]
     for part in ("table.board > * > tr:not(.panel) > *:visible", ".panel:visible *:visible:not(svg *)"):
         edges = section.locator(part).evaluate_all(
             "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right])"
