@@ -21,7 +21,7 @@ from robench.board import Board, Entry, load_boards, read_references
 from robench.command_board import print_tables
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
-from robench.leaderboard import add_row, read_rows, rows_csv
+from robench.leaderboard import add_row, rank_rows, read_rows, rows_csv
 from robench.publish import publish
 from robench.registry import load_defense
 from robench.report.board import render_boards
@@ -283,6 +283,19 @@ def test_a_page_without_the_data_says_so(
     assert "<img" not in bare
     (record,) = caplog.records
     assert "no adversarial images of fashion_mnist" in record.getMessage()
+
+
+def test_the_page_says_what_a_masked_row_is_below() -> None:
+    rows = rank_rows(
+        [
+            make_row("masked", "0.9000", protocol="standard-1", audit_verdict="masked"),
+            make_row("last", "0.1000", protocol="standard-1"),
+            make_row("weaker protocol", "0.2000", protocol="quick-1"),
+        ]
+    )
+    assert [row["defense"] for row in rows] == ["last", "masked", "weaker protocol"]
+    page = render_boards([Board("a", "a", "linf", "1", tuple(Entry(row, None, "") for row in rows))])
+    assert "masked is below all others of its protocol." in page
 
 
 def test_everything_from_outside_is_escaped(page: str) -> None:
