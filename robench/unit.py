@@ -308,7 +308,7 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
     )
     originals, labels = scene.x[mask], scene.y[mask]
     if spec.query_budget is not None:
-        victim.watch(originals, labels, threat)
+        victim.watch(originals, labels, threat, attack.goal)
     purpose = (*scene.purpose(entry.key, threat.eps), "attack")
     with seeded(*purpose, device=device):
         try:

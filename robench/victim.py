@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from robench.attack import ACCESS_LEVELS, Access, Randomness
+from robench.attack import ACCESS_LEVELS, Access, Goal, Randomness
 from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError
+from robench.ledger import Ledger, Watched
 from robench.losses import Loss, TargetedLoss, aim, margin
 from robench.rng import seeded
 from robench.threat import ThreatModel
@@ -33,49 +33,6 @@ class Gradient(NamedTuple):
     loss: PerExample
     grad: Images
     logits: Logits
-
-
-@dataclass
-class Watched:
-    """The best images within the bound that an attack asked about so far.
-
-    Attributes:
-        originals: the images under attack.
-        labels: their labels.
-        threat: the bound.
-        best: of each example the images with the largest margin, at first the originals.
-        margin: their margins.
-    """
-
-    originals: Images
-    labels: Labels
-    threat: ThreatModel
-    best: Images
-    margin: PerExample
-
-
-@dataclass
-class Ledger:
-    """Queries per example, and the best images seen where a budget may cut the attack off.
-
-    Attributes:
-        forwards: forward passes of each example.
-        backwards: backward passes of each example.
-        budget: the most forwards plus backwards of one example; None: no limit.
-        watched: the best images so far; None where no budget may cut the attack off.
-        on_query: called with the number of passes after each query.
-    """
-
-    forwards: Tensor
-    backwards: Tensor
-    budget: int | None = None
-    watched: Watched | None = None
-    on_query: Callable[[int], None] | None = field(default=None, repr=False)
-
-    @property
-    def best(self) -> Images | None:
-        """The best images so far within the bound, as far as they are watched."""
-        return None if self.watched is None else self.watched.best
 
 
 class Victim:
@@ -161,10 +118,16 @@ class Victim:
             raise PluginError("victim.subset takes each example at most once; pass candidates as m * b rows instead")
         return part
 
-    def watch(self, x: Images, y: Labels, threat: ThreatModel) -> None:
-        """Starts to remember each example's best images within the bound, for an attack that its budget may cut off."""
-        unknown = torch.full((len(x),), -torch.inf, device=x.device)
-        self.ledger.watched = Watched(x, y, threat, x.clone(), unknown)
+    def watch(self, x: Images, y: Labels, threat: ThreatModel, goal: Goal = "budget") -> None:
+        """Starts to remember each example's best images within the bound, for an attack that its budget may cut off.
+
+        Args:
+            x: the images under attack.
+            y: their labels.
+            threat: the bound.
+            goal: of the attack; what is best depends on it, see `robench.ledger.Watched`.
+        """
+        self.ledger.watched = Watched.begin(x, y, threat, goal)
 
     def labels(self, x: Images) -> Labels:
         """The class that the defense answers; of a randomized one, the most frequent of `eot` answers.
@@ -364,24 +327,11 @@ class Victim:
                 f"a query must have one row for each of the victim's {len(self._rows)} examples, or a multiple of "
                 f"that; got {count}. Use victim.subset for some of them"
             )
-        ledger, cost = self.ledger, candidates * (forwards + backwards)
-        if ledger.budget is not None:
-            spent = (ledger.forwards + ledger.backwards)[self._rows].max()
-            if int(spent) + cost > ledger.budget:
-                raise BudgetExhausted(f"query budget of {ledger.budget} passes per image is used up")
-        ledger.forwards[self._rows] += candidates * forwards
-        ledger.backwards[self._rows] += candidates * backwards
-        if ledger.on_query is not None:
-            ledger.on_query(count * (forwards + backwards))
+        self.ledger.charge(self._rows, forwards=candidates * forwards, backwards=candidates * backwards)
 
     def _remember(self, x: Images, logits: Logits) -> None:
-        watched, size = self.ledger.watched, len(self._rows)
-        if watched is None:
+        if self.ledger.watched is None:
             return
+        size = len(self._rows)
         for images, answers in zip(x.split(size), logits.split(size), strict=True):  # one candidate of each example
-            margins = margin(answers, watched.labels[self._rows])
-            within = watched.threat.contains(watched.originals[self._rows], images)
-            better = within & (margins > watched.margin[self._rows])
-            chosen = self._rows[better.cpu()]
-            watched.best[chosen] = images[better]
-            watched.margin[chosen] = margins[better]
+            self.ledger.watched.see(self._rows, images, answers)

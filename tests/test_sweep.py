@@ -32,6 +32,7 @@ from robench.estimate import Estimate
 from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.result import Evaluation
+from robench.testing import LinearToy
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
 
@@ -185,6 +186,17 @@ def test_a_minimal_norm_attack_searches_once_for_all_bounds() -> None:
         assert np.array_equal(result.images("upward", eps), expected)
     assert len({value(result.robust_at(eps)) for eps in bounds}) == 3
     assert result.images("upward").tobytes() == single.images("upward").tobytes()
+
+
+@pytest.mark.parametrize(("attack", "budget"), [("cw", 1000), ("boundary", 1000), ("hopskipjump", 3000)])
+def test_a_minimal_norm_attack_cut_off_by_a_budget_keeps_the_nearest_errors(attack: str, budget: int) -> None:
+    """All images lie at 0.11 from their nearest error; a far one of larger margin would leave them right at 0.13."""
+    toy = LinearToy()
+    bounds = [ThreatModel("l2", eps) for eps in (0.13, 0.3, 1.0)]
+    whole, cut = (evaluate(toy, attack, bounds, toy.examples(4), query_budget=most) for most in (None, budget))
+    assert sum(cut.queries().values()) < sum(whole.queries().values()), "the budget cuts it off"
+    assert [point["value"] for point in cut.curve] == [1.0, 0.0, 0.0, 0.0]
+    assert cut.distances(attack).max() < 0.13
 
 
 def test_distances_are_those_of_the_errors() -> None:

@@ -15,7 +15,9 @@ from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError, UsageError
 from robench.losses import margin, targeted_dlr, targeted_margin
 from robench.rng import seeded
+from robench.testing import LinearToy
 from robench.testing.attacks import conv_case
+from robench.testing.toys import CLASSES
 from robench.threat import ThreatModel
 from robench.victim import Victim
 
@@ -24,6 +26,11 @@ LOOSE = ThreatModel("linf", 1.0)
 
 def passes(victim: Victim) -> list[tuple[int, int]]:
     return list(zip(victim.ledger.forwards.tolist(), victim.ledger.backwards.tolist(), strict=True))
+
+
+def best(victim: Victim) -> Tensor:
+    assert victim.ledger.best is not None
+    return victim.ledger.best
 
 
 # counts
@@ -264,9 +271,24 @@ def test_best_images_are_those_with_the_largest_margin_within_the_bound() -> Non
     within = torch.stack([threat.contains(x, images) for images in queries])
     assert within.sum(0).tolist() == [3, 3, 3]  # the last two queries stray
     assert bool((margins.argmax(0) >= 3).any())  # and would be chosen
-    best = margins.where(within, -torch.inf).argmax(0)
-    assert victim.ledger.best is not None
-    assert torch.equal(victim.ledger.best, everything[best, torch.arange(3)])
+    chosen = margins.where(within, -torch.inf).argmax(0)
+    assert torch.equal(best(victim), everything[chosen, torch.arange(3)])
+
+
+def test_best_images_of_a_minimal_norm_attack_are_the_nearest_errors() -> None:
+    """Along a line to an error of each image: the nearest one queried, wherever the margin is larger."""
+    defense, norm = LinearToy(), "l2"
+    x, y = defense.examples(6, norm, reach=0.1)
+    towards = defense.weight[(y + 1) % CLASSES] - defense.weight[y]
+    line = (towards / towards.norm(dim=1, keepdim=True)).view_as(x)
+    victim = Victim(defense, "scores", 6)
+    victim.watch(x, y, ThreatModel(norm, 0.5), "minimal")
+    for step in (0.02, 0.05):  # no error yet: the larger margin
+        victim.logits(x + step * line)
+    assert torch.equal(best(victim), x + 0.05 * line)
+    victim.logits(torch.cat([x + step * line for step in (0.45, 0.3, 0.4, 0.01, 0.6)]))  # candidate-major
+    assert bool((defense(x + 0.3 * line).argmax(1) != y).all())
+    assert torch.equal(best(victim), x + 0.3 * line)
 
 
 # targets

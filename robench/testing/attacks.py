@@ -285,7 +285,7 @@ class AttackContract:
         defense, x, y = conv_case()
         for threat in self._threats(CONV_EPS):
             victim = SpyVictim(defense, self.attack.access, len(x), budget=budget)
-            victim.watch(x, y, threat)
+            victim.watch(x, y, threat, self.attack.goal)
             found = None
             with seeded("contract", "run"), contextlib.suppress(BudgetExhausted):
                 found = self.attack(victim, x.clone(), y.clone(), threat)

@@ -1,0 +1,103 @@
+"""Queries per example, and the best images that an attack asked about before its budget cut it off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robench.attack import Goal
+from robench.errors import BudgetExhausted
+from robench.losses import margin
+from robench.threat import ThreatModel
+from robench.types import Images, Labels, Logits, PerExample
+
+
+@dataclass
+class Watched:
+    """The best images within the bound that an attack asked about so far.
+
+    For the goal `budget` those with the largest margin. For `minimal` the nearest errors, and the largest margin only
+    while there is no error: what is within the largest of several bounds has to serve for the smaller ones too.
+
+    Attributes:
+        originals: the images under attack.
+        labels: their labels.
+        threat: the bound.
+        goal: of the attack.
+        best: of each example the best images, at first the originals.
+        margin: their margins; -inf where nothing was asked yet.
+        distance: their distances from the originals.
+    """
+
+    originals: Images
+    labels: Labels
+    threat: ThreatModel
+    goal: Goal
+    best: Images
+    margin: PerExample
+    distance: PerExample
+
+    @classmethod
+    def begin(cls, x: Images, y: Labels, threat: ThreatModel, goal: Goal) -> Watched:
+        """Nothing was asked yet."""
+        unknown = torch.full((len(x),), -torch.inf, device=x.device)
+        return cls(x, y, threat, goal, x.clone(), unknown, torch.zeros_like(unknown))
+
+    def see(self, rows: Tensor, images: Images, logits: Logits) -> None:
+        """Keeps what is better: images of the examples `rows`, which are all different, with the logits on them."""
+        margins, originals = margin(logits, self.labels[rows]), self.originals[rows]
+        distances = self.threat.distance(originals, images)
+        best_margins, best_distances = self.margin[rows], self.distance[rows]
+        better = margins > best_margins
+        if self.goal == "minimal":
+            nearer = (margins > 0) & (distances < best_distances)
+            better = torch.where(best_margins > 0, nearer, better)
+        better &= self.threat.contains(originals, images)
+        chosen = rows[better.cpu()]
+        self.best[chosen], self.margin[chosen], self.distance[chosen] = (
+            images[better],
+            margins[better],
+            distances[better],
+        )
+
+
+@dataclass
+class Ledger:
+    """Queries per example, and the best images seen where a budget may cut the attack off.
+
+    Attributes:
+        forwards: forward passes of each example.
+        backwards: backward passes of each example.
+        budget: the most forwards plus backwards of one example; None: no limit.
+        watched: the best images so far; None where no budget may cut the attack off.
+        on_query: called with the number of passes after each query.
+    """
+
+    forwards: Tensor
+    backwards: Tensor
+    budget: int | None = None
+    watched: Watched | None = None
+    on_query: Callable[[int], None] | None = field(default=None, repr=False)
+
+    @property
+    def best(self) -> Images | None:
+        """The best images so far within the bound, as far as they are watched."""
+        return None if self.watched is None else self.watched.best
+
+    def charge(self, rows: Tensor, *, forwards: int, backwards: int) -> None:
+        """Counts passes of each of the examples `rows`.
+
+        Raises:
+            BudgetExhausted: one of them would exceed the budget; nothing is counted.
+        """
+        if self.budget is not None:
+            spent = (self.forwards + self.backwards)[rows].max()
+            if int(spent) + forwards + backwards > self.budget:
+                raise BudgetExhausted(f"query budget of {self.budget} passes per image is used up")
+        self.forwards[rows] += forwards
+        self.backwards[rows] += backwards
+        if self.on_query is not None:
+            self.on_query(len(rows) * (forwards + backwards))
