@@ -20,6 +20,7 @@ from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
 from robench.plan import AttackEntry, RunSpec, Unit
 from robench.rng import check_unseeded, seeded
+from robench.settings import RANDOMIZED_REPEATS
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.unit_table import CLEAN, WORST, UnitTable
@@ -126,7 +127,7 @@ class Worst:
 
 @dataclass
 class _Scene:
-    """A unit at work: its images, which of them are right without an attack, and what was found at smaller bounds."""
+    """A unit at work: its images, which of them are not wrong as they are, and what was found at smaller bounds."""
 
     work: UnitWork
     unit: Unit
@@ -138,7 +139,7 @@ class _Scene:
     worst: Worst | None = None
 
     def __post_init__(self) -> None:
-        self.right = self.count_right(self.clean) > 0
+        self.right = ~self.is_wrong(self.count_right(self.clean))
 
     def count_right(self, votes: Tensor) -> Tensor:
         return votes.gather(1, self.y.cpu()[:, None])[:, 0]
@@ -149,9 +150,14 @@ class _Scene:
     def judge(self, x: Images, *purpose: str | int) -> Tensor:
         return judge_seeded(self.work, x, *purpose)
 
+    def is_wrong(self, right: Tensor) -> Tensor:
+        """Where no answer at all was right, so that no attack can add to it; nowhere if luck may be behind that."""
+        few = self.work.defense.randomized and self.work.spec.judge_repeats < RANDOMIZED_REPEATS
+        return torch.zeros_like(right, dtype=torch.bool) if few else right == 0
+
     def is_settled(self, right: Tensor) -> Tensor:
-        """Where an error is established, so that no attack can add to it: no answer at all was right."""
-        return self.right & (right == 0)
+        """Where an attack has established an error."""
+        return self.right & self.is_wrong(right)
 
 
 def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
@@ -159,7 +165,8 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
 
     Columns: `eps`, `attack` (an entry's key, `clean`, or `worst`), `index`, `label`, `status` (`ok`; `skipped`: wrong
     already without an attack; `spared`: wrong already at a smaller bound or, in a cascade, under an earlier attack,
-    whose image stands here; `failed`: the attack raised or broke a bound), `chosen` (of `worst`: the attack that found
+    whose image stands here; `failed`: the attack raised or broke a bound; a randomized defense of which fewer than
+    `RANDOMIZED_REPEATS` answers are asked has neither of the middle two), `chosen` (of `worst`: the attack that found
     the image), `votes` (answers per class over the judge's repeats), `distance`, `forwards`, `backwards` (queries
     behind this row, those at smaller bounds included), `x_adv` (float32 bytes, c h w).
 
