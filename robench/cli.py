@@ -95,7 +95,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     eot: Annotated[int | None, typer.Option(help="Draws averaged in each gradient of a randomized defense.")] = None,
     judge_repeats: Annotated[int | None, typer.Option(help="Fresh answers behind each verdict.")] = None,
     unit_size: Annotated[int | None, typer.Option(help="Images of one work unit.")] = None,
-    query_budget: Annotated[int | None, typer.Option(help="Most passes per image of one attack.")] = None,
+    query_budget: Annotated[int | None, typer.Option(help="Most passes per image of one attack at one bound.")] = None,
     access: Annotated[str | None, typer.Option(help="Most that attacks may ask: gradient, scores, decisions.")] = None,
     goal: Annotated[str | None, typer.Option(help="Only attacks of this goal: budget or minimal.")] = None,
     cascade: Annotated[

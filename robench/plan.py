@@ -54,7 +54,7 @@ class RunSpec:
         unit_size: images of one work unit.
         eot: draws averaged in one gradient query.
         judge_repeats: fresh draws behind each verdict.
-        query_budget: the most forward plus backward passes per image of one attack; None: no limit.
+        query_budget: the most forward plus backward passes per image of one attack at one bound; None: no limit.
         precision: of the attacks' gradient queries, `float32` or `bfloat16`; the judge is always float32.
         device: kind of device, `cpu` or `cuda`.
         robench_version: version of this package.

@@ -36,7 +36,8 @@ class Settings:
         runner: where units run; see robench.runners.
         workers: processes that share the units (and the cores); needs `out`, and names that workers can load.
         progress: show progress on standard error.
-        query_budget: the most forward plus backward passes per image of one attack; None: no limit.
+        query_budget: the most forward plus backward passes per image of one attack at one bound; None: no limit. Under
+            a budget no bound goes on from a smaller one.
         access: the most that the attacks may ask of the defense (`gradient`, `scores`, `decisions`, `none`), where the
             threat model limits it; one that needs more is refused before any work.
         goal: `budget` or `minimal`, where only attacks of that goal are wanted.

@@ -88,7 +88,7 @@ class Found:
     Attributes:
         x_adv: its images, `b c h w`; the originals where it was not run.
         attacked: where it was wanted; elsewhere x_adv shows the known error, or an original that is wrong as it is.
-        forwards: queries of each image so far, those at smaller bounds included.
+        forwards: queries of each image so far, those at smaller bounds included; under a budget those of one bound.
         backwards: the same of backward passes.
         right: right answers of the judge on x_adv; before it has judged those on the clean images.
     """
@@ -168,7 +168,8 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     whose image stands here; `failed`: the attack raised or broke a bound; a randomized defense of which fewer than
     `RANDOMIZED_REPEATS` answers are asked has neither of the middle two), `chosen` (of `worst`: the attack that found
     the image), `votes` (answers per class over the judge's repeats), `distance`, `forwards`, `backwards` (queries
-    behind this row, those at smaller bounds included), `x_adv` (float32 bytes, c h w).
+    behind this row, those at smaller bounds included; under a query budget, which is each bound's own, those of the
+    attack that found the image), `x_adv` (float32 bytes, c h w).
 
     Raises:
         PluginError: the defense broke the contract.
@@ -296,6 +297,8 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
     spec, device = scene.work.spec, scene.x.device
     mask, count = wanted.to(device), int(wanted.sum())
     queries = torch.stack((before.forwards, before.backwards)) if before else torch.zeros(2, len(wanted)).long()
+    if spec.query_budget is not None:  # it is each bound's own, so that what smaller bounds cost may not help
+        queries[:, wanted] = 0
     found = Found(scene.x, wanted, queries[0].clone(), queries[1].clone(), scene.count_right(scene.clean))
     if count == 0:
         return found
@@ -310,7 +313,7 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
         randomness=attack.randomness,
         precision=spec.precision,
         dataset=spec.dataset,
-        start=before.x_adv[mask] if before else None,
+        start=before.x_adv[mask] if before and spec.query_budget is None else None,
         on_query=functools.partial(scene.work.tell, "attack"),
     )
     originals, labels = scene.x[mask], scene.y[mask]

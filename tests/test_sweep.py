@@ -179,6 +179,25 @@ def test_nothing_of_a_randomized_defense_is_taken_for_settled_at_another_bound(c
     assert (new[attacked]["accuracy"] > old[attacked]["accuracy"]).any()
 
 
+def test_a_query_budget_is_each_bound_s_own() -> None:
+    """No bound goes on from a smaller one, or costs more than the budget; an error found there keeps its queries."""
+    toy = LinearToy()
+    bounds, data = (0.02, 0.05, 0.1, 0.25, 0.4), toy.examples(24, "l2")
+    key = "pgd(steps=100)"
+    result = evaluate(toy, key, [ThreatModel("l2", eps) for eps in bounds], data, query_budget=40)
+    for eps in bounds[:3]:  # nothing breaks: as in a run of its own, to the bit
+        alone = evaluate(toy, key, ThreatModel("l2", eps), data, query_budget=40)
+        assert result.images(key, eps).tobytes() == alone.images(key).tobytes()
+        assert rows_of(result, key, eps).equals(rows_of(alone, key, eps))
+    spent = [sum(one) for eps in bounds for one in passes(result, key, eps)]
+    assert max(spent) == 40
+    found, kept = rows_of(result, key, 0.25), rows_of(result, key, 0.4)
+    wrong = (found["accuracy"] == 0).tolist()
+    assert 0 < sum(wrong) < 24
+    assert (kept["status"] == "spared").tolist() == wrong
+    assert kept[wrong]["backwards"].tolist() == found[wrong]["backwards"].tolist()
+
+
 # minimal-norm attacks
 
 
