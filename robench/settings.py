@@ -37,7 +37,8 @@ class Settings:
         workers: processes that share the units (and the cores); needs `out`, and names that workers can load.
         progress: show progress on standard error.
         query_budget: the most forward plus backward passes per image of one attack at one bound; None: no limit. Under
-            a budget no bound goes on from a smaller one.
+            a budget no bound goes on from a smaller one, and where the next query would take one image over it, the
+            attack ends for all images of its unit, each at the best that was asked about.
         access: the most that the attacks may ask of the defense (`gradient`, `scores`, `decisions`, `none`), where the
             threat model limits it; one that needs more is refused before any work.
         goal: `budget` or `minimal`, where only attacks of that goal are wanted.

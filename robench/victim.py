@@ -50,6 +50,9 @@ class Victim:
     `adaptive_forward` of the defense's own, which may be a stand-in, finds a deterministic defense in error, its logits
     come from another pass of `forward` in float32, so that no error is taken for granted.
 
+    Budget: a query that would take one example over it is refused, which ends the attack on all of them; the engine
+    then takes the best images of each that were asked about (see `robench.ledger.Watched`).
+
     Logits that are not finite are refused, as the judge does: an attack compares them, and NaN would look robust.
 
     Attributes:
