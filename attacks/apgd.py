@@ -11,7 +11,7 @@ from torch import Tensor
 from robench.attack import Attack
 from robench.defense import Defense
 from robench.errors import UsageError
-from robench.losses import aim, best_wrong_classes, check_classes, get_loss, margin
+from robench.losses import best_wrong_classes, check_classes, get_loss, margin
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Mask, PerExample
 from robench.victim import Victim
@@ -107,8 +107,7 @@ class APGD(Attack):
             if step < self.steps:
                 loss, state.grad, logits = sub.gradient(state.x, part.y, self.loss, part.target)
             else:
-                logits = sub.logits(state.x)
-                loss = aim(self.loss, part.target)(logits, part.y, part.y if part.target is None else part.target)
+                loss, logits = sub.loss(state.x, part.y, self.loss, part.target)
             margins_now = margin(logits, part.y)
             if not victim.randomized:
                 loss = loss.masked_fill(margins_now > 0, torch.inf)  # an error is what is sought

@@ -12,7 +12,7 @@ from torch import Tensor
 from robench.attack import Attack
 from robench.defense import Defense
 from robench.errors import UsageError
-from robench.losses import aim, best_wrong_classes, check_classes, get_loss, margin
+from robench.losses import best_wrong_classes, check_classes, get_loss, margin
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Mask, PerExample
 from robench.victim import Victim
@@ -131,8 +131,7 @@ class PGD(Attack):
         if self.keep == "last":
             best.x[at.rows] = at.x_adv
             return
-        logits = part.logits(at.x_adv)
-        loss = aim(self.loss, at.target)(logits, at.labels, at.labels if at.target is None else at.target)
+        loss, logits = part.loss(at.x_adv, at.labels, self.loss, at.target)
         best.update(at.rows, at.x_adv, loss, margin(logits, at.labels) > 0)
 
     def _step(self, at: _Climb) -> Images:

@@ -156,6 +156,29 @@ class Victim:
         self._open("scores", "logits")
         return self._draw(x).mean(0)
 
+    def loss(
+        self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None
+    ) -> tuple[PerExample, Logits]:
+        """Loss and logits, each the mean over `eot` draws: comparable with those of `gradient`, by forwards alone.
+
+        The loss of `logits`, which are a mean, would be another one: smaller on a randomized defense if it is convex.
+
+        Args:
+            x: images in [0, 1].
+            y: their labels.
+            loss: as for `gradient`.
+            target: as for `gradient`.
+
+        Raises:
+            PluginError: the attack declared no access to scores, or the logits are not finite.
+            BudgetExhausted: the query budget would be exceeded.
+        """
+        self._open("scores", "loss")
+        goal = y if target is None else target
+        draws = self._draw(x)
+        losses = aim(loss, target)(draws.flatten(0, 1), self._fold(y), self._fold(goal))
+        return losses.unflatten(0, (self.eot, -1)).mean(0), draws.mean(0)
+
     def loss_grad(self, x: Images, y: Labels, loss: str | Loss = "ce") -> tuple[PerExample, Images]:
         """Loss of each example and its gradient with respect to x; see `gradient`."""
         result = self.gradient(x, y, loss)

@@ -10,6 +10,8 @@ import torchattacks
 from engine_toys import Linear, TwoClasses, grid_images
 from torch import Tensor
 
+from robench.attack import Attack
+from robench.attacks.apgd import APGD
 from robench.attacks.pgd import PGD, _sparse_sign
 from robench.errors import UsageError
 from robench.evaluate import evaluate
@@ -190,6 +192,21 @@ def test_no_image_of_a_randomized_defense_leaves() -> None:
     victim, _ = watch(PGD(steps=3, restarts=2), defense, x, y, ThreatModel("linf", 0.2), eot=4)
     assert victim.ledger.forwards.tolist() == [2 * 4 * 4] * 6
     assert victim.ledger.backwards.tolist() == [2 * 3 * 4] * 6
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=1), APGD(steps=1)], ids=str)
+def test_the_last_iterate_of_a_randomized_defense_is_compared_by_the_same_loss(attack: Attack) -> None:
+    """The loss of the mean logits, which is smaller, would hand back the start on most images."""
+    defense = NoisyLinearToy(sigma=5.0)
+    x, y = defense.examples(64)
+    threat = ThreatModel("linf", 0.05)
+    victim = Victim(defense, "gradient", len(x), eot=10)
+    with seeded("pgd"):
+        x_adv = attack(victim, x, y, threat)
+    with seeded("pgd"):
+        start = threat.random_start(x)
+    assert (x_adv == start).flatten(1).all(1).sum() < 16
+    assert float(defense.probability_right(x_adv, y).mean()) < 0.37
 
 
 # options

@@ -90,6 +90,7 @@ def test_no_query_goes_uncounted() -> None:
 QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
     "labels": lambda victim, x, _: victim.labels(x),
     "logits": lambda victim, x, _: victim.logits(x),
+    "loss": lambda victim, x, y: victim.loss(x, y),
     "loss_grad": lambda victim, x, y: victim.loss_grad(x, y),
     "gradient": lambda victim, x, y: victim.gradient(x, y),
     "differentiable": lambda victim, x, _: victim.differentiable(x),
@@ -97,8 +98,8 @@ QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
 ALLOWED: dict[Access, set[str]] = {
     "none": set(),
     "decisions": {"labels"},
-    "scores": {"labels", "logits"},
-    "gradient": {"labels", "logits", "loss_grad", "gradient", "differentiable"},
+    "scores": {"labels", "logits", "loss"},
+    "gradient": {"labels", "logits", "loss", "loss_grad", "gradient", "differentiable"},
 }
 
 
@@ -181,6 +182,25 @@ def test_logits_are_the_mean_and_labels_the_vote_of_the_draws() -> None:
     with seeded(2, "noise"):
         labels = Victim(defense, "decisions", 4, eot=9).labels(x)
     assert labels.tolist() == draws().argmax(2).mode(0).values.tolist()
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize(("defense", "draws"), [(Linear(), 1), (NoisyInput(), 7)], ids=["deterministic", "randomized"])
+def test_loss_by_forwards_alone_is_that_of_a_gradient_query(defense: Defense, draws: int, targeted: bool) -> None:
+    x, y = grid_images(4)
+    target = (y + 1) % 3 if targeted else None
+    victim = Victim(defense, "gradient", 4, eot=7)
+    with seeded(5, "noise"):
+        full = victim.gradient(x, y, "ce", target)
+    with seeded(5, "noise"):
+        loss, logits = victim.loss(x, y, "ce", target)
+    torch.testing.assert_close(loss, full.loss)
+    torch.testing.assert_close(logits, full.logits)
+    assert passes(victim) == [(2 * draws, draws)] * 4
+    if not targeted and draws > 1:
+        assert bool((functional.cross_entropy(logits, y, reduction="none") < loss).all()), (
+            "the loss of the mean is less"
+        )
 
 
 def test_gradient_mode_is_the_one_asked_for() -> None:
