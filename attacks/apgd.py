@@ -105,9 +105,9 @@ class APGD(Attack):
             part = task.select(state.rows)
             sub = victim if len(state.rows) == len(start) else victim.subset(state.rows)
             if step < self.steps:
-                loss, state.grad, logits = sub.gradient(state.x, part.y, self.loss, part.target)
+                loss, state.grad, logits, _ = sub.gradient(state.x, part.y, self.loss, part.target)
             else:
-                loss, logits = sub.loss(state.x, part.y, self.loss, part.target)
+                loss, logits, _ = sub.loss(state.x, part.y, self.loss, part.target)
             margins_now = margin(logits, part.y)
             if not victim.randomized:
                 loss = loss.masked_fill(margins_now > 0, torch.inf)  # an error is what is sought

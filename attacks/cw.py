@@ -124,7 +124,7 @@ class CW(Attack):
             inner = (1 + adam.w.tanh()) / 2
             x_adv = (inner + offset[rows]).clamp(0, 1)
             part = victim.subset(rows)
-            capped, grad, logits = part.gradient(x_adv, nearest.y[rows], self._capped_margin)
+            capped, grad, logits, _ = part.gradient(x_adv, nearest.y[rows], self._capped_margin)
             found[rows] |= nearest.update(part, rows, x_adv, logits)
             delta = x_adv - nearest.x[rows]
             lowest = lowest.minimum(delta.square().flatten(1).sum(1) - c[rows] * capped)

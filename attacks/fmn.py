@@ -105,7 +105,7 @@ class FMN(Attack):
         last_step = STEP_DECAY[threat.norm] * first_step
         x_adv, radius = x, torch.zeros(len(x), device=x.device, dtype=x.dtype)
         for step in range(self.steps):
-            _, grad, logits = victim.gradient(x_adv, y, "margin")
+            _, grad, logits, _ = victim.gradient(x_adv, y, "margin")
             wrong = nearest.update(victim, x_adv, logits)
             needed = threat.distance(x, x_adv) + _REMAINING[threat.norm](x_adv, grad, -margin(logits, y))
             gamma = _anneal(self.gamma, GAMMA_LAST, step / self.steps)

@@ -15,7 +15,7 @@ from robench.errors import UsageError
 from robench.losses import best_wrong_classes, check_classes, get_loss, margin
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Mask, PerExample
-from robench.victim import Victim
+from robench.victim import Gradient, Value, Victim
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class PGD(Attack):
     `restarts` more forwards, times EOT; with targets once for each of them and one forward more to rank the classes.
 
     Departures: the best iterate is returned, not the last (best: misclassified before not, then the larger loss; both
-    on the mean of the EOT draws), and an image of a deterministic defense that is misclassified is left alone. A random
-    start is where the same attack ended within a smaller bound, if there is one. With `random_start=False,
-    keep="last", stop_early=False` it is the plain algorithm, bit-equal to foolbox's and torchattacks' in linf.
+    on the mean of the EOT draws), and an image of a deterministic defense that is misclassified is left alone. Where
+    the loss is a mean over fresh draws, the largest of many is a lucky one: a restart then offers the last iterate
+    whose loss is the largest or within two standard errors of it. A random start is where the same attack ended within
+    a smaller bound, if there is one. With `random_start=False, keep="last", stop_early=False` it is the plain
+    algorithm, bit-equal to foolbox's and torchattacks' in linf.
 
     Args:
         steps: gradient steps of one restart.
@@ -101,6 +103,7 @@ class PGD(Attack):
         """Attacks a batch; see the class."""
         best = _Best(x, keep_last=self.keep == "last")
         stop = self.stop_early and self.keep == "best" and not victim.randomized
+        is_noisy = victim.eot > 1 and self.randomness == "fresh" and self.keep == "best"
         goals: list[Labels | None] = [None]
         if self.targets:
             goals = list(best_wrong_classes(victim.logits(x), y, self.targets))
@@ -112,16 +115,18 @@ class PGD(Attack):
             if self.random_start or restart > 0:
                 going_on = number == 0 and victim.start is not None
                 x_adv = victim.start[rows] if going_on and victim.start is not None else threat.random_start(x_adv)
-            self._climb(victim, _Climb(x, y, goal, threat, rows, x_adv, torch.zeros_like(x_adv)), best, stop=stop)
+            offer = _Offer(x_adv) if is_noisy else None
+            at = _Climb(x, y, goal, threat, rows, x_adv, torch.zeros_like(x_adv), offer)
+            self._climb(victim, at, best, stop=stop)
         return best.x
 
     def _climb(self, victim: Victim, at: _Climb, best: _Best, *, stop: bool) -> None:
         """One restart, on the images still of interest."""
         part = victim.subset(at.rows)
         for _ in range(self.steps):
-            loss, grad, logits = part.gradient(at.x_adv, at.labels, self.loss, at.target)
-            at.direction = self.momentum * at.direction + _scale_l1(grad) if self.momentum else grad
-            broken = best.update(at.rows, at.x_adv, loss, margin(logits, at.labels) > 0)
+            answer = part.gradient(at.x_adv, at.labels, self.loss, at.target)
+            at.direction = self.momentum * at.direction + _scale_l1(answer.grad) if self.momentum else answer.grad
+            broken = at.note(answer, best)
             if stop and bool(broken.any()):
                 at.drop(broken)
                 if len(at.rows) == 0:
@@ -131,8 +136,9 @@ class PGD(Attack):
         if self.keep == "last":
             best.x[at.rows] = at.x_adv
             return
-        loss, logits = part.loss(at.x_adv, at.labels, self.loss, at.target)
-        best.update(at.rows, at.x_adv, loss, margin(logits, at.labels) > 0)
+        at.note(part.loss(at.x_adv, at.labels, self.loss, at.target), best)
+        if at.offer is not None:
+            best.update(at.rows, at.offer.x, at.offer.loss, at.offer.broken)
 
     def _step(self, at: _Climb) -> Images:
         threat = at.threat
@@ -155,6 +161,7 @@ class _Climb:
     rows: Tensor
     x_adv: Tensor  # fewer rows than x
     direction: Tensor
+    offer: _Offer | None = None  # where losses are noisy
 
     @property
     def labels(self) -> Labels:
@@ -163,6 +170,15 @@ class _Climb:
     @property
     def target(self) -> Labels | None:
         return None if self.goal is None else self.goal[self.rows]
+
+    def note(self, answer: Gradient | Value, best: _Best) -> Mask:
+        """Keeps the iterates that are better than those before; returns which are misclassified."""
+        broken = margin(answer.logits, self.labels) > 0
+        if self.offer is None:
+            best.update(self.rows, self.x_adv, answer.loss, broken)
+        else:
+            self.offer.update(self.x_adv, answer.loss, answer.noise, broken)
+        return broken
 
     def drop(self, broken: Mask) -> None:
         self.rows, self.x_adv, self.direction = self.rows[~broken], self.x_adv[~broken], self.direction[~broken]
@@ -192,12 +208,35 @@ class _Best:
         self.loss = torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
         self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    def update(self, rows: Tensor, x_adv: Images, loss: PerExample, broken: Tensor) -> Tensor:
-        """Keeps what is better; returns `broken`."""
+    def update(self, rows: Tensor, x_adv: Images, loss: PerExample, broken: Mask) -> None:
+        """Keeps what is better."""
         if self.keep_last:
-            return broken
+            return
         better = (broken & ~self.broken[rows]) | ((broken == self.broken[rows]) & (loss > self.loss[rows]))
         self.x[rows] = torch.where(better.view(-1, 1, 1, 1), x_adv, self.x[rows])
         self.loss[rows] = torch.where(better, loss, self.loss[rows])
         self.broken[rows] |= broken
-        return broken
+
+
+class _Offer:
+    """The iterate that a restart offers where losses are noisy: the last of those whose loss may be the largest.
+
+    Attributes:
+        x: the iterates.
+        loss: their losses.
+        broken: whether they are misclassified.
+    """
+
+    def __init__(self, x: Images) -> None:
+        self.x = x
+        self.loss = self._top = torch.full((len(x),), -torch.inf, device=x.device)
+        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self._noise = torch.zeros(len(x), device=x.device)
+
+    def update(self, x_adv: Images, loss: PerExample, noise: PerExample, broken: Mask) -> None:
+        """Takes the iterates whose loss is not below the largest one by more than noise."""
+        takes = loss >= self._top - 2 * torch.hypot(noise, self._noise)
+        self.x = torch.where(takes.view(-1, 1, 1, 1), x_adv, self.x)
+        self.loss, self.broken = torch.where(takes, loss, self.loss), torch.where(takes, broken, self.broken)
+        rises = loss > self._top
+        self._top, self._noise = torch.where(rises, loss, self._top), torch.where(rises, noise, self._noise)

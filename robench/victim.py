@@ -28,11 +28,21 @@ class Gradient(NamedTuple):
         loss: the loss of each example, averaged over the EOT samples.
         grad: its gradient with respect to the images.
         logits: the logits, averaged over the EOT samples.
+        noise: standard error of the loss, from the scatter of the EOT samples; 0 where there is one sample.
     """
 
     loss: PerExample
     grad: Images
     logits: Logits
+    noise: PerExample
+
+
+class Value(NamedTuple):
+    """What one query for the loss alone returns; as `Gradient`."""
+
+    loss: PerExample
+    logits: Logits
+    noise: PerExample
 
 
 class Victim:
@@ -156,9 +166,7 @@ class Victim:
         self._open("scores", "logits")
         return self._draw(x).mean(0)
 
-    def loss(
-        self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None
-    ) -> tuple[PerExample, Logits]:
+    def loss(self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None) -> Value:
         """Loss and logits, each the mean over `eot` draws: comparable with those of `gradient`, by forwards alone.
 
         The loss of `logits`, which are a mean, would be another one: smaller on a randomized defense if it is convex.
@@ -177,7 +185,8 @@ class Victim:
         goal = y if target is None else target
         draws = self._draw(x)
         losses = aim(loss, target)(draws.flatten(0, 1), self._fold(y), self._fold(goal))
-        return losses.unflatten(0, (self.eot, -1)).mean(0), draws.mean(0)
+        losses = losses.unflatten(0, (self.eot, -1))
+        return Value(losses.mean(0), draws.mean(0), _standard_error(losses))
 
     def loss_grad(self, x: Images, y: Labels, loss: str | Loss = "ce") -> tuple[PerExample, Images]:
         """Loss of each example and its gradient with respect to x; see `gradient`."""
@@ -208,13 +217,13 @@ class Victim:
             folded = self._fold(x), self._fold(y), self._fold(goal)
             parts = pass_in_batches(self._defense, lambda x, y, goal: self._differentiate(x, y, goal, aimed), *folded)
         losses, grads, logits = (torch.cat(part).unflatten(0, (self.eot, -1)) for part in zip(*parts, strict=True))
-        mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0))
+        mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0), _standard_error(losses))
         result = self._confirm(mean, x, y, goal, aimed)
         self._remember(x, result.logits)
         return result
 
-    def _differentiate(self, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> Gradient:
-        """One pass, without EOT."""
+    def _differentiate(self, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> tuple[Tensor, ...]:
+        """Losses, gradients and logits of one pass, without EOT."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             with self._fast(x):
@@ -227,7 +236,7 @@ class Victim:
                     "Implement adaptive_forward with a differentiable stand-in (BPDA)"
                 )
             (grad,) = torch.autograd.grad(values.sum(), leaf)
-        return Gradient(values.detach(), grad, logits.detach())
+        return values.detach(), grad, logits.detach()
 
     def _adapt(self, x: Images) -> Logits:
         """One pass of `adaptive_forward`, checked."""
@@ -361,3 +370,8 @@ class Victim:
         size = len(self._rows)
         for images, answers in zip(x.split(size), logits.split(size), strict=True):  # one candidate of each example
             self.ledger.watched.see(self._rows, images, answers)
+
+
+def _standard_error(draws: Tensor) -> PerExample:
+    """That of the mean over the draws (eot b); 0 where one draw says nothing of it."""
+    return draws.std(0) / len(draws) ** 0.5 if len(draws) > 1 else torch.zeros_like(draws[0])

@@ -20,7 +20,7 @@ class HonestMinimal(Honest):
     goal = "minimal"
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
-        _, grad, logits = victim.gradient(x, y, "margin")
+        _, grad, logits, _ = victim.gradient(x, y, "margin")
         path = threat.steepest(grad)
         low = torch.zeros(len(x), 1, 1, 1)
         high = torch.ones_like(low) * 4

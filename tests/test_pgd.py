@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robench.attack import Attack
 from robench.attacks.apgd import APGD
-from robench.attacks.pgd import PGD, _sparse_sign
+from robench.attacks.pgd import PGD, _Offer, _sparse_sign
 from robench.errors import UsageError
 from robench.evaluate import evaluate
 from robench.losses import Loss, best_wrong_classes, get_loss, margin, targeted_margin
@@ -207,6 +207,29 @@ def test_the_last_iterate_of_a_randomized_defense_is_compared_by_the_same_loss(a
         start = threat.random_start(x)
     assert (x_adv == start).flatten(1).all(1).sum() < 16
     assert float(defense.probability_right(x_adv, y).mean()) < 0.37
+
+
+def test_among_noisy_losses_the_last_iterate_but_for_noise_is_taken() -> None:
+    """On a linear defense the last iterate is the best; the largest of eleven noisy losses is often earlier."""
+    defense = NoisyLinearToy(sigma=5.0)
+    x, y = defense.examples(64)
+    best, last = (
+        defense.probability_right(watch(attack, defense, x, y, ThreatModel("linf", 0.05), eot=10)[1], y).mean()
+        for attack in (PGD(), PGD(keep="last"))
+    )
+    assert float(best) < float(last) + 0.002
+
+
+def test_a_restart_offers_the_last_iterate_whose_loss_may_be_the_largest() -> None:
+    x = torch.zeros(3, 1, 1, 1)
+    offer = _Offer(x)
+    losses = [[1.0, 1.0, 1.0], [5.0, 5.0, 1.5], [4.5, 2.0, 1.2], [3.7, 4.0, 0.0]]  # one row for each iterate
+    for number, loss in enumerate(losses):
+        noise = torch.full((3,), 0.4)  # two standard errors of a difference: 1.13
+        offer.update(x + number, torch.tensor(loss), noise, torch.tensor(loss) > 4.2)
+    assert offer.x.flatten().tolist() == [2.0, 3.0, 2.0]
+    assert offer.loss.tolist() == pytest.approx([4.5, 4.0, 1.2])
+    assert offer.broken.tolist() == [True, False, False]
 
 
 # options

@@ -164,6 +164,7 @@ def test_eot_is_the_mean_over_separate_draws_of_the_same_noise() -> None:
         losses.append(values.detach())
         logits.append(answer.detach())
     torch.testing.assert_close(found.loss, torch.stack(losses).mean(0))
+    torch.testing.assert_close(found.noise, torch.stack(losses).std(0) / draws**0.5)
     torch.testing.assert_close(found.grad, torch.stack(grads).mean(0))
     torch.testing.assert_close(found.logits, torch.stack(logits).mean(0))
     assert not torch.allclose(grads[0], grads[1])  # the draws do differ
@@ -193,9 +194,11 @@ def test_loss_by_forwards_alone_is_that_of_a_gradient_query(defense: Defense, dr
     with seeded(5, "noise"):
         full = victim.gradient(x, y, "ce", target)
     with seeded(5, "noise"):
-        loss, logits = victim.loss(x, y, "ce", target)
+        loss, logits, noise = victim.loss(x, y, "ce", target)
     torch.testing.assert_close(loss, full.loss)
     torch.testing.assert_close(logits, full.logits)
+    torch.testing.assert_close(noise, full.noise)
+    assert bool((noise > 0).all()) == (draws > 1)
     assert passes(victim) == [(2 * draws, draws)] * 4
     if not targeted and draws > 1:
         assert bool((functional.cross_entropy(logits, y, reduction="none") < loss).all()), (
