@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -249,10 +249,23 @@ def wrap(
 def weights_digest(defense: nn.Module) -> str:
     """SHA-256 over the names, shapes, dtypes and bytes of all weights and buffers, in the order of their names."""
     digest = hashlib.sha256()
-    for name, value in sorted(defense.state_dict().items()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        tensor = value.detach().cpu().contiguous()
+    for name, tensor in _tensors(defense):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_digests(defense: nn.Module) -> dict[str, str]:
+    """SHA-256 of the bytes of each weight and buffer, by name: tells which one changed."""
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in _tensors(defense)}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights and buffers, on the CPU, in the order of their names."""
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            yield name, value.detach().cpu().contiguous()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

@@ -80,7 +80,6 @@ def evaluate(
     try:
         with store.locked() if store is not None else contextlib.nullcontext():
             tables, seconds = _run(work, store, chosen)
-        work.check_unchanged()
     finally:
         defense.to("cpu")
         if store is not None:
@@ -108,9 +107,10 @@ def prepare(
     check_attacks(built, defense, threats, dataset.name, settings)
     if spec.precision == "bfloat16" and not has_bfloat16(spec.device):
         LOG.warning("this device only emulates bfloat16, which is many times slower. Choose --precision float32")
+    work = UnitWork(spec, defense, built, dataset.x, dataset.y, dataset.index)
     with contextlib.redirect_stdout(sys.stderr):
-        check_answers(defense, dataset.x, spec)
-    return UnitWork(spec, defense, built, dataset.x, dataset.y, dataset.index)
+        check_answers(work)
+    return work
 
 
 def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[list[Any], float]:
@@ -133,6 +133,7 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
             if isinstance(error, RobenchError) or is_out_of_memory(error):
                 raise
             raise PluginError(f"unit {unit.index}: {describe_error(error)}") from error
+        work.check_unchanged()
         if store is None:
             tables.append(table)
         else:
@@ -307,16 +308,17 @@ def check_images(x: Images, y: Labels, defense: Defense) -> None:
         )
 
 
-def check_answers(defense: Defense, x: Images, spec: RunSpec) -> None:
-    """Asks the defense for two answers, so that one that breaks the contract is refused before any work.
+def check_answers(work: UnitWork) -> None:
+    """Asks the defense for some answers, so that one that breaks the contract is refused before any work.
 
     Raises:
         PluginError: training mode, an error of its own or a call of exit(), logits of the wrong shape, not finite, or
-            random although declared deterministic, or images changed in place.
+            random although declared deterministic, or images, weights or buffers changed in place.
     """
+    defense, spec = work.defense, work.spec
     if defense.training:
         raise PluginError(f'defense "{defense.name}" is in training mode; call its freeze() (or eval()) first')
-    few = x[: min(4, len(x))].to(spec.device)
+    few = work.x[:4].to(spec.device)
     defense.to(spec.device)
     with torch.no_grad(), seeded(spec.seed, "check", device=spec.device):
         with plugin_errors(f'defense "{defense.name}": forward'):
@@ -327,6 +329,7 @@ def check_answers(defense: Defense, x: Images, spec: RunSpec) -> None:
                 f'defense "{defense.name}" is declared deterministic, but two calls on the same images differ. '
                 "Set randomized = True, or robench's number would be wrong"
             )
+    work.check_unchanged()
 
 
 def check_loadable(spec: RunSpec, settings: Settings) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robench.attack import Attack
 from robench.batches import own_batches
-from robench.defense import Defense, weights_digest
+from robench.defense import Defense, tensor_digests
 from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
 from robench.plan import AttackEntry, RunSpec, Unit
@@ -46,6 +46,7 @@ class UnitWork:
             turn out not to be needed.
         failures: tracebacks of attacks that failed in this unit, by key; filled by `run_unit`.
         passes: of attacks so far, in all units.
+        tensors: digest of each weight and buffer of the defense before any work.
     """
 
     spec: RunSpec
@@ -57,6 +58,10 @@ class UnitWork:
     on_query: Callable[[int, str], None] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     passes: int = 0
+    tensors: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensors = tensor_digests(self.defense)
 
     def tell(self, kind: str, passes: int) -> None:
         """Tells whoever hears of progress."""
@@ -73,11 +78,14 @@ class UnitWork:
         """Checks that the defense still has the weights that the run was planned with.
 
         Raises:
-            PluginError: it has not.
+            PluginError: it has not; names the first that changed.
         """
-        if weights_digest(self.defense) != self.spec.weights_digest:
+        after = tensor_digests(self.defense)
+        changed = [name for name in sorted({*self.tensors, *after}) if self.tensors.get(name) != after.get(name)]
+        if changed:
             raise PluginError(
-                f'defense "{self.defense.name}": its weights or buffers changed during the run; nothing counts'
+                f'defense "{self.defense.name}": its weights or buffers changed during the run (first '
+                f'"{changed[0]}"); nothing counts. BatchNorm left in train mode? Call eval()'
             )
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import offending_attacks as attacks
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import robench
 from robench.attack import Attack
 from robench.defense import Defense
-from robench.errors import PluginError, UsageError
+from robench.errors import PluginError, RobenchError, UsageError
 from robench.testing import LinearToy
 from robench.threat import NORMS, ThreatModel
 from robench.types import Images, Logits
@@ -157,6 +157,33 @@ def test_engine_stops_when_the_defense_breaks_during_the_run(tmp_path: Path) -> 
     with pytest.raises(PluginError, match="logits must be finite"):
         evaluate_toy([attacks.Honest()], NanElsewhere(), out=tmp_path / "run")
     assert not list((tmp_path / "run" / "units").iterdir())
+
+
+class TrainsWhenAsked(LinearOffender):
+    """Puts its BatchNorm in training mode at each call, from a call on."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.norm, self.calls = nn.BatchNorm2d(1, affine=False), calls
+        self.freeze()
+
+    def forward(self, x: Images) -> Logits:
+        self.calls -= 1
+        if self.calls < 0:
+            self.norm.train()(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("calls", "stored"), [(0, False), (9, True)], ids=["at once", "during the run"])
+def test_engine_stores_no_unit_in_which_the_defense_changed(calls: int, stored: bool, tmp_path: Path) -> None:
+    folder, message = tmp_path / "run", r'changed during the run \(first "norm.num_batches_tracked"\).*Call eval\(\)'
+    with pytest.raises(PluginError, match=message):
+        evaluate_toy([attacks.Honest(), "pgd(steps=20)"], TrainsWhenAsked(calls), out=folder, unit_size=3)
+    assert folder.exists() is stored
+    with pytest.raises(RobenchError):
+        robench.Evaluation.load(folder)
+    with pytest.raises(PluginError, match=message):
+        evaluate_toy([attacks.Honest(), "pgd(steps=20)"], TrainsWhenAsked(calls), unit_size=3)
 
 
 @pytest.mark.parametrize("norm", sorted(set(NORMS) - {"linf", "l2"}))
