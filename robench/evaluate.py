@@ -64,7 +64,8 @@ def evaluate(
         **settings: the fields of `Settings`.
 
     Returns:
-        The Evaluation. An attack that raised or broke a bound is recorded as failed and the others go on.
+        The Evaluation. An attack that raised or broke a bound is recorded as failed, with a warning, and the others go
+        on; the robust accuracy is then None.
 
     Raises:
         UsageError: something the caller can fix: a name, a range, data that does not fit the defense.
@@ -87,8 +88,12 @@ def evaluate(
     if store is not None:
         result = Evaluation.load(store.folder)
         result.save()
-        return result
-    return Evaluation(work.spec, tables, folder=None, created=RunStore.today(), seconds=seconds, failures=work.failures)
+    else:
+        created = RunStore.today()
+        result = Evaluation(work.spec, tables, folder=None, created=created, seconds=seconds, failures=work.failures)
+    for key, reason in result.reasons.items():
+        LOG.warning("%s: attack %s failed, so the robust accuracy is not known: %s", defense.name, key, reason)
+    return result
 
 
 def prepare(

@@ -181,13 +181,19 @@ class Evaluation:
 
     @property
     def robust_accuracy(self) -> Estimate | None:
-        """Worst case over all attacks per example, at the largest bound; None if every attack failed."""
-        return self.robust_at(self.spec.eps[-1])
+        """Worst case over all attacks per example, at the largest bound; None if an attack failed at any bound."""
+        return self.robust_at(self.spec.eps[-1]) if self.complete else None
 
     def robust_at(self, eps: float) -> Estimate | None:
-        """Worst case over all attacks per example, at a bound of the run."""
-        answers = self.answers(WORST, eps)
+        """Worst case over all attacks per example, at a bound of the run; None if an attack failed at this bound."""
+        answers = None if self.failed_at(eps) else self.answers(WORST, eps)
         return answers.accuracy() if answers else None
+
+    def failed_at(self, eps: float) -> list[str]:
+        """The attacks that failed on any image at a bound of the run."""
+        rows = self.table[(self.table["eps"] == eps) & (self.table["status"] == "failed")]
+        failed = set(rows["attack"])
+        return [entry.key for entry in self.spec.attacks if entry.key in failed]
 
     @property
     def per_attack(self) -> dict[str, Estimate | None]:
@@ -201,8 +207,8 @@ class Evaluation:
 
     @property
     def majority(self) -> Estimate | None:
-        """Robust accuracy of a vote over the judge's repeats, at the largest bound."""
-        answers = self.answers(WORST)
+        """Robust accuracy of a vote over the judge's repeats, at the largest bound; None if an attack failed."""
+        answers = self.answers(WORST) if self.complete else None
         return answers.majority() if answers else None
 
     @property
@@ -213,8 +219,8 @@ class Evaluation:
 
     @property
     def best_of(self) -> dict[int, Estimate]:
-        """Robust accuracy at the largest bound if the attacker may try N times, by N."""
-        return self._tries(WORST)
+        """Robust accuracy at the largest bound if the attacker may try N times, by N; empty if an attack failed."""
+        return self._tries(WORST) if self.complete else {}
 
     @property
     def clean_best_of(self) -> dict[int, Estimate]:
@@ -229,7 +235,7 @@ class Evaluation:
 
     @property
     def curve(self) -> list[dict[str, Any]]:
-        """Robust accuracy against eps, clean accuracy first: `eps`, `value`, `low`, `high`."""
+        """Robust accuracy against eps, clean accuracy first: `eps`, `value`, `low`, `high`; None as in `robust_at`."""
         points: list[dict[str, Any]] = [{"eps": 0.0, **self.clean_accuracy.to_json()}]
         for eps in self.spec.eps:
             estimate = self.robust_at(eps)
@@ -304,13 +310,11 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON types; what `--json` prints but for the run folder and the time.
 
-        Where `complete` is false an attack failed, `failures` says why, and what rests on the worst case is null.
+        Where `complete` is false an attack failed, `failures` says why, and what rests on the worst case is null; on
+        the curve at the bounds at which it failed.
         """
         per_attack = {key: estimate.to_json() if estimate else None for key, estimate in self.per_attack.items()}
-        whole = self.complete
-        robust, majority = (self.robust_accuracy, self.majority) if whole else (None, None)
-        clean_majority = self.clean_majority
-        unknown = dict.fromkeys(("value", "low", "high"))
+        robust, majority, clean_majority = self.robust_accuracy, self.majority, self.clean_majority
         return {
             "defense": self.spec.defense_name,
             "dataset": self.spec.dataset,
@@ -325,9 +329,9 @@ class Evaluation:
             },
             "best_of": {
                 "clean": {str(n): estimate.to_json() for n, estimate in self.clean_best_of.items()},
-                "robust": {str(n): estimate.to_json() for n, estimate in self.best_of.items()} if whole else {},
+                "robust": {str(n): estimate.to_json() for n, estimate in self.best_of.items()},
             },
-            "curve": [point if whole or not point["eps"] else {**point, **unknown} for point in self.curve],
+            "curve": self.curve,
             "worst_attack": self.worst_attack(),
             "queries": self.queries(),
             "n": self.spec.n,
@@ -339,7 +343,7 @@ class Evaluation:
             "precision": self.spec.precision,
             "median_distance": self.median_distances(),
             **({"notes": list(self.notes)} if self.notes else {}),
-            **({} if whole else {"failures": self.reasons}),
+            **({} if self.complete else {"failures": self.reasons}),
             "row": self.row(),
         }
 

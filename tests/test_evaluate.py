@@ -283,13 +283,21 @@ def test_a_mode_may_be_named() -> None:
         ("dtype", "got (4, 2, 3, 3) torch.float64"),
     ],
 )
-def test_a_failed_attack_is_recorded_and_the_others_go_on(how: str, reason: str, tmp_path: Path) -> None:
+def test_a_failed_attack_is_recorded_and_the_others_go_on(
+    how: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = Bad(how=how)
     result = evaluate(Linear(), [bad, "fgsm"], LINF, grid_images(4), out=tmp_path / "run")
     key = bad.spec()
     assert result.per_attack[key] is None
-    assert value(result.per_attack["fgsm"]) == value(result.robust_accuracy)
+    assert value(result.per_attack["fgsm"]) < 1
     assert not result.complete
+    assert result.robust_accuracy is result.robust_at(LINF.eps) is result.majority is None
+    assert result.curve[1]["value"] is None
+    assert result.best_of == {}
+    (told,) = caplog.messages
+    assert told == f"linear: attack {key} failed, so the robust accuracy is not known: {result.reasons[key]}"
+    assert reason in told
     assert set(result.table[result.table["attack"] == key]["status"]) == {"failed"}
     assert reason in next((tmp_path / "run" / "failures").iterdir()).read_text()
     row = result.row()

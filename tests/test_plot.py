@@ -85,12 +85,12 @@ def test_each_run_has_a_curve_of_its_own_name(
     assert text.count('id="PolyCollection_') + text.count('id="FillBetweenPolyCollection_') == 3, "a band for each"
 
 
-def test_a_point_that_is_not_known_is_left_out(tmp_path: Path) -> None:
+def test_a_point_that_is_not_known_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from matplotlib.figure import Figure
 
     from robench.report.curve import draw_curve
 
-    folder = make_run(tmp_path / "run", [engine_toys.FailsBeyond(0.015)])
+    folder = make_run(tmp_path / "run", [engine_toys.FailsBeyond(0.015), "fgsm"])
     axes = Figure().add_subplot()
     draw_curve(axes, Evaluation.load(folder), "toy", 0)
     (line,) = axes.get_lines()
@@ -99,6 +99,11 @@ def test_a_point_that_is_not_known_is_left_out(tmp_path: Path) -> None:
     assert eps.tolist() == [0.0, 0.01]
     assert percent.tolist() == [100 * point["value"] for point in curve[:2]]
     assert curve[2]["value"] is None
+    caplog.clear()
+    plot_runs([folder], tmp_path / "curve.png")
+    assert caplog.messages == [
+        f"{folder}: no point at eps {eps}, where fails_beyond(limit=0.015) failed" for eps in (0.02, 0.03)
+    ]
     assert plot_runs([make_run(tmp_path / "failed", [Bad()])], tmp_path / "failed.png") == ["linear"]
 
 

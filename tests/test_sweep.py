@@ -271,7 +271,10 @@ def test_a_failure_at_one_bound_leaves_the_others() -> None:
     assert result.attacks_at(0.04)[key] is None
     assert not result.complete
     assert value(result.attacks_at(0.04)["fgsm"]) == value(sweep("fgsm").attacks_at(0.04)["fgsm"])
-    assert [point["value"] is None for point in result.curve] == [False] * 4
+    assert [point["value"] is None for point in result.curve] == [False, False, False, True]
+    assert [result.failed_at(eps) for eps in EPS] == [[], [], [key]]
+    assert result.robust_accuracy is result.to_json()["robust_accuracy"] is None
+    assert result.to_json()["curve"] == result.curve
     assert {result.row(eps)["robust_acc"] for eps in EPS} == {""}
 
 

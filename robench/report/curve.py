@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from robench.errors import UsageError
 from robench.result import Evaluation
+from robench.threat import format_eps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LOG = logging.getLogger("robench")
 FORMATS: Final = (".png", ".svg", ".pdf")
 AXES: Final = {
     "linf": "eps (linf, images in [0, 1])",
@@ -23,6 +26,8 @@ AXES: Final = {
 
 def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
     """Draws the curves of finished runs into one picture; returns their labels.
+
+    Bounds at which an attack failed are left out, and named on standard error.
 
     Args:
         folders: run folders, all in one norm and on one dataset.
@@ -47,6 +52,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, (result, label) in enumerate(zip(results, labels, strict=True)):
+        _tell_missing(result)
         draw_curve(axes, result, label, number)
     spec = results[0].spec
     axes.set(xlabel=AXES[spec.norm], ylabel="accuracy (%)", ylim=(0, 100), title=f"robust accuracy on {spec.dataset}")
@@ -68,6 +74,14 @@ def draw_curve(axes: Axes, result: Evaluation, label: str, number: int) -> None:
     percent = {key: [100 * point[key] for point in points] for key in ("value", "low", "high")}
     (line,) = axes.plot(eps, percent["value"], marker="osD^vP*X"[number % 8], markersize=5, label=label)
     axes.fill_between(eps, percent["low"], percent["high"], alpha=0.15, color=line.get_color(), linewidth=0)
+
+
+def _tell_missing(result: Evaluation) -> None:
+    """Warns of the bounds that have no point, because an attack failed there."""
+    for eps in result.spec.eps:
+        if failed := result.failed_at(eps):
+            bound = format_eps(eps, result.spec.norm)
+            LOG.warning("%s: no point at eps %s, where %s failed", result.folder, bound, ", ".join(failed))
 
 
 def _labels(results: Sequence[Evaluation]) -> list[str]:

@@ -72,8 +72,10 @@ def summary_table(result: Evaluation) -> Table:
     for key, estimate in result.per_attack.items():
         median = f", median distance {_distance(distances[key])}" if key in distances else ""
         table.add_row(f"{word} {key}", _cell(estimate) + median)
-    table.add_row("robust accuracy", _cell(result.robust_accuracy) + ("" if result.complete else " (incomplete)"))
-    if spec.randomized:
+    table.add_row(
+        "robust accuracy", "not known: an attack failed" if not result.complete else _cell(result.robust_accuracy)
+    )
+    if spec.randomized and result.complete:
         table.add_row("  by majority vote", f"{_cell(result.majority)}, clean {_cell(result.clean_majority)}")
         tries = max(result.best_of, default=0)
         if tries:
