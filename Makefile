@@ -44,7 +44,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(PINS) | $(BIN)/python
 	@echo "installing robench into $(VENV) (once; torch is large)"
-	$(PIP) -e .
+	$(PIP) -e '.[report]'
 	@touch $@
 
 # torchattacks names requests ~= 2.25.1, which contradicts constraints.txt, and torchvision; it imports neither, so it goes in

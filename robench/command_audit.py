@@ -12,6 +12,7 @@ from robench.errors import Interrupted, UsageError
 from robench.files import Place
 from robench.protocol import default_eps
 from robench.registry import load_defense
+from robench.report.page import load_template
 from robench.threat import ThreatModel, exact_eps, parse_eps
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def audit_command(request: AuditRequest) -> tuple[Path, Audit]:
         RobenchError: see `robench.audit`.
         Interrupted: the message says how to go on.
     """
+    load_template("audit.html", "the audit's")  # a missing package is told before any work
     ThreatModel(request.norm, 0.0)
     text = default_eps(request.dataset, request.norm) if request.eps is None else request.eps
     threat = ThreatModel(request.norm, parse_eps(text))
@@ -76,7 +78,6 @@ def check_auditable(threats: Sequence[ThreatModel], folder: Place) -> None:
         UsageError: the audit knows no such norm or bound, the folder is behind a URL, or a package is missing.
     """
     from robench.audit import NORMS
-    from robench.report.page import load_template
 
     if threats[0].norm not in NORMS or max(threat.eps for threat in threats) <= 0:
         raise UsageError(f"--audit takes {', '.join(NORMS)} and an eps above 0; the threat model is {threats[-1]}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import Interrupted, StorageError, UsageError
 from robench.files import Place, as_place, locked, make_folder, write_atomic
+from robench.report.page import load_template
 from robench.runners.task import Limits, Outcome, Runner, Task
 from robench.store import LOCK_FILE, RunStore
 from robench.study import STUDY_CSV, Study, StudyRun, read_study
@@ -163,6 +164,8 @@ def run_study(study: Study, settings: StudySettings) -> StudyResult:
     folder = as_place(settings.out)
     if study.audit and not isinstance(folder, Path):
         raise UsageError(f"audits are written to a folder, not to {folder}; leave audit out, or give another --out")
+    if study.audit:
+        load_template("audit.html", "the audit's")  # a missing package is told before any work
     if settings.dry:
         return _Driver(study, settings, folder).work()
     make_folder(folder)

@@ -556,6 +556,8 @@ def test_a_missing_package_of_the_report_is_named_before_the_run(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert_one_line(run_squares(call, squares, "--audit", "--out", "run"), "pip install 'robench[report]'")
+    words = ["audit", "--defense", SQUARES, "--dataset", squares, "--eps", "0.15", "--device", "cpu", "--out", "audit"]
+    assert_one_line(call(*words), "pip install 'robench[report]'")
     assert not list(place.iterdir())
 
 

@@ -113,4 +113,4 @@ def test_wrong_input_is_one_line(
 def test_matplotlib_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"pip install 'robench\[plot\]'"):
-        show_defense(ShowRequest(SHOWN, "fashion_mnist", tmp_path, n=10))
+        show_defense(ShowRequest("no such defense", "fashion_mnist", tmp_path, n=10))  # told before any work

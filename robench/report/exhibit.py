@@ -47,26 +47,35 @@ def _share(value: float, low: float, high: float) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def find_figure() -> type[Figure]:
+    """The class of matplotlib's figures.
+
+    Raises:
+        UsageError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("robench show needs matplotlib: pip install 'robench[plot]'") from None
+    return Figure
+
+
 def draw_exhibit(exhibit: Exhibit) -> None:
     """Draws the rows of pictures, the reliability plot and, where there are scores, their histograms.
 
     Raises:
         UsageError: matplotlib is missing, or the folder cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("robench show needs matplotlib: pip install 'robench[plot]'") from None
-    folder = exhibit.request.folder
+    new, folder = find_figure(), exhibit.request.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in DRAWN:
             (folder / name).unlink(missing_ok=True)  # of an earlier call with other options
         title = f"{exhibit.name} on {exhibit.request.dataset}"
-        _save(draw_rows(exhibit.pictures, title, Figure), folder / "pictures.png")
-        _save(_draw_reliability(exhibit, Figure), folder / "reliability.png")
+        _save(draw_rows(exhibit.pictures, title, new), folder / "pictures.png")
+        _save(_draw_reliability(exhibit, new), folder / "reliability.png")
         if exhibit.scores:
-            _save(_draw_scores(exhibit, Figure), folder / "scores.png")
+            _save(_draw_scores(exhibit, new), folder / "scores.png")
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}. Choose another --out") from None
 
