@@ -15,6 +15,7 @@ from robench.errors import PluginError, UsageError
 from robench.types import Images, Labels, Logits, PerExample
 
 if TYPE_CHECKING:
+    from robench.origin import Origin
     from robench.train.recipe import Recipe
 
 
@@ -39,6 +40,7 @@ class Defense(nn.Module):
         first_look: settings of a first look that a CPU affords, where the general ones cost too much.
             An audit is then made with less effort, says so, and carries a row of robench's own defenses only.
         detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
+        origin: how `load_defense` made it; None if another did.
     """
 
     name: str = ""
@@ -53,6 +55,7 @@ class Defense(nn.Module):
     forward_cost: float = 1.0
     first_look: Mapping[str, int] = {}
     detection_scores: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""

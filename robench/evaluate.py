@@ -29,6 +29,7 @@ from robench.files import Place, as_place
 from robench.judge import answer
 from robench.lineup import Attacks, check_attacks, check_defense, find_departure, named_protocol, plan_attacks
 from robench.memory import give_back_memory
+from robench.origin import find_origin
 from robench.plan import RunSpec, Unit, plan_units
 from robench.precision import has_bfloat16
 from robench.progress import Progress
@@ -216,9 +217,10 @@ def make_spec(
     protocol = named_protocol(attacks)
     entries, built = plan_attacks(attacks, defense, norm, dataset.name)
     repeats = protocol.judge_repeats if protocol else RANDOMIZED_REPEATS
+    origin = None if settings.defense_spec else find_origin(defense, dataset.name)
     spec = RunSpec(
-        defense=settings.defense_spec,
-        defense_options=settings.defense_options,
+        defense=settings.defense_spec if origin is None else origin.spec,
+        defense_options=settings.defense_options if origin is None else dict(origin.options),
         defense_name=defense.name,
         weights_digest=weights_digest(defense),
         randomized=defense.randomized,
@@ -344,7 +346,10 @@ def check_loadable(spec: RunSpec, settings: Settings) -> None:
         UsageError: they cannot.
     """
     if settings.out is None or not spec.defense or not spec.dataset:
-        raise UsageError("several workers need a run folder (out), and a defense and a dataset that are loaded by name")
+        raise UsageError(
+            "several workers need a run folder (out), and a defense and a dataset that are loaded by name "
+            "(robench.load_defense, and unchanged since)"
+        )
 
 
 def _store_for(spec: RunSpec, settings: Settings) -> RunStore | None:

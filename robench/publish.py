@@ -59,7 +59,7 @@ def publish(
         leaderboards: the folder of the CSV files.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         replace: let a row take the place of one that is better evidenced.
-        tell: hears one line for each row that was replaced by another run's.
+        tell: hears one line for each row that was replaced by another run's, and for each that nobody can check.
 
     Raises:
         UsageError: a folder is neither, a run has no named data, an audit is of some checks only or fits no run, two of
@@ -78,6 +78,12 @@ def publish(
         [(result, eps, audits[found] if found else None) for result, eps, found in pairs], leaderboards, replace=replace
     )
     defenses = {result.folder: _defense_of(result.spec) for result in runs}
+    for result in runs:
+        if tell is not None and not result.spec.defense:
+            tell(
+                f"{result.folder} names no defense, so that nobody can check its row; put the defense in a file and "
+                "use --defense file.py:Class"
+            )
     written: dict[Path, None] = {}
     for result, eps, found in pairs:
         audit = audits[found] if found is not None else None

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from robench.errors import PluginError, RobenchError, UsageError
+from robench.origin import note_origin
 
 if TYPE_CHECKING:
     from robench.attack import Attack
@@ -282,7 +283,8 @@ def load_defense(name: str, dataset: str | None = None, **options: Any) -> Defen
     cls = cast("type[Defense]", resolve("defense", plugin))
     defense = cls.load(dataset, **{**written, **options})
     defense.check_traits()
-    return defense.freeze()
+    note_origin(defense.freeze(), name, dataset, options)
+    return defense
 
 
 def load_attack(name: str, **options: Any) -> Attack:

@@ -46,7 +46,7 @@ class Settings:
             no cascade for a free list, so that each attack's figure is its own.
         precision: of the attacks' gradient queries, `float32` or `bfloat16` (faster; the judge stays float32).
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
-        defense_spec: how `load_defense` finds the defense again; set by the command line.
+        defense_spec: how `load_defense` finds the defense again; empty: as it was loaded, if it was loaded by name.
         defense_options: options given besides those in `defense_spec`.
     """
 

@@ -7,7 +7,7 @@ import json
 import shlex
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from robench.errors import DataError, PluginError, UsageError
 from robench.files import write_atomic
 
 D = TypeVar("D", bound=Defense)
+DEFAULT_DATASET: Final = "fashion_mnist"
+"""Whose weights are read where no dataset is named."""
 
 
 def weights_folder(cls: type[Defense]) -> Path:
@@ -80,7 +82,7 @@ def _locate(
         return Path(weights)
     if not cls.needs_weights:
         return None
-    dataset = dataset or "fashion_mnist"
+    dataset = dataset or DEFAULT_DATASET
     stem = weights_stem(cls, dataset, options)
     path = weights_folder(cls) / f"{stem}.safetensors"
     if not path.exists():

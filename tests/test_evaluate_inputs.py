@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import engine_toys
+import numpy as np
 import pytest
 from engine_toys import Broken, Linear, Noisy, Nudge, Prototypes, Still, grid_images
 
 from robench.data import load_dataset
 from robench.errors import PluginError, UsageError
-from robench.evaluate import evaluate
-from robench.registry import load_attack
+from robench.evaluate import check_loadable, evaluate
+from robench.origin import find_origin
+from robench.registry import load_attack, load_defense
+from robench.settings import make_settings
 from robench.threat import ThreatModel
 from robench.types import Images, Logits
+from robench.verify import verify_run
+from robench.weights import save_weights
 
 LINF = ThreatModel("linf", 0.1)
+TOYS = engine_toys.__file__
 
 
 def test_data_as_a_name_a_dataset_and_a_pair() -> None:
@@ -32,6 +39,47 @@ def test_data_as_a_name_a_dataset_and_a_pair() -> None:
     assert (pair.spec.dataset, named.spec.dataset) == ("", "fashion_mnist")
     assert pair.robust_accuracy == named.robust_accuracy
     assert named.table["index"].tolist() == 3 * dataset.index.tolist()
+
+
+def test_a_defense_loaded_by_name_keeps_it(tmp_path: Path) -> None:
+    """A run from Python can be done by workers, and verified, as one of the command line."""
+    name, threat = f"{TOYS}:Prototypes", ThreatModel("linf", 0.02)
+    result = evaluate(load_defense(name), "fgsm", threat, "fashion_mnist", n=8, out=tmp_path / "run")
+    assert (result.spec.defense, result.spec.defense_options) == (name, {})
+    check_loadable(result.spec, make_settings({"workers": 2, "out": tmp_path / "other"}))
+    assert verify_run(tmp_path / "run", device="cpu").holds
+    dataset = load_dataset("fashion_mnist", n=8)
+    assert evaluate(load_defense(name), "fgsm", threat, (dataset.x, dataset.y)).spec.defense == ""
+    assert evaluate(Prototypes(), "fgsm", threat, dataset).spec.defense == ""
+    told = evaluate(load_defense(name), "fgsm", threat, dataset, defense_spec="other", defense_options={"gain": 1})
+    assert (told.spec.defense, told.spec.defense_options) == ("other", {"gain": 1})
+
+
+def test_options_and_weights_stand_beside_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(Linear(), tmp_path / "w.safetensors", {})
+    monkeypatch.chdir(tmp_path)
+    found = find_origin(load_defense(f"{TOYS}:Noisy(sigma=1.0)", gain=2.0, weights="w.safetensors"), "toys")
+    assert found is not None
+    assert found.spec == f"{TOYS}:Noisy(sigma=1.0, gain=2.0)"
+    assert found.options == {"weights": str(tmp_path / "w.safetensors")}
+    assert find_origin(load_defense(f"{TOYS}:Linear", gain=np.float64(2.0)), "toys") is None, "no name writes it"
+
+
+def test_a_defense_that_was_changed_claims_no_name() -> None:
+    loaded = load_defense(f"{TOYS}:Noisy")
+    copy = deepcopy(loaded)
+    assert find_origin(copy, "toys") == find_origin(loaded, "toys")
+    copy.weight.data.mul_(2)  # type: ignore[operator, union-attr]  # a Parameter
+    assert find_origin(copy, "toys") is None
+    assert find_origin(loaded, "toys") is not None
+    loaded.sigma = 0.1  # type: ignore[assignment]  # no weight, and yet it answers otherwise
+    assert find_origin(loaded, "toys") is None
+
+
+def test_the_name_of_other_weights_is_not_claimed() -> None:
+    convnet = load_defense("convnet")
+    assert [find_origin(convnet, data) is None for data in ("fashion_mnist", "mnist", "")] == [False, True, True]
+    assert find_origin(load_defense("convnet", "mnist"), "fashion_mnist") is None
 
 
 def test_a_pair_may_be_cut() -> None:

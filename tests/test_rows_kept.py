@@ -14,16 +14,20 @@ from typing import Any
 import jaxtyping
 import pytest
 from board_toys import make_row
+from engine_toys import Prototypes
 
 from robench.board import is_audit_of_run, load_boards, repeat_audit_command, repeat_command
 from robench.bundle import bundle_folder, read_bundle
 from robench.cli import main
 from robench.data_names import list_embedded_files
 from robench.errors import UsageError
+from robench.evaluate import evaluate
 from robench.leaderboard import add_row, identity, read_rows
 from robench.plan import AttackEntry, RunSpec
 from robench.publish import EVIDENCE, all_rows, publish
+from robench.registry import load_defense
 from robench.store import RunStore
+from robench.threat import ThreatModel
 from robench.weights import _locate
 
 PLUGIN = '''
@@ -57,6 +61,7 @@ class Fails(Attack):
     def __call__(self, victim, x, y, threat):
         raise ValueError("the planted failure\\nand a second line")
 '''
+LINF = ThreatModel("linf", 0.1)
 BOARD = "fashion_mnist-linf-0.1"
 
 
@@ -123,6 +128,16 @@ def test_free_lists_of_other_attacks_are_kept_and_published_protocols_do_not_ask
     assert identity(free) != identity(other)
     assert identity(free | {"protocol": "quick-1"}) == identity(other | {"protocol": "quick-1"})
     assert identity(free) != identity(free | {"robust_acc": ""})  # which attack failed is not known from its column
+
+
+def test_a_row_that_nobody_can_check_is_told(call: Any) -> None:
+    evaluate(Prototypes(), "fgsm", LINF, "fashion_mnist", n=8, device="cpu", out="run")
+    status, _, err = call("leaderboard", "add", "run")
+    assert status == 0
+    assert "run names no defense, so that nobody can check its row" in err[0]
+    assert "use --defense file.py:Class" in err[0]
+    evaluate(load_defense("plug.py:Sigma"), "fgsm", LINF, "fashion_mnist", n=8, device="cpu", out="named")
+    assert call("leaderboard", "add", "named")[::2] == (0, [])
 
 
 # what replaces what
