@@ -41,6 +41,7 @@ class Defense(nn.Module):
             An audit is then made with less effort, says so, and carries a row of robench's own defenses only.
         detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
         origin: how `load_defense` made it; None if another did.
+        told_constant: True once it was told that it is declared randomized and yet always answers the same.
     """
 
     name: str = ""
@@ -56,6 +57,7 @@ class Defense(nn.Module):
     first_look: Mapping[str, int] = {}
     detection_scores: tuple[str, ...] = ()
     origin: Origin | None = None
+    told_constant: bool = False
 
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""
@@ -235,7 +237,8 @@ def wrap(
         module: the classifier. It is put in eval mode and its weights are frozen.
         num_classes: number of logits.
         input_shape: (channels, height, width).
-        randomized: True if two calls on the same images can differ.
+        randomized: True if two calls on the same images can differ. In eval mode nn.Dropout draws nothing; noise that
+            is part of the defense is functional.dropout(..., training=True).
         name: the name in tables; default the class name in lower case.
 
     Raises:

@@ -17,7 +17,7 @@ from robench.defense import Defense
 from robench.errors import PluginError
 from robench.progress import Progress
 from robench.threat import ThreatModel
-from robench.types import Images
+from robench.types import Images, Logits
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,15 @@ def answer(defense: Defense, x: Images) -> Tensor:
     Raises:
         PluginError: logits of the wrong shape, or not finite, or images changed in place.
     """
+    return checked_logits(defense, x).argmax(1)
+
+
+def checked_logits(defense: Defense, x: Images) -> Logits:
+    """The logits behind one answer for each image.
+
+    Raises:
+        PluginError: they are of the wrong shape, or not finite, or images were changed in place.
+    """
     logits = pass_once(defense, defense, x.clone())
     expected = (len(x), defense.num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
@@ -126,4 +135,4 @@ def answer(defense: Defense, x: Images) -> Tensor:
     if not bool(logits.isfinite().all()):
         rows = int((~logits.isfinite().all(1)).sum())
         raise PluginError(f'defense "{defense.name}": logits must be finite; {rows} of {len(x)} rows hold NaN or inf')
-    return logits.argmax(1)
+    return logits

@@ -121,6 +121,18 @@ class SecretDice(LinearOffender):
         return super().forward(x) + torch.randn(len(x), 4)
 
 
+class BatchNormed(LinearOffender):
+    """Normalises by the batch, as BatchNorm without running statistics does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16, affine=False, track_running_stats=False)
+        self.freeze()
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(self.norm(x.flatten(1)).view_as(x))
+
+
 class Unnamed(LinearOffender):
     """No name."""
 
@@ -135,6 +147,7 @@ class Unnamed(LinearOffender):
         (ClassMissing, r"shape \(4, 4\); got \(4, 3\)"),
         (NotATensor, "must be a tensor.*got tuple"),
         (SecretDice, "declared deterministic"),
+        (BatchNormed, "changes with the other images of its batch, by .* track_running_stats=False"),
         (Unnamed, "name is empty"),
     ],
 )
@@ -142,6 +155,40 @@ def test_engine_refuses_a_defense_before_any_work(offender: type[LinearOffender]
     with pytest.raises(PluginError, match=message):
         evaluate_toy(["pgd"], offender(), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class DroppedOut(LinearOffender):
+    """Declared randomized, with a dropout that is off in eval mode."""
+
+    randomized = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.freeze()
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(self.dropout(x))
+
+
+class Rarely(LinearOffender):
+    """Answers otherwise in a quarter of its calls."""
+
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x) * (1.0 if torch.rand(()) < 0.75 else 0.5)
+
+
+def test_engine_warns_once_of_dice_that_always_fall_alike(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"eot": 1, "judge_repeats": 2}
+    evaluate_toy([attacks.Honest()], Rarely(), **settings)
+    assert caplog.messages == []
+    offender = DroppedOut()
+    for _ in range(2):
+        evaluate_toy([attacks.Honest()], offender, **settings)
+    (told,) = caplog.messages
+    assert "declared randomized, but 10 calls agree; nn.Dropout is off in eval mode" in told
 
 
 def test_engine_stops_when_the_defense_breaks_during_the_run(tmp_path: Path) -> None:
