@@ -62,7 +62,7 @@ def audit_command(request: AuditRequest) -> tuple[Path, Audit]:
         data=request.dataset,
         n=request.n,
         seed=request.seed,
-        checks=request.checks.split(",") if request.checks else None,
+        checks=request.checks,
         eot=request.eot,
         device=request.device,
         data_dir=request.data_dir,

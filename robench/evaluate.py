@@ -111,7 +111,7 @@ def prepare(
     """
     check_defense(defense)
     threats = sorted(as_threats(threat), key=lambda model: model.eps)
-    dataset = _load(data, settings)
+    dataset = load_images(data, settings)
     check_images(dataset.x, dataset.y, defense)
     spec, built = make_spec(defense, threats, dataset, attacks, settings=settings)
     check_attacks(built, defense, threats, dataset.name, settings)
@@ -256,8 +256,19 @@ def make_spec(
     return replace(spec, protocol=protocol.name), built
 
 
-def _load(data: Data, settings: Settings) -> Dataset:
+def load_images(data: Data, settings: Settings) -> Dataset:
+    """The images and labels of a run; n and seed of the settings draw those of a named dataset.
+
+    Raises:
+        UsageError: unknown data, not images and labels, fewer than n of them, or a Dataset of another n.
+        DataError: a damaged file.
+    """
     if isinstance(data, Dataset):
+        if settings.n not in (None, len(data.x)):
+            raise UsageError(
+                f"the Dataset given holds {len(data.x)} images, and n is {settings.n}; leave n out, or load so many: "
+                f"robench.data.load_dataset(name, n={settings.n})"
+            )
         return data
     if isinstance(data, str):
         folder = Path(settings.data_dir) if settings.data_dir is not None else None
@@ -373,8 +384,8 @@ def _check_repeats(defense: Defense, few: Images, logits: Logits) -> None:
     gap = float((defense(few[-1:].repeat(len(few), 1, 1, 1))[-1] - logits[-1]).abs().max() / logits.abs().max())
     if gap > BATCH_TOLERANCE:
         raise PluginError(
-            f'defense "{defense.name}": the answer for an image changes with the other images of its batch, by '
-            f"{gap:.2g} of the largest logit. BatchNorm with track_running_stats=False? Give it running statistics"
+            f'defense "{defense.name}": an image gets another answer in a batch with other images, by {gap:.2g} of the '
+            "largest logit. BatchNorm with track_running_stats=False? Give it running statistics"
         )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -464,6 +466,47 @@ def test_wrong_input(threat: ThreatModel, checks: list[str] | None, message: str
 def test_no_images_and_no_draws_are_refused(setting: dict[str, Any], data: Dataset) -> None:
     with pytest.raises(UsageError, match="must be at least 1"):
         audit(Prototypes(), THREAT, data, **setting)
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """The program as users have it: without type checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"defense": "convnet"}, "load it with robench.load_defense"),
+        ({"defense": torch.nn.Flatten()}, "the module Flatten; robench.wrap"),
+        ({"threat": "linf"}, "threat must be a ThreatModel"),
+        ({"threat": [THREAT, ThreatModel("linf", 0.1)]}, "an audit is of one bound; got 2"),
+        ({"data": torch.rand(4, 1, 28, 28)}, "a pair of images and labels; got Tensor"),
+        ({"n": "8"}, "n must be a whole number; got '8'"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"checks": "null control"}, 'there is no check "null control"'),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_evaluate_explains_is_explained(given: dict[str, Any], message: str, data: Dataset) -> None:
+    with pytest.raises(UsageError, match=message):
+        audit(**{"defense": Prototypes(), "threat": THREAT, "data": data, **given})
+
+
+def test_what_evaluate_takes_is_taken(data: Dataset) -> None:
+    pair = data.x.numpy(), data.y.tolist()
+    found = audit(Prototypes(), [THREAT], pair, n=8, checks="contract, noise")
+    assert [finding.check for finding in found.findings] == ["contract", "noise"]
+    assert (found.n, found.threat) == (8, str(THREAT))
+
+
+def test_a_first_look_cuts_a_pair_but_asks_for_no_more(data: Dataset) -> None:
+    defense = Prototypes()
+    for look, expected in ((5, 5), (80, 64)):
+        defense.first_look = {"n": look}
+        assert audit(defense, THREAT, (data.x, data.y), checks="contract").n == expected
 
 
 def test_l2(data: Dataset) -> None:

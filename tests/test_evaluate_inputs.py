@@ -82,6 +82,14 @@ def test_the_name_of_other_weights_is_not_claimed() -> None:
     assert find_origin(load_defense("convnet", "mnist"), "fashion_mnist") is None
 
 
+def test_a_dataset_of_another_n_is_refused() -> None:
+    """Its first images would not be those that its name and n draw."""
+    dataset = load_dataset("fashion_mnist", n=16)
+    assert evaluate(Prototypes(), "fgsm", LINF, dataset, n=16).spec.n == 16
+    with pytest.raises(UsageError, match=r"holds 16 images, and n is 4; leave n out, or load so many: .*n=4"):
+        evaluate(Prototypes(), "fgsm", LINF, dataset, n=4)
+
+
 def test_a_pair_may_be_cut() -> None:
     x, y = grid_images(9)
     assert evaluate(Linear(), "fgsm", LINF, (x, y)).spec.n == 9

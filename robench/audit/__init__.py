@@ -18,12 +18,13 @@ from robench.audit.effort import REDUCED, USUAL
 from robench.audit.evidence import RUNS, Evidence
 from robench.audit.finding import Audit, Curve, Finding, Plot
 from robench.check_names import Overall, Verdict
-from robench.data import Dataset, digest_data, load_dataset
+from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import PluginError, UsageError
-from robench.evaluate import Data, check_images
+from robench.evaluate import Data, check_images, load_images
+from robench.lineup import check_defense
 from robench.settings import Settings
-from robench.threat import ThreatModel
+from robench.threat import ThreatModel, as_threats
 from robench.types import Images
 
 __all__ = ["CHECKS", "Audit", "Check", "Curve", "Finding", "Overall", "Plot", "Verdict", "audit"]
@@ -36,12 +37,12 @@ EXAMPLES = 10
 
 def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` takes too
     defense: Defense,
-    threat: ThreatModel,
+    threat: ThreatModel | Sequence[ThreatModel],
     data: Data,
     *,
     n: int | None = None,
     seed: int = 0,
-    checks: Sequence[str] | None = None,
+    checks: str | Sequence[str] | None = None,
     eot: int | None = None,
     device: str = "auto",
     out: str | Path | None = None,
@@ -57,10 +58,10 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
     Args:
         defense: see `load_defense` and `wrap`.
         threat: norm (linf or l2) and bound of the claim.
-        data: a dataset's name, or images in [0, 1] and labels.
+        data: as `evaluate` takes it: a dataset's name, or images in [0, 1] and labels.
         n: images; None: 128, fewer where the defense names a first look of its own, or all of a pair.
         seed: seeds the draw of images and all randomness.
-        checks: names of the checks to make; None: all.
+        checks: names of the checks to make, in a list or with commas between them; None: all.
         eot: draws in a gradient of a randomized defense; None: 10.
         device: `auto`, `cpu` or `cuda`.
         out: folder of the runs; None keeps them in memory.
@@ -72,27 +73,26 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
         The Audit: the verdict `pass`, `suspect` or `masked`, and a finding for each check.
 
     Raises:
-        UsageError: an unknown check or name, a norm without checks, data that does not fit.
+        UsageError: no defense, an unknown check or name, several bounds, a norm without checks, a setting of the wrong
+            kind or out of range, data that does not fit.
         PluginError: the defense broke the contract so that nothing can be measured.
     """
     started = time.monotonic()
-    chosen = [_find(name) for name in checks] if checks else list(CHECKS.values())
-    if threat.norm not in NORMS or threat.eps <= 0:
-        raise UsageError(f"the audit takes {', '.join(NORMS)} and an eps above 0; the threat model is {threat}")
-    for name, value in (("n", n), ("eot", eot)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1; got {value}")
+    check_defense(defense)
+    claim = _only(as_threats(threat))
+    names = [name.strip() for name in checks.split(",")] if isinstance(checks, str) else checks
+    chosen = [_find(name) for name in names] if names else list(CHECKS.values())
+    settings = Settings(n=n, seed=seed, eot=eot, device=device, data_dir=data_dir)
     effort = REDUCED if defense.first_look else USUAL
-    effort = effort if eot is None else replace(effort, eot=eot)
-    defense.check_traits()
-    dataset = _load(data, n or defense.first_look.get("n"), seed, data_dir)
+    effort = effort if settings.eot is None else replace(effort, eot=settings.eot)
+    dataset = _load(data, settings, defense.first_look.get("n"))
     check_images(dataset.x, dataset.y, defense)
     evidence = Evidence(
         defense,
-        threat,
+        claim,
         dataset,
-        seed,
-        Settings(device=device).resolve_device(),
+        settings.seed,
+        settings.resolve_device(),
         effort,
         folder=None if out is None else Path(out),
         progress=progress,
@@ -107,9 +107,9 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
     return Audit(
         defense.name,
         dataset.name,
-        str(threat),
+        str(claim),
         evidence.n,
-        seed,
+        settings.seed,
         findings,
         _accuracies(evidence),
         time.monotonic() - started,
@@ -124,17 +124,27 @@ def _find(name: str) -> Check:
     return CHECKS[name]
 
 
-def _load(data: Data, n: int | None, seed: int, data_dir: str | Path | None) -> Dataset:
-    if isinstance(data, Dataset):
-        return data
+def _only(threats: Sequence[ThreatModel]) -> ThreatModel:
+    """The one bound of an audit.
+
+    Raises:
+        UsageError: several or none, 0, or of a norm without checks.
+    """
+    if len(threats) != 1:
+        raise UsageError(f"an audit is of one bound; got {len(threats)}. Call it for each")
+    if threats[0].norm not in NORMS or threats[0].eps <= 0:
+        raise UsageError(f"the audit takes {', '.join(NORMS)} and an eps above 0; the threat model is {threats[0]}")
+    return threats[0]
+
+
+def _load(data: Data, settings: Settings, look: int | None) -> Dataset:
+    """The images of an audit, where n is left out as many as `audit` says; `look` is n of the defense's first look."""
     if isinstance(data, str):
-        return load_dataset(data, "test", n or DEFAULT_N, seed, Path(data_dir) if data_dir is not None else None)
-    x, y = data
-    if x.ndim != 4 or len(x) != len(y):
-        raise UsageError(f"data must be images b c h w and as many labels; got {tuple(x.shape)} and {tuple(y.shape)}")
-    x, y = x[:n].float().cpu(), y[:n].long().cpu()
-    names = tuple(str(number) for number in range(int(y.max()) + 1)) if len(y) else ()
-    return Dataset("", "", x, y, torch.arange(len(x)), names, digest_data(x, y))
+        return load_images(data, replace(settings, n=settings.n or look or DEFAULT_N))
+    dataset = load_images(data, settings)
+    if settings.n is not None or look is None or len(dataset.x) <= look or isinstance(data, Dataset):
+        return dataset
+    return load_images((dataset.x, dataset.y), replace(settings, n=look))
 
 
 def _planned(checks: Iterable[Check], evidence: Evidence) -> list[str]:
