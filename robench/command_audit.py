@@ -89,7 +89,8 @@ def check_auditable(threats: Sequence[ThreatModel], folder: Place) -> None:
 def audit_run(result: Evaluation, data_dir: Path | None) -> dict[Path, Audit]:
     """Audits the defense of a finished run at each of its bounds above 0, inside the run's folder; by folder.
 
-    On as many images as the audit takes by itself, or the run's where those are fewer. What is there is taken up.
+    On as many images as the audit takes by itself, or the run's where those are fewer. What is there is taken up. The
+    run's row then carries the verdict.
 
     Raises:
         RobenchError: see `robench.audit`.
@@ -118,6 +119,7 @@ def audit_run(result: Evaluation, data_dir: Path | None) -> dict[Path, Audit]:
             data_dir=data_dir,
             defense_spec=spec.defense,
         )
+    result.save()
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import random
@@ -182,6 +183,16 @@ def audit_fits(audit: Mapping[str, Any], spec: RunSpec, eps: float) -> bool:
     told = audit["weights_digest"], audit["dataset"], audit["norm"], audit["eps"]
     same_options = audit.get("spec") in (None, "", spec.defense)  # the same weights may be used in several ways
     return same_options and told == (spec.weights_digest, spec.dataset, spec.norm, eps)
+
+
+def find_audit(result: Evaluation, eps: float) -> Mapping[str, Any] | None:
+    """The whole audit inside a run's folder that fits the run at a bound, as `robench run --audit` leaves it."""
+    for path in sorted(result.folder.glob(f"audit-*/{AUDIT}")) if result.folder is not None else ():
+        with contextlib.suppress(RobenchError):
+            audit = read_audit(path.parent)
+            if audit_fits(audit, result.spec, eps):
+                return audit
+    return None
 
 
 def _defense_of(spec: RunSpec) -> Defense | None:

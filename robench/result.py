@@ -292,10 +292,15 @@ class Evaluation:
         return {kind: float(rows[kind].sum()) / self.spec.n for kind in ("forwards", "backwards")}
 
     def row(self, eps: float | None = None) -> dict[str, str]:
-        """The leaderboard row at a bound (default the largest), every value as it stands in the CSV."""
-        from robench.leaderboard import make_row
+        """The leaderboard row at a bound (default the largest), every value as it stands in the CSV.
 
-        return make_row(self, self._bound(eps))
+        With the verdict of the audit inside the run's folder, if there is one.
+        """
+        from robench.leaderboard import make_row
+        from robench.publish import find_audit
+
+        bound = self._bound(eps)
+        return make_row(self, bound, find_audit(self, bound))
 
     @property
     def reasons(self) -> dict[str, str]:

@@ -512,6 +512,11 @@ def test_run_with_audit_tells_the_verdict_and_its_row_carries_it(call: Call, squ
     audits = {one["eps"]: one for one in outcome.json()["audits"]}
     assert audits.keys() == {0.05, 0.15}
     assert audits[0.15]["folder"] == "run/audit-0.15"
+    (stored,) = read_rows(place / "run" / "row.csv")
+    told = {"audit_verdict": audits[0.15]["verdict"], "audit_failed_checks": " ".join(audits[0.15]["failed"])}
+    for row in (stored, outcome.json()["row"]):
+        assert {name: row[name] for name in told} == told
+    assert call("verify", "run", "--device", "cpu").status == 0
     assert call("leaderboard", "add", "run").status == 0
     for eps, audit in audits.items():
         (path,) = (place / "leaderboards").glob(f"*-linf-{eps}.csv")
