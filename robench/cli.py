@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
+import robench
 from robench.cli_leaderboard import leaderboard_app
 from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
+from robench.cli_reproduce import reproduce
 from robench.cli_study import StudyOptions, run_study_file
 from robench.errors import Interrupted, RobenchError, UsageError
 from robench.files import as_place
@@ -20,13 +22,28 @@ from robench.memory import keep_memory
 
 app = typer.Typer(
     name="robench",
-    help="Adversarial robustness of image classifiers, as numbers that can be re-checked.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(leaderboard_app, name="leaderboard")
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        sys.stdout.write(f"robench {robench.__version__}\n")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def robench_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Adversarial robustness of image classifiers, as numbers that can be re-checked."""
 
 
 def main() -> None:
@@ -53,7 +70,11 @@ def main() -> None:
         message = getattr(error, "format_message", None)  # what the parser raises for a wrong option
         if message is None:
             raise
-        _say(f"robench: {message()} See 'robench --help'")
+        text = message()
+        if text.startswith("Usage:"):  # the help, of a group of commands where none was named
+            sys.stdout.write(f"{text}\n")
+        else:
+            _say(f"robench: {text} See 'robench --help'")
         raise SystemExit(2) from None
     raise SystemExit(status if isinstance(status, int) else 0)
 
@@ -87,22 +108,42 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     defense: Annotated[str | None, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")] = None,
     attack: Annotated[str | None, typer.Option(help="One or several: fgsm,pgd(steps=100).")] = None,
     protocol: Annotated[str | None, typer.Option(help="A named list of attacks instead of --attack.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Dataset name, hf:org/name, or a Parquet file.")] = None,
-    norm: Annotated[str | None, typer.Option(help="linf, l2, l1 or l0.")] = None,
-    eps: Annotated[str | None, typer.Option(help="Bound, or several: 0.05,0.1 or 8/255.")] = None,
-    n: Annotated[int | None, typer.Option(help="Images, a class-stratified draw.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seeds the draw and all randomness.")] = None,
-    eot: Annotated[int | None, typer.Option(help="Draws averaged in each gradient of a randomized defense.")] = None,
-    judge_repeats: Annotated[int | None, typer.Option(help="Fresh answers behind each verdict.")] = None,
-    unit_size: Annotated[int | None, typer.Option(help="Images of one work unit.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Dataset name, hf:org/name, or a Parquet file; default fashion_mnist.")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="linf (the default), l2, l1 or l0.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Bound, or several: 0.05,0.1 or 8/255; default as robench list datasets says.")
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(help="Images, a class-stratified draw; default 256, fewer at first where the defense is slow."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds the draw and all randomness; default 0.")] = None,
+    eot: Annotated[
+        int | None,
+        typer.Option(help="Draws averaged in each gradient of a randomized defense; default 10, fewer as for n."),
+    ] = None,
+    judge_repeats: Annotated[
+        int | None,
+        typer.Option(
+            help="Fresh answers behind each verdict on a randomized defense; default 20, fewer as for n, and 100 in "
+            "standard and thorough."
+        ),
+    ] = None,
+    unit_size: Annotated[int | None, typer.Option(help="Images of one work unit; default 128.")] = None,
     query_budget: Annotated[int | None, typer.Option(help="Most passes per image of one attack at one bound.")] = None,
     access: Annotated[str | None, typer.Option(help="Most that attacks may ask: gradient, scores, decisions.")] = None,
     goal: Annotated[str | None, typer.Option(help="Only attacks of this goal: budget or minimal.")] = None,
     cascade: Annotated[
         bool | None, typer.Option(help="Each attack sees only what those before it left; default as the protocol says.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Of the attacks' gradients: float32 or bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the attacks' gradients: float32 (default) or bfloat16.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (cuda where there is one; the default), cpu or cuda.")
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes that share the work; default 1, of a study all cores or GPUs.")
@@ -290,67 +331,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     )
 
 
-@app.command()
-def reproduce(  # noqa: PLR0913 - each parameter is an option of the command line
-    name: Annotated[str, typer.Argument(help="A defense whose paper has tables: shortrun, fortified, jem.")],
-    table: Annotated[
-        list[str] | None,
-        typer.Option(help="Only tables whose name holds this; if none does, it is several: 2.1,2.5. May be repeated."),
-    ] = None,
-    row: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only rows whose heading holds this, commas and all: 'JEM-0, pgd'; if none does, it is several: "
-            "JEM-0,JEM-1. May be repeated."
-        ),
-    ] = None,
-    dataset: Annotated[str, typer.Option(help="Only what is measured on this dataset.")] = "",
-    n: Annotated[
-        int | None, typer.Option(help="Images behind each figure; default 128, fewer where it is slow.")
-    ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="Also measured in each cell's threat model; none for none.")
-    ] = "standard",
-    protocol_n: Annotated[int | None, typer.Option(help="Images under the protocol; default as --n.")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
-    train: Annotated[
-        bool, typer.Option("--train", help="Also train what no shipped weights are of; goes on where it stopped.")
-    ] = False,
-    scale: Annotated[float, typer.Option(help="Multiplies the iterations of --train; 0.01 is a smoke test.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; what is finished there is not repeated.")
-    ] = None,
-    data_dir: DataDir = None,
-    as_json: Json = False,
-) -> None:
-    """Measure the tables of a defense's paper again, cell by cell, and print them beside the paper's."""
-    from robench.report.reproduced import OUTPUTS, print_outcomes, write_outcomes
-    from robench.reproduce import ReproduceRequest, reproduce_all
-
-    request = ReproduceRequest(
-        name,
-        out or Path("runs") / f"reproduce-{name}",
-        tables=tuple(table or ()),
-        rows=tuple(row or ()),
-        dataset=dataset,
-        n=n,
-        protocol="" if protocol == "none" else protocol,
-        protocol_n=protocol_n,
-        seed=seed,
-        device=device,
-        data_dir=data_dir,
-        train=train,
-        scale=scale,
-    )
-    outcomes = reproduce_all(request, keep=lambda done: write_outcomes(done, request))
-    if as_json:
-        print_json({"cells": [outcome.to_json() for outcome in outcomes], "folder": str(request.folder)})
-    else:
-        print_outcomes(outcomes, request.protocol)
-        sys.stdout.write("".join(f"{request.folder / name}\n" for name in OUTPUTS))
-    if any(outcome.problem for outcome in outcomes):
-        raise typer.Exit(1)
+app.command()(reproduce)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from robench.cli import main
 from robench.defenses.convnet.model import ConvNet
 from robench.leaderboard import read_rows
 from robench.rng import seeded
+from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings
 from robench.weights import save_weights
 
 TOYS = Path(__file__).with_name("cli_toys.py")
@@ -168,6 +169,32 @@ def test_help_and_list_import_no_torch(arguments: list[str]) -> None:
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stderr == "robench.cli []"
+
+
+@pytest.mark.parametrize("group", [[], ["leaderboard"]], ids=["robench", "leaderboard"])
+def test_no_command_prints_the_help_as_it_is(call: Call, group: list[str]) -> None:
+    bare, asked = call(*group), call(*group, "--help")
+    assert (bare.status, asked.status) == (2, 0)
+    assert bare.err == ""
+    assert bare.out.split() == asked.out.split()
+    assert len(bare.out.splitlines()) > 10
+
+
+def test_the_version_is_told(call: Call) -> None:
+    assert call("--version") == (0, f"robench {robench.__version__}\n", "")
+
+
+def test_the_help_of_run_tells_the_defaults(call: Call) -> None:
+    text = " ".join(call("run", "--help").out.split())
+    for part in (f"default {DEFAULT_N},", f"default {RANDOMIZED_EOT},", f"default {RANDOMIZED_REPEATS},"):
+        assert part in text
+    for part in (f"default {Settings.unit_size}.", f"{Settings.precision} (default)", "default fashion_mnist."):
+        assert part in text
+
+
+def test_list_tells_the_customary_bounds_and_refuses_another_norm(call: Call) -> None:
+    assert "  fashion_mnist (embedded; eps: linf 0.1, l2 1.5)\n" in call("list", "datasets").out
+    assert_one_line(call("list", "attacks", "--norm", "l5"), 'norm must be one of linf, l2, l1, l0; got "l5"')
 
 
 def test_list_says_what_there_is(call: Call) -> None:
