@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -41,10 +42,29 @@ def leaderboard_add(
     as_json: Json = False,
 ) -> None:
     """Add the rows of finished runs, with their audits and evidence, to leaderboards/<dataset>-<norm>-<eps>.csv."""
+    from robench.leaderboard import Row, row_name, tell_evidence
     from robench.publish import publish
 
-    written = publish([as_place(one) for one in folders], folder, data_dir, replace=replace, tell=_tell)
-    _print_files(written, as_json)
+    lines, rows = list[str](), list[dict[str, str]]()
+
+    def tell_row(path: Path, row: Row) -> None:
+        lines.append(f"{path}: {tell_evidence(row)}")
+        rows.append({"leaderboard": str(path), "row": row_name(row), "evidence": row["evidence"]})
+
+    written = publish(
+        [as_place(one) for one in folders],
+        folder,
+        data_dir,
+        replace=replace,
+        tell=_tell,
+        tell_row=tell_row,
+    )
+    if as_json:
+        print_json({"leaderboards": [str(path) for path in written], "rows": rows})
+        return
+    elsewhere = [] if folder == Path("leaderboards") else ["--leaderboards", str(folder)]
+    lines.append(f"next: {shlex.join(['robench', 'leaderboard', 'build', *elsewhere])}")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 @leaderboard_app.command("remove")

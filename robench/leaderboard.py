@@ -317,6 +317,12 @@ def describe(row: Row) -> str:
     return f"n={row['n']} seed={row['seed']}"
 
 
+def tell_evidence(row: Row) -> str:
+    """What a row is of, its evidence, and whether it is incomplete, for readers."""
+    partial = "" if is_complete(row) else "; incomplete: a number is missing, so it gets no rank"
+    return f"{row_name(row)}, evidence {row['evidence']}{partial}"
+
+
 def _find_lack(row: Row, old: Row) -> str:
     """In what a row is less well evidenced than an old one, or else not the same run again; "" if in nothing."""
 

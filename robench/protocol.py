@@ -97,8 +97,16 @@ def get_protocol(name: str) -> Protocol:
     """
     found = find_protocol(name)
     if found is None:
-        raise UsageError(f'there is no protocol "{name}"; there are: {", ".join(PROTOCOLS)}')
+        raise UsageError(_unknown(name))
     return found
+
+
+def _unknown(name: str) -> str:
+    from robench.registry import find_near, names, parse_spec
+
+    is_attack = parse_spec(name)[0] in names("attack")
+    meant = f"it is an attack: --attack {name}. " if is_attack else find_near(name, PROTOCOLS)
+    return f'there is no protocol "{name}"; {meant}There are: {", ".join(PROTOCOLS)}'
 
 
 def default_eps(dataset: str, norm: str) -> str:

@@ -48,6 +48,7 @@ def publish(
     *,
     replace: bool = False,
     tell: Callable[[str], None] | None = None,
+    tell_row: Callable[[Path, Row], None] | None = None,
 ) -> list[Path]:
     """Adds the rows of runs, with their evidence, to the leaderboards; returns the CSV files that were written.
 
@@ -61,6 +62,7 @@ def publish(
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         replace: let a row take the place of one that is better evidenced.
         tell: hears one line for each row that was replaced by another run's, and for each that nobody can check.
+        tell_row: hears of each row that is on a leaderboard now: the CSV file and the row.
 
     Raises:
         UsageError: a folder is neither, a run has no named data, an audit is of some checks only or fits no run, two of
@@ -94,6 +96,8 @@ def publish(
             if tell is not None and old["evidence"] != bundle.digest:
                 tell(f"{path.name}: {row_name(row)}: replaces {describe(old)} by {describe(row)} of {result.folder}")
             _remove(leaderboards, old["evidence"], keep=bundle.digest)
+        if tell_row is not None:
+            tell_row(path, row)
         written[path] = None
     return list(written)
 

@@ -16,7 +16,7 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -133,10 +133,19 @@ def resolve(kind: Kind, name: str) -> type:
 
 
 def _unknown(kind: Kind, name: str) -> str:
-    known = names(kind)
-    near = difflib.get_close_matches(name, known, n=1)
-    meant = f'did you mean "{near[0]}"? ' if near else ""
-    return f"there is no {kind} \"{name}\"; {meant}There are: {', '.join(known)}. See 'robench list {kind}s'"
+    from robench.protocol import PROTOCOLS
+
+    known, protocols = names(kind), list(PROTOCOLS) if kind == "attack" else []
+    near = find_near(name, [*known, *protocols])
+    beside = f"; protocols: {', '.join(protocols)}" if protocols else ""
+    return f"there is no {kind} \"{name}\"; {near}There are: {', '.join(known)}{beside}. See 'robench list {kind}s'"
+
+
+def find_near(name: str, known: Iterable[str]) -> str:
+    """`did you mean "pgd"? ` where one of the known names is near, also without its version; else empty."""
+    names = [word for key in known for word in dict.fromkeys((key.rpartition("-")[0] or key, key))]
+    near = difflib.get_close_matches(name, names, n=1)
+    return f'did you mean "{near[0]}"? ' if near else ""
 
 
 def _base(kind: Kind) -> type:

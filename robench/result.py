@@ -90,6 +90,19 @@ class Evaluation:
         except (ValueError, IndexError) as error:  # counts of votes that differ, labels beyond the classes
             raise DataError(f"{folder}: the units' tables do not fit together: {error}") from None
 
+    def __str__(self) -> str:
+        spec = self.spec
+        failed = list(self.reasons)
+        parts = [
+            f"{spec.defense_name} on {spec.dataset or 'images of the caller'}, {spec.n} images, {self.threat}",
+            f"clean {self.clean_accuracy}",
+            f"robust {'not known' if self.robust_accuracy is None else self.robust_accuracy}",
+        ]
+        return "; ".join([*parts, f"failed: {', '.join(failed)}"] if failed else parts)
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: {self}>"
+
     def under(self, spec: RunSpec, created: str | None = None) -> Evaluation:
         """The same units under another spec, not stored; for one that differs in names only."""
         return Evaluation(spec, list(self._whole_units()), folder=None, created=created or self.created)

@@ -188,11 +188,24 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             f"weights file {path} is damaged or not a plain tensor file ({reason}). robench reads safetensors, "
             "or torch files that load under weights_only=True; it never runs a pickle"
         ) from None
-    if not (
-        isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
-    ):
-        raise DataError(f"weights file {path} must hold a dict of tensors (a state_dict); got {type(state).__name__}")
+    lack = _find_lack(state)
+    if lack:
+        raise DataError(f"weights file {path} must hold a dict of tensors (a state_dict); {lack}")
     return state
+
+
+def _find_lack(state: object) -> str:
+    """What keeps an object from being a state_dict; "" if nothing does."""
+    if not isinstance(state, dict):
+        return f"got {type(state).__name__}"
+    wrong = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
+    if not wrong:
+        return ""
+    inside = [key for key in wrong if isinstance(state[key], dict) and state[key] and not _find_lack(state[key])]
+    advice = f". Save checkpoint[{inside[0]!r}] alone" if inside else ""
+    if isinstance(state[wrong[0]], torch.Tensor):
+        return f"its key {wrong[0]!r} is no name"
+    return f"its key {wrong[0]!r} holds no tensor, but {type(state[wrong[0]]).__name__}{advice}"
 
 
 def save_weights(module: nn.Module, path: str | Path, card: dict[str, Any], *, half: bool = False) -> None:

@@ -180,6 +180,20 @@ def test_no_command_prints_the_help_as_it_is(call: Call, group: list[str]) -> No
     assert len(bare.out.splitlines()) > 10
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--attack", "standrd"), 'did you mean "standard"? There are: '),
+        (("--attack", "standrd"), "; protocols: quick-1, standard-1, thorough-1"),
+        (("--attack", "pdg"), 'did you mean "pgd"?'),
+        (("--protocol", "thorogh"), 'did you mean "thorough"?'),
+        (("--protocol", "pgd"), "it is an attack: --attack pgd"),
+    ],
+)
+def test_a_misspelt_attack_or_protocol_is_guessed(call: Call, squares: Path, words: tuple[str, ...], part: str) -> None:
+    assert_one_line(call("run", "--defense", SQUARES, "--dataset", squares, "--eps", "0.1", "--n", 9, *words), part)
+
+
 def test_the_version_is_told(call: Call) -> None:
     assert call("--version") == (0, f"robench {robench.__version__}\n", "")
 

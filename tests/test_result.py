@@ -57,6 +57,15 @@ def test_save_and_load_give_the_same_evaluation(defense: Defense, threats: list[
         result.save(tmp_path / "other")
 
 
+def test_printed_it_tells_its_figures_and_what_failed() -> None:
+    result = evaluate(Linear(), "fgsm", LINF, grid_images(4))
+    told = f"linear on images of the caller, 4 images, {LINF}; clean {result.clean_accuracy}; "
+    assert str(result) == f"{told}robust {result.robust_accuracy}"
+    assert repr(result) == f"<Evaluation: {result}>"
+    failed = evaluate(Linear(), ["fgsm", Bad()], LINF, grid_images(4))
+    assert str(failed) == f"{told}robust not known; failed: bad"
+
+
 def test_a_copy_keeps_the_day_of_the_run(tmp_path: Path) -> None:
     result = evaluate(Linear(), "fgsm", LINF, grid_images(3), out=tmp_path / "run")
     path = tmp_path / "run" / "run.json"

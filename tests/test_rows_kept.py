@@ -130,6 +130,22 @@ def test_free_lists_of_other_attacks_are_kept_and_published_protocols_do_not_ask
     assert identity(free) != identity(free | {"robust_acc": ""})  # which attack failed is not known from its column
 
 
+def test_add_tells_the_evidence_what_is_incomplete_and_what_comes_next(call: Any) -> None:
+    words = ("run", "--defense", "plug.py:Sigma", "--n", 10, "--device", "cpu", "--attack")
+    assert call(*words, "fgsm", "--out", "whole")[0] == 0
+    assert call(*words, "fgsm,plug.py:Fails", "--out", "partial")[0] == 1
+    lines = call("leaderboard", "add", "whole", "partial", "--leaderboards", "boards")[1].splitlines()
+    (path,) = Path("boards").glob("*.csv")
+    whole, partial = (row["evidence"] for row in read_rows(path))
+    assert lines == [
+        f"{path}: sigma, free list, evidence {whole}",
+        f"{path}: sigma, free list, evidence {partial}; incomplete: a number is missing, so it gets no rank",
+        "next: robench leaderboard build --leaderboards boards",
+    ]
+    told = json.loads(call("leaderboard", "add", "whole", "--leaderboards", "boards", "--json")[1])
+    assert told["rows"] == [{"leaderboard": str(path), "row": "sigma, free list", "evidence": whole}]
+
+
 def test_a_row_that_nobody_can_check_is_told(call: Any) -> None:
     evaluate(Prototypes(), "fgsm", LINF, "fashion_mnist", n=8, device="cpu", out="run")
     status, _, err = call("leaderboard", "add", "run")

@@ -213,6 +213,16 @@ def test_torch_file_of_other_things(tmp_path: Path, content: object) -> None:
     assert_refused(path, DataError, "must hold a dict of tensors (a state_dict)")
 
 
+def test_a_checkpoint_says_which_part_to_save(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"epoch": 3, "model": make_model().state_dict()}, path)
+    assert_refused(path, DataError, "its key 'epoch' holds no tensor, but int. Save checkpoint['model'] alone")
+    torch.save({1: torch.zeros(2)}, path)
+    assert_refused(path, DataError, "its key 1 is no name")
+    torch.save({"weight": torch.zeros(2), "epoch": 3}, path)
+    assert_refused(path, DataError, "(a state_dict); its key 'epoch' holds no tensor, but int")
+
+
 # the card
 
 
