@@ -26,28 +26,23 @@ from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense, weights_digest
 from robench.errors import PluginError, RobenchError, UsageError
 from robench.files import Place, as_place
-from robench.judge import checked_logits
 from robench.lineup import Attacks, check_attacks, check_defense, find_departure, named_protocol, plan_attacks
 from robench.memory import give_back_memory
 from robench.origin import find_origin
 from robench.plan import RunSpec, Unit, plan_units
 from robench.precision import has_bfloat16
+from robench.probe import check_answers
 from robench.progress import Progress
-from robench.registry import describe_error, plugin_errors
+from robench.registry import describe_error
 from robench.result import Evaluation
-from robench.rng import seeded
 from robench.runners import Limits, Task, run_here, run_in_processes, threads_for
 from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings, make_settings
 from robench.store import RunStore
 from robench.threat import ThreatModel, as_threats
-from robench.types import Images, Labels, Logits
+from robench.types import Images, Labels
 from robench.unit import UnitWork, run_unit
 
 LOG = logging.getLogger("robench")
-CALLS = 10
-"""Answers that a randomized defense may give alike, before it is said to be none."""
-BATCH_TOLERANCE = 1e-3
-"""Relative to the largest logit: what the other images of a batch may change."""
 Data = str | tuple[Any, Any] | Dataset
 """A dataset's name, a Dataset, or images `b c h w` and labels: tensors, arrays, or a list of labels."""
 
@@ -327,65 +322,6 @@ def check_images(x: Images, y: Labels, defense: Defense) -> None:
     if not bool((y >= 0).all() and (y < defense.num_classes).all()):
         raise UsageError(
             f'labels must be 0 to {defense.num_classes - 1} for defense "{defense.name}"; got {int(y.max())}'
-        )
-
-
-def check_answers(work: UnitWork) -> None:
-    """Asks the defense for some answers, so that one that breaks the contract is refused before any work.
-
-    One that is declared randomized and yet always answers the same gets a warning.
-
-    Raises:
-        PluginError: training mode, an error of its own or a call of exit(), logits of the wrong shape, not finite, or
-            of a deterministic defense random or dependent on the other images of the batch, or images, weights or
-            buffers changed in place.
-    """
-    defense, spec = work.defense, work.spec
-    if defense.training:
-        raise PluginError(f'defense "{defense.name}" is in training mode; call its freeze() (or eval()) first')
-    few = work.x[:4].to(spec.device)
-    defense.to(spec.device)
-    errors = plugin_errors(f'defense "{defense.name}": forward')
-    with torch.no_grad(), seeded(spec.seed, "check", device=spec.device), errors:
-        logits = checked_logits(defense, few)
-        if defense.randomized:
-            _check_varies(defense, few, logits)
-        else:
-            _check_repeats(defense, few, logits)
-    work.check_unchanged()
-
-
-def _check_varies(defense: Defense, few: Images, logits: Logits) -> None:
-    """Warns, once, of a randomized defense whose answers are all the same; asks until one differs."""
-    if not defense.told_constant and all(torch.equal(defense(few.clone()), logits) for _ in range(CALLS - 1)):
-        defense.told_constant = True
-        LOG.warning(
-            '"%s" is declared randomized, but %d calls agree; nn.Dropout is off in eval mode: '
-            "use functional.dropout(..., training=True)",
-            defense.name,
-            CALLS,
-        )
-
-
-def _check_repeats(defense: Defense, few: Images, logits: Logits) -> None:
-    """Refuses a deterministic defense whose answer changes, or is not the image's own.
-
-    The batch's last image is asked again among copies of itself: in a batch of another size, rounding alone may turn
-    the answer of a net that quantizes.
-
-    Raises:
-        PluginError: it does.
-    """
-    if not torch.equal(defense(few.clone()), logits):
-        raise PluginError(
-            f'defense "{defense.name}" is declared deterministic, but two calls on the same images differ. '
-            "Set randomized = True, or robench's number would be wrong"
-        )
-    gap = float((defense(few[-1:].repeat(len(few), 1, 1, 1))[-1] - logits[-1]).abs().max() / logits.abs().max())
-    if gap > BATCH_TOLERANCE:
-        raise PluginError(
-            f'defense "{defense.name}": an image gets another answer in a batch with other images, by {gap:.2g} of the '
-            "largest logit. BatchNorm with track_running_stats=False? Give it running statistics"
         )
 
 
