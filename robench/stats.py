@@ -156,8 +156,13 @@ def smallest_shown(n: int, most: int, power: float = 0.9) -> float:
 def paired_interval(
     first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of second minus first over the same examples, and the ends of its interval (Student's t)."""
+    """Mean of second minus first over the same examples, and the ends of its interval (Student's t).
+
+    Of fewer than two examples, whose scatter is not known, the interval is all that accuracies can differ by: -1 to 1.
+    """
     gaps = second - first
-    mean = float(gaps.mean())
-    half = float(t.ppf((1 + level) / 2, max(len(gaps) - 1, 1))) * float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
+    mean = float(gaps.mean()) if len(gaps) else 0.0
+    if len(gaps) < 2:
+        return mean, -1.0, 1.0
+    half = float(t.ppf((1 + level) / 2, len(gaps) - 1)) * float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
     return mean, mean - half, mean + half

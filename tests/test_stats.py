@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, t
 
 from robench.estimate import Answers
 from robench.stats import (
@@ -17,6 +17,7 @@ from robench.stats import (
     answers_differ,
     mean_interval,
     most_by_chance,
+    paired_interval,
     shared_noise,
     smallest_shown,
     wilson,
@@ -174,6 +175,20 @@ def test_majority_ignores_how_the_wrong_answers_spread() -> None:
 
 
 # paired tests
+
+
+@pytest.mark.parametrize(("first", "second", "mean"), [([], [], 0.0), ([0.2], [0.5], 0.3), ([1.0], [0.0], -1.0)])
+def test_a_paired_interval_of_fewer_than_two_examples_says_nothing(
+    first: list[float], second: list[float], mean: float
+) -> None:
+    found = paired_interval(np.array(first), np.array(second))
+    assert found == pytest.approx((mean, -1.0, 1.0))
+
+
+def test_a_paired_interval_is_student_s() -> None:
+    gaps = np.array([0.1, 0.3, 0.2, 0.6])
+    low, high = t.interval(0.9, 3, gaps.mean(), gaps.std(ddof=1) / 2)
+    assert paired_interval(np.zeros(4), gaps, 0.9) == pytest.approx((0.3, low, high))
 
 
 def test_answers_differ_seldom_cries_wolf() -> None:
