@@ -25,6 +25,10 @@ class Defense(nn.Module):
     Subclasses implement `forward` and set the traits. Randomness comes from torch's global generator, which the engine
     seeds; a defense never seeds anything. A defense that wants another pixel range maps it inside.
 
+    A randomized defense should draw for each row of a batch. The engine folds EOT draws and images into passes of many
+    rows; of a defense that draws once for a pass (one of several nets) a gradient then averages as many draws as it
+    takes passes, often one, and the images of a unit are right or wrong together, so that intervals are too narrow.
+
     Attributes:
         name: the name in tables and CSV files.
         randomized: True if two calls on the same images can differ.
