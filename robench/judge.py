@@ -1,6 +1,6 @@
 """The judge: classifies adversarial images again, on its own randomness, and checks the bounds itself.
 
-Independent of the attack: it sees images only, always in float32, and calls the defense as any user does.
+Independent of the attack: it sees images only, always in float32 (never TF32), and calls the defense as any user does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional
 from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
 from robench.errors import PluginError
+from robench.precision import full_float32
 from robench.progress import Progress
 from robench.threat import ThreatModel
 from robench.types import Images, Logits
@@ -68,6 +69,7 @@ def check_bounds(x: Images, x_adv: Tensor, threat: ThreatModel) -> Bounds:
     return Bounds(finite, in_box, threat.contains(x, x_adv), threat.distance(x, x_adv))
 
 
+@full_float32()
 def judge(
     defense: Defense,
     x: Images,

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+OPERATIONS: Final = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+"""The products of torch.backends; `cudnn` is for GPUs, `mkldnn` for CPUs."""
 
 _MIXED: Final = ContextVar("mixed", default=True)
 
@@ -40,3 +46,45 @@ def training_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         _MIXED.reset(token)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside the block float32 means float32: no product takes fewer bits, as TF32 does in convolutions by default.
+
+    What was set before is restored, whether by the old names (`allow_tf32`, `set_float32_matmul_precision`) or by
+    torch 2.9's `fp32_precision`, which take precedence. The old ones are set too, since torch refuses to read one that
+    contradicts the new; one that cannot be read for that reason is not restored, and changes no product.
+    """
+    operations = _operations()
+    before = [operation.fp32_precision for operation in operations]
+    matmul = _read(torch.get_float32_matmul_precision)
+    cudnn = _read(lambda: torch.backends.cudnn.allow_tf32)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    for operation in operations:
+        operation.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = cudnn
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
+
+
+def _operations() -> list[Any]:
+    """What has a precision of its own in torch 2.9 and later; none before."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        return []
+    return [operator.attrgetter(name)(torch.backends) for name in OPERATIONS]
+
+
+def _read(setting: Callable[[], T]) -> T | None:
+    """A setting under its old name; None where the new names contradict it."""
+    try:
+        return setting()
+    except RuntimeError:
+        return None

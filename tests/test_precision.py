@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import operator
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench.evaluate import evaluate
+from robench.judge import judge
 from robench.losses import margin
-from robench.precision import has_bfloat16
+from robench.precision import OPERATIONS, has_bfloat16
 from robench.testing import ConvToy
 from robench.testing.attacks import conv_case
 from robench.threat import ThreatModel
@@ -68,6 +72,88 @@ def test_a_randomized_defense_is_not_asked_twice() -> None:
     victim = Victim(Noisy(), "gradient", 4, eot=3, precision="bfloat16")
     victim.gradient(x, (y + 1) % 3)
     assert passes(victim) == [(3, 3)] * 4
+
+
+def find(name: str) -> Any:
+    return operator.attrgetter(name)(torch.backends)
+
+
+def set_for_all(precision: str) -> None:
+    backends: Any = torch.backends
+    backends.fp32_precision = precision
+
+
+def choose(setting: str) -> None:
+    """Chooses how float32 products are taken, as a user may before a run."""
+    precisions = {"the new names": "tf32", "new names that forbid it": "ieee"}
+    if setting in precisions:
+        for name in OPERATIONS:
+            find(name).fp32_precision = precisions[setting]
+    elif setting == "the old names":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("medium")
+    elif setting == "one new name":
+        find("cudnn.conv").fp32_precision = "ieee"
+    elif setting == "the name for all":
+        set_for_all("tf32")
+
+
+def read_settings() -> list[object]:
+    """All that says how float32 products are taken; the text of the error where torch refuses to say."""
+    flags = torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    found: list[object] = [find("fp32_precision"), *flags, *(find(name).fp32_precision for name in OPERATIONS)]
+    for name in ("cudnn.allow_tf32", "cuda.matmul.allow_tf32"):
+        try:
+            found.append(find(name))
+        except RuntimeError:
+            found.append("contradiction")
+    return found
+
+
+class Looks(ConvToy):
+    """Notes in each pass how its products are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[object]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(read_settings())
+        with torch.backends.cudnn.flags(enabled=False):  # which reads the old names
+            return super().forward(x)
+
+
+@pytest.fixture
+def float32_settings() -> Iterator[None]:
+    before = [find(name).fp32_precision for name in OPERATIONS]
+    yield
+    set_for_all("none")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+    for name, precision in zip(OPERATIONS, before, strict=True):
+        find(name).fp32_precision = precision
+
+
+@pytest.mark.usefixtures("float32_settings")
+@pytest.mark.parametrize(
+    "setting",
+    ["the defaults", "the old names", "the new names", "new names that forbid it", "one new name", "the name for all"],
+)
+def test_float32_is_float32_for_attacks_and_judge_and_is_restored(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 has 10 bits of mantissa; torch takes it in convolutions on a GPU unless told otherwise."""
+    monkeypatch.setattr(sys.modules["robench.evaluate"], "check_answers", lambda *_: None)  # passes before any unit
+    defense, (_, x, y) = Looks(), conv_case(4)
+    choose(setting)
+    before = read_settings()
+    evaluate(defense, "fgsm", ThreatModel("linf", 0.1), (x, y), device="cpu")
+    judge(defense, x, 1)
+    assert len(defense.seen) > 3
+    assert {tuple(seen[4:]) for seen in defense.seen} == {("ieee",) * len(OPERATIONS) + (False, False)}
+    assert {tuple(seen[:4]) for seen in defense.seen} == {tuple(before[:4])}, "other settings stay"
+    restored = zip(read_settings(), before, strict=True)
+    assert all(now == then or then == "contradiction" for now, then in restored)
 
 
 CAPABILITIES = {
