@@ -102,11 +102,11 @@ def get_protocol(name: str) -> Protocol:
 
 
 def _unknown(name: str) -> str:
-    from robench.registry import find_near, names, parse_spec
+    from robench.registry import find_near, names
 
-    is_attack = parse_spec(name)[0] in names("attack")
-    meant = f"it is an attack: --attack {name}. " if is_attack else find_near(name, PROTOCOLS)
-    return f'there is no protocol "{name}"; {meant}There are: {", ".join(PROTOCOLS)}'
+    is_attack = name.partition("(")[0] in names("attack")
+    hint = f"it is an attack: --attack {name}" if is_attack else find_near(name, PROTOCOLS).strip()
+    return f'there is no protocol "{name}"; there are: {", ".join(PROTOCOLS)}' + (f"; {hint}" if hint else "")
 
 
 def default_eps(dataset: str, norm: str) -> str:
