@@ -139,6 +139,7 @@ def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
                 axes.plot(at, middle, linestyle="--", linewidth=1, color=color)
                 axes.fill_between(at, low, high, alpha=0.1, color=color, linewidth=0)
     axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
+    axes.locator_params(axis="x", nbins=5)  # more would touch, at 0.175 and 0.200
     return _finish(figure, axes)
 
 
