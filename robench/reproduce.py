@@ -31,6 +31,7 @@ from robench.threat import ThreatModel
 from robench.train import TrainSettings
 from robench.train.named import TrainJob, find_trained, train_named
 from robench.train.run import CHECKPOINT
+from robench.weights import read_card
 
 DEFAULT_N = 128
 
@@ -169,6 +170,13 @@ def _folder_name(readable: str, said: str) -> str:
     return f"{plain}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
 
+def _clean_of_card(weights: Path) -> Figure:
+    """The clean accuracy that training measured at its end, on 2,000 test images with one answer for each."""
+    test = read_card(weights)["test"]
+    value, low, high = (100 * float(test[f"clean_{name}"]) for name in ("accuracy", "low", "high"))
+    return Figure(value, low, high, int(test["images"]))
+
+
 def _figure(result: Evaluation, estimate: Estimate | None) -> Figure:
     if estimate is None:
         raise UsageError(f"an attack failed; see {result.folder}")
@@ -301,9 +309,11 @@ def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
         n = request.n or DEFAULT_N
         context = Context(n, request.seed, device, request.data_dir, request.folder, weights)
         return Outcome(cell, cell.measure(context), trained=trained)
+    if weights is not None and not cell.attack:
+        return Outcome(cell, _clean_of_card(weights), trained=trained)
     load_dataset(cell.dataset, "test", 1, 0, request.data_dir)
     if not cell.attack:
-        return Outcome(cell, runs.clean(cell), trained=trained)
+        return Outcome(cell, runs.clean(cell))
     alike = (cell.defense, cell.dataset, cell.recipe, cell.split, cell.norm, cell.eps)
     attacks = [
         other.attack
