@@ -225,8 +225,7 @@ def check_audit(content: bytes, path: Path) -> dict[str, Any]:
         wrong = [key for key, kind in AUDIT_KINDS.items() if not isinstance(audit[key], kind)]
         for name, values in audit["accuracies"].items():
             wrong += [] if len(values) == 3 and all(math.isfinite(value) for value in values) else [name]
-        if "effort" in audit:
-            read_effort(audit)
+        read_effort(audit)
         for finding in audit["findings"]:
             wrong += [key for key in ("check", "verdict", "reason", "paper") if not isinstance(finding[key], str)]
             for curve in finding.get("plot", {"curves": ()})["curves"]:

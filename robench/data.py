@@ -88,7 +88,13 @@ def load_data(
 
 
 def load_dataset(
-    name: str, split: str = "test", n: int | None = None, seed: int = 0, data_dir: str | Path | None = None
+    name: str,
+    split: str = "test",
+    n: int | None = None,
+    seed: int = 0,
+    data_dir: str | Path | None = None,
+    *,
+    at_most: bool = False,
 ) -> Dataset:
     """Return a dataset's split, or a class-stratified draw from it.
 
@@ -106,6 +112,7 @@ def load_dataset(
         seed: of the draw; with n=None it has no effect.
         data_dir: folder of `<name>/<split>-*.parquet` for the named datasets; default: what `ROBENCH_DATA` names. Given
             here, the split must be in it; named by `ROBENCH_DATA`, what is missing is asked from the hub.
+        at_most: take all where the split has fewer than n.
 
     Raises:
         UsageError: unknown name or split, n or seed out of range, no such file or folder, or the hub cannot be reached.
@@ -117,7 +124,8 @@ def load_dataset(
         raise UsageError(f'split takes a name such as test or train; it is "{split}". Choose how many with n.')
     source = _join([_open(name, one, data_dir) for one in names])
     labels = torch.from_numpy(source.labels)
-    index = torch.arange(len(labels)) if n is None else draw_stratified(labels, n, seed)
+    count = len(labels) if n is None else min(n, len(labels)) if at_most else n
+    index = torch.arange(len(labels)) if n is None else draw_stratified(labels, count, seed)
     x = source.take(index.numpy())
     if name in KNOWN and tuple(x.shape[1:]) != KNOWN[name].image_shape:
         raise DataError(

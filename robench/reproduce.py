@@ -12,7 +12,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -98,16 +98,16 @@ class _Runs:
         result = self._run(cell, "fgsm", 0.0, self.request.n)
         return _figure(result, result.clean_accuracy)
 
-    def attacked(self, cell: Cell, attacks: Sequence[str]) -> Figure:
+    def attacked(self, cell: Cell, attacks: Sequence[str], weights: Path | None) -> Figure:
         """Accuracy under the cell's attack, measured in one run with the others of its threat model."""
-        result = self._run(cell, ",".join(attacks), cell.eps, self.request.n)
-        entries, _ = plan_attacks(cell.attack, self._defense(cell), cell.norm, cell.dataset)
+        result = self._run(cell, ",".join(attacks), cell.eps, self.request.n, weights)
+        entries, _ = plan_attacks(cell.attack, self._defense(cell, weights), cell.norm, cell.dataset)
         return _figure(result, result.per_attack[entries[0].key])
 
-    def protocol(self, cell: Cell) -> Figure:
+    def protocol(self, cell: Cell, weights: Path | None) -> Figure:
         """Worst-case accuracy under the protocol."""
         n = self.request.protocol_n or self.request.n
-        result = self._run(cell, get_protocol(self.request.protocol).name, cell.eps, n)
+        result = self._run(cell, get_protocol(self.request.protocol).name, cell.eps, n, weights)
         return _figure(result, result.robust_accuracy)
 
     def weights(self, cell: Cell) -> Path | None:
@@ -125,19 +125,17 @@ class _Runs:
         job = TrainJob(cell.defense, cell.dataset, folder, cell.recipe, request.data_dir, cell.split, settings=settings)
         return train_named(job, resume=(folder / CHECKPOINT).exists())[0]
 
-    def _defense(self, cell: Cell) -> Defense:
-        weights = self.weights(cell)
+    def _defense(self, cell: Cell, weights: Path | None) -> Defense:
         key = (cell.defense, cell.dataset, weights)
         if key not in self.defenses:
             self.defenses[key] = load_defense(cell.defense, cell.dataset, **_options(weights))
         return self.defenses[key]
 
-    def _run(self, cell: Cell, attacks: str, eps: float, asked: int | None) -> Evaluation:
+    def _run(self, cell: Cell, attacks: str, eps: float, asked: int | None, weights: Path | None = None) -> Evaluation:
         request = self.request
-        defense = self._defense(cell)
+        defense = self._defense(cell, weights)
         first_look = dict(defense.first_look)
         n = asked or first_look.pop("n", DEFAULT_N)
-        weights = self.weights(cell)
         said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps:g} {n} {request.seed} {first_look}"
         said += f" {weights.parent.name}" if weights else ""
         folder = request.folder / _folder_name(f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}", said)
@@ -299,31 +297,38 @@ def _holders(names: Sequence[str], text: str) -> set[str]:
 
 
 def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
-    request = runs.request
     weights = runs.weights(cell)
     if cell.recipe and weights is None:
         return Outcome(cell, None)
-    trained = f"{cell.recipe}{'' if request.scale == 1 else f', scale {request.scale:g}'}" if weights else ""
+    outcome = _measure_with(weights, cell, cells, runs)
+    if weights is None:
+        return outcome
+    scale = runs.request.scale
+    return replace(outcome, trained=cell.recipe + ("" if scale == 1 else f", scale {scale:g}"))
+
+
+def _measure_with(weights: Path | None, cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
+    """Measures a cell on weights of its own training, or on those shipped."""
+    request = runs.request
     if cell.measure is not None:
         device = Settings(device=request.device).resolve_device()
         n = request.n or DEFAULT_N
-        context = Context(n, request.seed, device, request.data_dir, request.folder, weights)
-        return Outcome(cell, cell.measure(context), trained=trained)
+        return Outcome(cell, cell.measure(Context(n, request.seed, device, request.data_dir, request.folder, weights)))
     if weights is not None and not cell.attack:
-        return Outcome(cell, _clean_of_card(weights), trained=trained)
+        return Outcome(cell, _clean_of_card(weights))
     load_dataset(cell.dataset, "test", 1, 0, request.data_dir)
     if not cell.attack:
         return Outcome(cell, runs.clean(cell))
-    alike = (cell.defense, cell.dataset, cell.recipe, cell.split, cell.norm, cell.eps)
-    attacks = [
-        other.attack
-        for other in cells
-        if (other.defense, other.dataset, other.recipe, other.split, other.norm, other.eps) == alike and other.attack
-    ]
-    ours = runs.attacked(cell, list(dict.fromkeys(attacks)))
+    attacks = [other.attack for other in cells if _scene(other) == _scene(cell) and other.attack]
+    ours = runs.attacked(cell, list(dict.fromkeys(attacks)), weights)
     if not request.protocol:
-        return Outcome(cell, ours, trained=trained)
+        return Outcome(cell, ours)
     try:
-        return Outcome(cell, ours, runs.protocol(cell), trained=trained)
+        return Outcome(cell, ours, runs.protocol(cell, weights))
     except UsageError as error:
-        return Outcome(cell, ours, problem=f"under {request.protocol}: {error}", trained=trained)
+        return Outcome(cell, ours, problem=f"under {request.protocol}: {error}")
+
+
+def _scene(cell: Cell) -> tuple[object, ...]:
+    """What cells share whose attacks are measured in one run."""
+    return cell.defense, cell.dataset, cell.recipe, cell.split, cell.norm, cell.eps

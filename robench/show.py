@@ -118,9 +118,10 @@ def show_defense(request: ShowRequest) -> Exhibit:
     Raises:
         UsageError: unknown names, data that does not fit, no detection score to compare, matplotlib is missing.
     """
-    from robench.report.exhibit import draw_exhibit, find_figure
+    from robench.report.drawing import find_figure
+    from robench.report.exhibit import draw_exhibit
 
-    find_figure()  # missing, it is told before any work
+    find_figure("robench show")  # matplotlib missing, it is told before any work
     options = {} if request.weights is None else {"weights": str(request.weights)}
     defense = load_defense(request.defense, request.dataset, **options)
     data = load_dataset(request.dataset, "test", request.n, request.seed, request.data_dir)

@@ -71,6 +71,11 @@ def test_extra_images_are_joined_to_the_training_split(svhn: Path) -> None:
     drawn = load_dataset("svhn", "train+extra", n=30, seed=1, data_dir=svhn)
     assert torch.equal(drawn.x, both.x[drawn.index])
     assert int((drawn.index >= 48).sum()) not in (0, 30)
+    fewer, more = (load_dataset("svhn", "extra", n=n, seed=1, data_dir=svhn, at_most=True) for n in (12, 30))
+    assert torch.equal(fewer.index, load_dataset("svhn", "extra", n=12, seed=1, data_dir=svhn).index)
+    assert torch.equal(more.x, extra.x)
+    with pytest.raises(UsageError, match="n takes 1 to 20"):
+        load_dataset("svhn", "extra", n=30, seed=1, data_dir=svhn)
     with pytest.raises(UsageError, match="has the splits train and test"):
         load_dataset("mnist", "extra", data_dir=svhn)
     with pytest.raises(UsageError, match="split takes a name"):

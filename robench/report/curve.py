@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from robench.errors import UsageError
+from robench.report.drawing import find_figure
 from robench.result import Evaluation
 from robench.threat import format_eps
 
@@ -45,11 +46,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
         if len(values) != 1:
             raise UsageError(f"curves of one picture need one {what}; these runs have {', '.join(values)}")
     labels = _labels(results)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("robench plot needs matplotlib: pip install 'robench[plot]'") from None
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = find_figure("robench plot")(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, (result, label) in enumerate(zip(results, labels, strict=True)):
         _tell_missing(result)

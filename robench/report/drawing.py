@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree
 
+from robench.errors import UsageError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -19,6 +21,19 @@ NAMESPACE: Final = "{http://www.w3.org/2000/svg}"
 NUMBER: Final = re.compile(r"-?\d+\.\d+")
 ROW: Final = re.compile(r"row-(\d+)")
 NO_TURN: Final = re.compile(r"^rotate\(-?0 [^)]*\)$")
+
+
+def find_figure(command: str) -> type[Figure]:
+    """The class of matplotlib's figures, for a command that draws pictures.
+
+    Raises:
+        UsageError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError(f"{command} needs matplotlib: pip install 'robench[plot]'") from None
+    return Figure
 
 
 def row_id(number: int) -> str:

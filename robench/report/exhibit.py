@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robench.errors import UsageError
+from robench.report.drawing import find_figure
 from robench.types import Images
 
 if TYPE_CHECKING:
@@ -47,26 +48,13 @@ def _share(value: float, low: float, high: float) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def find_figure() -> type[Figure]:
-    """The class of matplotlib's figures.
-
-    Raises:
-        UsageError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("robench show needs matplotlib: pip install 'robench[plot]'") from None
-    return Figure
-
-
 def draw_exhibit(exhibit: Exhibit) -> None:
     """Draws the rows of pictures, the reliability plot and, where there are scores, their histograms.
 
     Raises:
         UsageError: matplotlib is missing, or the folder cannot be written.
     """
-    new, folder = find_figure(), exhibit.request.folder
+    new, folder = find_figure("robench show"), exhibit.request.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in DRAWN:

@@ -68,9 +68,7 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
     name, written = parse_spec(job.defense)
     cls = cast("type[Defense]", resolve("defense", name))
     data = load_dataset(job.dataset, job.split, data_dir=job.data_dir)
-    test = load_dataset(job.dataset, "test", data_dir=job.data_dir)
-    if len(test.x) > job.test_images:
-        test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir)
+    test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir, at_most=True)
     shape = cast("tuple[int, int, int]", tuple(data.x.shape[1:]))
     options = {**cls.options_for(shape, len(data.class_names)), **written}
     with seeded(job.settings.seed, "weights"):
