@@ -16,6 +16,9 @@ T = TypeVar("T")
 OPERATIONS: Final = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 """The products of torch.backends; `cudnn` is for GPUs, `mkldnn` for CPUs."""
 
+GROUPS: Final = ("cudnn", "mkldnn")
+"""Those with a setting for all of their products."""
+
 _MIXED: Final = ContextVar("mixed", default=True)
 
 
@@ -54,16 +57,18 @@ def full_float32() -> Iterator[None]:
 
     What was set before is restored, whether by the old names (`allow_tf32`, `set_float32_matmul_precision`) or by
     torch 2.9's `fp32_precision`, which take precedence. The old ones are set too, since torch refuses to read one that
-    contradicts the new; one that cannot be read for that reason is not restored, and changes no product.
+    contradicts the new; one that cannot be read for that reason is not restored, and changes no product. The settings
+    for several products at once are changed too: `torch.backends.cudnn.flags` in a defense's forward puts them back on
+    its way out, over those of single products.
     """
-    operations = _operations()
-    before = [operation.fp32_precision for operation in operations]
+    settings = _settings()
+    before = [setting.fp32_precision for setting in settings]
     matmul = _read(torch.get_float32_matmul_precision)
     cudnn = _read(lambda: torch.backends.cudnn.allow_tf32)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    for operation in operations:
-        operation.fp32_precision = "ieee"
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         yield
     finally:
@@ -71,15 +76,15 @@ def full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
         if cudnn is not None:
             torch.backends.cudnn.allow_tf32 = cudnn
-        for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = precision
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
-def _operations() -> list[Any]:
-    """What has a precision of its own in torch 2.9 and later; none before."""
+def _settings() -> list[Any]:
+    """What has a precision of its own in torch 2.9 and later, the wider first, as it sets the narrower; none before."""
     if not hasattr(torch.backends.cudnn, "conv"):
         return []
-    return [operator.attrgetter(name)(torch.backends) for name in OPERATIONS]
+    return [torch.backends, *(operator.attrgetter(name)(torch.backends) for name in (*GROUPS, *OPERATIONS))]
 
 
 def _read(setting: Callable[[], T]) -> T | None:

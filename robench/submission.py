@@ -256,6 +256,8 @@ def _check_form(report: Report, bundle: Bundle, leaderboards: Path) -> Row | Non
     effort = read_effort(bundle.audit or {})
     fitting = may_have_effort(bundle.spec.defense, effort)
     report.check("the audit is of an effort it may have", fitting, str(effort or "not told: audit again"))
+    seed = bundle.audit["seed"] if bundle.audit is not None else None
+    report.check("the audit is of seed 0", seed == 0, f"seed {seed}")
     audited = bundle.audit["n"] if bundle.audit is not None else 0
     enough = bundle.spec.n >= FEWEST and audited >= FEWEST_AUDITED
     counts = f"{bundle.spec.n}, at least {FEWEST}; {audited} audited, at least {FEWEST_AUDITED}"

@@ -14,6 +14,7 @@ from engine_toys import Noisy, grid_images
 from torch import Tensor
 from torch.nn import functional
 
+from robench.audit import audit
 from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.losses import margin
@@ -139,7 +140,7 @@ def float32_settings() -> Iterator[None]:
     "setting",
     ["the defaults", "the old names", "the new names", "new names that forbid it", "one new name", "the name for all"],
 )
-def test_float32_is_float32_for_attacks_and_judge_and_is_restored(
+def test_float32_is_float32_for_attacks_audit_and_judge_and_is_restored(
     setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TF32 has 10 bits of mantissa; torch takes it in convolutions on a GPU unless told otherwise."""
@@ -149,9 +150,11 @@ def test_float32_is_float32_for_attacks_and_judge_and_is_restored(
     before = read_settings()
     evaluate(defense, "fgsm", ThreatModel("linf", 0.1), (x, y), device="cpu")
     judge(defense, x, 1)
-    assert len(defense.seen) > 3
+    assert (run := len(defense.seen)) > 3
+    audit(defense, ThreatModel("linf", 0.1), (x, y), checks="finite_differences", device="cpu")
+    assert len(defense.seen) > run + 3
     assert {tuple(seen[4:]) for seen in defense.seen} == {("ieee",) * len(OPERATIONS) + (False, False)}
-    assert {tuple(seen[:4]) for seen in defense.seen} == {tuple(before[:4])}, "other settings stay"
+    assert {tuple(seen[1:4]) for seen in defense.seen} == {tuple(before[1:4])}, "other settings stay"
     restored = zip(read_settings(), before, strict=True)
     assert all(now == then or then == "contradiction" for now, then in restored)
 

@@ -59,7 +59,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 11 + 13
+    assert len(report.lines) == 12 + 13
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -81,6 +81,19 @@ def test_what_is_missing_is_named(n: int, attacks: str, audited: int, reason: st
     assert reason in refused(report)
 
 
+def submit_with(folder: Path, change: dict[str, Any]) -> tuple[Path, str]:
+    """As `submit`, with an audit that says otherwise; a key whose value is None is left out."""
+    threat = ThreatModel("linf", EPS)
+    evaluate(load_defense(TOY), "quick-1", threat, "fashion_mnist", n=64, out=folder / "run", defense_spec=TOY)
+    write_audit(folder / "audit", 32)
+    path = folder / "audit" / "audit.json"
+    content = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    publish([folder / "run", folder / "audit"], folder / "boards")
+    (evidence,) = (folder / "boards" / "evidence").iterdir()
+    return folder / "boards", evidence.name
+
+
 def test_an_effort_that_the_defense_chose_is_refused(tmp_path: Path) -> None:
     """Of a defense that robench does not ship; nor may an audit leave its effort out."""
     defense = load_defense(TOY)
@@ -88,25 +101,14 @@ def test_an_effort_that_the_defense_chose_is_refused(tmp_path: Path) -> None:
     reduced = audit(defense, ThreatModel("linf", EPS), "fashion_mnist", checks=["zero_gradients"]).to_json()
     assert reduced["n"] == 32
     for number, effort in enumerate((reduced["effort"], None)):
-        folder = tmp_path / str(number)
-        evaluate(
-            load_defense(TOY),
-            "quick-1",
-            ThreatModel("linf", EPS),
-            "fashion_mnist",
-            n=64,
-            out=folder / "run",
-            defense_spec=TOY,
-        )
-        write_audit(folder / "audit", 32)
-        path = folder / "audit" / "audit.json"
-        content = json.loads(path.read_text())
-        content["effort"] = effort
-        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-        publish([folder / "run", folder / "audit"], folder / "boards")
-        (evidence,) = (folder / "boards" / "evidence").iterdir()
-        report, _ = check_form(folder / "boards", evidence.name)
+        report, _ = check_form(*submit_with(tmp_path / str(number), {"effort": effort}))
         assert refused(report) == ["the audit is of an effort it may have"]
+
+
+def test_an_audit_of_a_seed_of_one_s_own_is_refused(tmp_path: Path) -> None:
+    """Its 32 images may have been shopped for, as those of the run."""
+    report, _ = check_form(*submit_with(tmp_path, {"seed": 17}))
+    assert refused(report) == ["the audit is of seed 0"]
 
 
 def test_what_robench_ships_may_ask_for_less() -> None:

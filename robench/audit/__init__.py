@@ -23,6 +23,7 @@ from robench.defense import Defense
 from robench.errors import PluginError, UsageError
 from robench.evaluate import Data, check_images, load_images
 from robench.lineup import check_defense
+from robench.precision import full_float32
 from robench.settings import Settings
 from robench.threat import ThreatModel, as_threats
 from robench.types import Images
@@ -35,6 +36,7 @@ NORMS = ("linf", "l2")
 EXAMPLES = 10
 
 
+@full_float32()
 def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` takes too
     defense: Defense,
     threat: ThreatModel | Sequence[ThreatModel],
