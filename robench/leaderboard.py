@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from robench.data_names import KNOWN
 from robench.errors import DataError, UsageError
 from robench.files import write_atomic
 from robench.threat import format_eps
@@ -138,8 +139,8 @@ def estimate_cells(kind: str, estimate: Estimate | None) -> Row:
 
 
 def attack_columns(rows: Sequence[Row]) -> list[str]:
-    """The attacks' columns of a set of rows, in order of their names."""
-    return sorted({key for row in rows for key in row} - {*HEAD, *TAIL})
+    """The attacks' columns of a set of rows, in order of their names; one that is empty in all of them is none."""
+    return sorted({key for row in rows for key, cell in row.items() if cell} - {*HEAD, *TAIL})
 
 
 def is_complete(row: Row) -> bool:
@@ -187,9 +188,14 @@ def _order(row: Row) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
     return named, sorted((key, cell) for key, cell in row.items() if key != "rank")
 
 
-def rows_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV text. A cell that a spreadsheet would take for a formula gets a leading apostrophe."""
-    columns = [*HEAD, *attack_columns(rows), *TAIL]
+def rows_csv(rows: Sequence[Row], attacks: Sequence[str] | None = None) -> str:
+    """Rows as CSV text. A cell that a spreadsheet would take for a formula gets a leading apostrophe.
+
+    Args:
+        rows: in order.
+        attacks: the columns of attacks; None: those of `attack_columns`.
+    """
+    columns = [*HEAD, *(attack_columns(rows) if attacks is None else attacks), *TAIL]
     return "".join([csv_line(columns), *(csv_line([row.get(name, "") for name in columns]) for row in rows)])
 
 
@@ -212,8 +218,8 @@ def _is_number(cell: str) -> bool:
 
 
 def row_csv(row: Row) -> str:
-    """One row with its header."""
-    return rows_csv([row])
+    """One row with its header, in which an attack that failed has an empty cell."""
+    return rows_csv([row], sorted(row.keys() - {*HEAD, *TAIL}))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -235,7 +241,8 @@ def read_rows(path: Path) -> list[Row]:
         if len(cells) != len(columns):
             raise DataError(f"leaderboard {path}, line {number}: expected {len(columns)} cells, got {len(cells)}")
         row = dict(zip(columns, (_restore(cell) for cell in cells), strict=True))
-        wrong = [key for key in _NUMBERS if row[key] and not _is_number(row[key])]
+        numbers = *_NUMBERS, *(key for key in columns if key not in (*HEAD, *TAIL))
+        wrong = [key for key in numbers if row[key] and not _is_number(row[key])]
         if wrong:
             raise DataError(f'leaderboard {path}, line {number}: {wrong[0]} must be a number; got "{row[wrong[0]]}"')
         rows.append({key: cell for key, cell in row.items() if cell or key in (*HEAD, *TAIL)})
@@ -250,9 +257,18 @@ def board_name(dataset: str, norm: str, eps: float) -> str:
     """The file of a threat model's leaderboard: `fashion_mnist-linf-0.1.csv`, `cifar10-linf-8_255.csv`.
 
     What has no place in a file name, as in `hf:org/name` or a path, becomes an underscore.
+
+    Raises:
+        UsageError: such a dataset would get the board of one that robench knows, as a file `fashion/mnist` would.
     """
-    name = f"{dataset}-{norm}-{format_eps(eps, norm)}.csv"
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    cleaned = _file_name(dataset)
+    if cleaned != dataset and cleaned in KNOWN:
+        raise UsageError(f'the leaderboard of "{dataset}" would be that of {cleaned}; give the dataset another name')
+    return f"{cleaned}-{norm}-{_file_name(format_eps(eps, norm))}.csv"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
 
 
 def identity(row: Row) -> tuple[str, ...]:
@@ -263,7 +279,7 @@ def identity(row: Row) -> tuple[str, ...]:
     of_run = row["defense"], row["protocol"], row["weights_digest"]
     if row["protocol"]:
         return of_run
-    return *of_run, "whole" if is_complete(row) else "partial", *(key for key in attack_columns([row]) if row[key])
+    return *of_run, "whole" if is_complete(row) else "partial", *attack_columns([row])
 
 
 def find_replaced(row: Row, rows: Sequence[Row], *, replace: bool = False, whose: str = "a row") -> list[Row]:

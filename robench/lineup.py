@@ -9,6 +9,7 @@ from torch import nn
 from robench.attack import ACCESS_LEVELS, Attack
 from robench.defense import Defense
 from robench.errors import UsageError
+from robench.leaderboard import HEAD, TAIL
 from robench.plan import AttackEntry, RunSpec
 from robench.protocol import Protocol, find_protocol
 from robench.registry import load_attack, split_specs
@@ -75,8 +76,8 @@ def plan_attacks(
     gradients along all of them, and on a defense of fewer than four classes the margin stands in for its targeted dlr.
 
     Raises:
-        UsageError: an unknown name, option or mode, no attack at all, something else, or two different ones of one
-            name.
+        UsageError: an unknown name, option or mode, no attack at all, something else, two different ones of one
+            name, or one that is named like another column of a row.
     """
     protocol = named_protocol(attacks)
     given = _listed(attacks)
@@ -91,7 +92,7 @@ def plan_attacks(
         wants_all = protocol is not None and attack.access == "gradient"
         for mode in defense.gradient_modes if wants_all else [written]:
             entry = _entry(attack, one if isinstance(one, str) else None, defense.check_mode(mode), defense)
-            if entry.key in (CLEAN, WORST) or built.get(entry.key, attack) != attack:
+            if entry.key in (CLEAN, WORST, *HEAD, *TAIL) or built.get(entry.key, attack) != attack:
                 raise UsageError(f'two things of this run would be named "{entry.key}"; give the attack another name')
             entries[entry.key], built[entry.key] = entry, attack
     if not entries:

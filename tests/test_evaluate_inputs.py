@@ -141,6 +141,14 @@ def test_two_attacks_of_one_name_are_refused() -> None:
     assert list(evaluate(Linear(), "fgsm,fgsm()", LINF, grid_images(2)).per_attack) == ["fgsm"]  # the same twice is one
 
 
+@pytest.mark.parametrize("name", ["clean", "worst", "robust_acc", "n"])
+def test_an_attack_named_like_a_column_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figure would stand in the row as another's."""
+    monkeypatch.setattr(Nudge, "name", name)
+    with pytest.raises(UsageError, match=f'two things of this run would be named "{name}"'):
+        evaluate(Linear(), [Nudge()], LINF, grid_images(2))
+
+
 def test_an_attack_from_a_file_is_replayed_by_its_path() -> None:
     name = f"{engine_toys.__file__}:Nudge"
     (entry,) = evaluate(Linear(), f"{name}(up=False)", LINF, grid_images(2)).spec.attacks

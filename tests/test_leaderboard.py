@@ -118,6 +118,12 @@ def test_board_name(dataset: str, norm: str, eps: float, name: str) -> None:
     assert board_name(dataset, norm, eps) == name
 
 
+@pytest.mark.parametrize("dataset", ["fashion/mnist", "fashion mnist", "fashion::mnist"])
+def test_a_dataset_gets_no_board_of_another(dataset: str) -> None:
+    with pytest.raises(UsageError, match=f'leaderboard of "{dataset}" would be that of fashion_mnist'):
+        board_name(dataset, "linf", 0.1)
+
+
 # adding
 
 
@@ -274,6 +280,15 @@ def test_any_text_survives_byte_for_byte(
     check_round_trip([make_row(name, **{attack: "0.25"}) for name in names], tmp_path_factory.getbasetemp() / "any.csv")
 
 
+@given(cells=st.lists(st.lists(st.sampled_from(["", "0.25"]), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_attacks_that_failed_survive_byte_for_byte(
+    cells: list[list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A column of an attack that has no figure in any row is none, before and after reading."""
+    rows = [make_row(str(place), pgd=a, fgsm=b, cw=c) for place, (a, b, c) in enumerate(cells)]
+    check_round_trip(rows, tmp_path_factory.getbasetemp() / "failed.csv")
+
+
 @pytest.mark.parametrize("name", ["=cmd()", "+x", "-x", "@x", "\tx", "\rx", "-inf"])
 def test_no_cell_starts_a_formula(name: str) -> None:
     lines = list(csv.reader(rows_csv([make_row(name, **{name: "0.5"})]).splitlines(keepends=True)))
@@ -291,6 +306,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         whole[: -len(whole.splitlines()[-1]) // 2]: "line 3: expected 29 cells, got",
         whole.replace("0.5000", "half", 1): 'line 2: robust_low must be a number; got "half"',
         whole.replace("0.5000", "nan", 1): "robust_low must be a number",
+        whole.replace(",0.6,", ",most,", 1): 'line 2: pgd must be a number; got "most"',
         whole + '"open': "cannot be read",
     }
     for text, message in damages.items():
