@@ -42,7 +42,8 @@ MANIFEST, EXAMPLES, IMAGES, AUDIT = "manifest.json", "examples.parquet", "images
 AUDIT_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
     **dict.fromkeys(("verdict", "weights_digest", "dataset", "norm"), str),
     **dict.fromkeys(("failed", "findings"), list),
-    **dict.fromkeys(("eps", "n"), (int, float)),
+    "eps": (int, float),
+    "n": int,
 }
 DIGEST: Final = 16
 """Letters of a bundle's digest, in the row and as the folder's name."""
@@ -194,7 +195,7 @@ def read_bundle(folder: Path) -> Bundle:
         raise DataError(f"{folder}: {MANIFEST} has the digest {digest}, not the one that names the folder")
     try:
         manifest = json.loads(content)
-        wrong = [key for key, kind in KINDS.items() if not isinstance(manifest[key], kind)]
+        wrong = _misfits(manifest, KINDS)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: {MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
     if wrong or manifest["schema"] != SCHEMA:
@@ -222,13 +223,17 @@ def check_audit(content: bytes, path: Path) -> dict[str, Any]:
 
     try:
         audit: dict[str, Any] = json.loads(content)
-        wrong = [key for key, kind in AUDIT_KINDS.items() if not isinstance(audit[key], kind)]
+        wrong = _misfits(audit, AUDIT_KINDS)
         for name, values in audit["accuracies"].items():
-            wrong += [] if len(values) == 3 and all(math.isfinite(value) for value in values) else [name]
+            value, low, high = values
+            wrong += [] if 0 <= low <= value <= high <= 100 else [name]
         read_effort(audit)
         for finding in audit["findings"]:
             wrong += [key for key in ("check", "verdict", "reason", "paper") if not isinstance(finding[key], str)]
-            for curve in finding.get("plot", {"curves": ()})["curves"]:
+            plot = finding.get("plot", {"curves": (), "x_label": "", "y_label": ""})
+            labels = plot["x_label"], plot["y_label"], *(curve["label"] for curve in plot["curves"])
+            wrong += [] if all(isinstance(label, str) for label in labels) else ["plot"]
+            for curve in plot["curves"]:
                 lengths = {len(curve["x"]), len(curve["y"]), len(curve["low"] or curve["x"])}
                 values = [*curve["x"], *curve["y"], *curve["low"], *curve["high"]]
                 wrong += ["plot"] if len(lengths) > 1 or not all(math.isfinite(value) for value in values) else []
@@ -241,6 +246,11 @@ def check_audit(content: bytes, path: Path) -> dict[str, Any]:
     if not {*verdicts} <= {*VERDICTS} or (audit["verdict"], audit["failed"]) != (overall(verdicts), failed):
         raise DataError(f"{path}: its verdict is not that of its findings. Run the audit again")
     return audit
+
+
+def _misfits(content: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> list[str]:
+    """The keys whose values are not of their kind; True and False are no numbers."""
+    return [key for key, kind in kinds.items() if not isinstance(content[key], kind) or isinstance(content[key], bool)]
 
 
 def bundle_folder(root: Path, digest: str) -> Path:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Final, get_args
 
+from robench.attack import Goal
 from robench.errors import DataError
+from robench.threat import NORMS
 
 SCHEMA = 2
 """Version of the run folder's files; a newer one is refused."""
+PRECISIONS: Final = ("float32", "bfloat16")
+DEVICES: Final = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,12 @@ class AttackEntry:
     spec: str
     mode: str | None = None
     goal: str = "budget"
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the fields are of the kinds that an attack's are."""
+        texts = self.key, self.spec, self.goal, self.mode or ""
+        return all(isinstance(text, str) for text in texts) and bool(self.key) and self.goal in get_args(Goal)
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class RunSpec:
         """The inverse of `to_json`.
 
         Raises:
-            DataError: a field is missing, unknown or of the wrong kind.
+            DataError: a field is missing, unknown, of the wrong kind or out of range.
         """
         kinds: dict[Any, type] = {"str": str, "int": int, "bool": bool, "dict[str, Any]": dict}
         try:
@@ -106,9 +117,29 @@ class RunSpec:
                 raise TypeError(f"{wrong[0]} is {content[wrong[0]]!r}")
             entries = tuple(AttackEntry(**entry) for entry in content["attacks"])
             eps, shape = tuple(float(value) for value in content["eps"]), tuple(content["image_shape"])
-            return cls(**{**content, "attacks": entries, "eps": eps, "image_shape": shape})
+            spec = cls(**{**content, "attacks": entries, "eps": eps, "image_shape": shape})
+            if odd := spec.find_odd():
+                raise ValueError(f"{odd} is {getattr(spec, odd)!r}")
         except (TypeError, KeyError, ValueError) as error:
             raise DataError(f"the run's spec does not fit the schema: {error}") from None
+        return spec
+
+    def find_odd(self) -> str:
+        """The first field whose value no run can have; empty if there is none."""
+        counts = ("n", "unit_size", "eot", "judge_repeats")
+        odd = {
+            **{name: getattr(self, name) < 1 for name in counts},
+            "seed": self.seed < 0,
+            "query_budget": type(self.query_budget) not in (int, type(None)),
+            "image_shape": len(self.image_shape) != 3 or not all(_is_count(side) for side in self.image_shape),
+            "norm": self.norm not in NORMS,
+            "eps": not self.eps or not all(math.isfinite(value) and value >= 0 for value in self.eps),
+            "attacks": not all(entry.is_sound for entry in self.attacks),
+            "precision": self.precision not in PRECISIONS,
+            "device": self.device not in DEVICES,
+            "defense_options": not isinstance(self.defense_options.get("weights"), str | None),
+        }
+        return next((name for name, is_odd in odd.items() if is_odd), "")
 
     def digest(self) -> str:
         """SHA-256 of the spec."""
@@ -133,6 +164,10 @@ class Unit:
     index: int
     start: int
     stop: int
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def plan_units(spec: RunSpec) -> list[Unit]:

@@ -14,6 +14,7 @@ import torch
 from robench.attack import ACCESS_LEVELS, Goal
 from robench.errors import UsageError
 from robench.files import Place
+from robench.plan import PRECISIONS
 
 DEFAULT_N = 256
 RANDOMIZED_EOT, RANDOMIZED_REPEATS = 10, 20
@@ -84,7 +85,7 @@ class Settings:
             if name != "seed" and value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1; got {value}")
         _check_choice("runner", self.runner, ("local",))
-        _check_choice("precision", self.precision, ("float32", "bfloat16"))
+        _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("access", self.access, (None, *ACCESS_LEVELS))
         _check_choice("goal", self.goal, (None, *get_args(Goal)))
 

@@ -19,6 +19,8 @@ CLEAN: Final = "clean"
 WORST: Final = "worst"
 NOTES: Final = "notes"
 X_ADV: Final = "x_adv"
+STATUSES: Final = ("ok", "skipped", "spared", "failed")
+"""Of an attack on an image: done; not done, as the clean image is wrong or an earlier attack broke it; failed."""
 KINDS: Final = {
     "eps": "double",
     "attack": "string",
