@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Final, Literal, get_args
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final, Literal, get_args
 
 Verdict = Literal["pass", "suspect", "fail", "not run"]
 Overall = Literal["pass", "suspect", "masked"]
@@ -40,6 +40,27 @@ QUESTIONS: Final = {
     "binarisation": "Does PGD find adversarial examples that exist by construction?",
     "contract": "Are the logits finite, no probabilities, and the image's own?",
 }
+
+
+OF_RANDOMIZED: Final = frozenset({"double_draws", "draws", "fixed_draws", "retries", "gradient_noise"})
+"""Those that ask after a randomized defense's draws."""
+CONDITIONAL: Final = frozenset({"gradient_modes", "binarisation", "distortion", "finite_differences", "transfer"})
+"""Those that need what a sound defense may lack: a second gradient path, time for hundreds of passes, images that a
+single step leaves right or where the gradient is not zero, another defense of the same data."""
+
+
+def find_idle(findings: Iterable[Mapping[str, Any]], *, randomized: bool) -> list[str]:
+    """The checks of an audit that were not run although they can be: none where gradients are found to be missing.
+
+    Args:
+        findings: as `Audit.to_json` gives them.
+        randomized: whether the defense is.
+    """
+    verdicts = {finding["check"]: finding["verdict"] for finding in findings}
+    if verdicts.get("zero_gradients") == "fail":
+        return []
+    excused = CONDITIONAL if randomized else CONDITIONAL | OF_RANDOMIZED
+    return [name for name, verdict in verdicts.items() if verdict == "not run" and name not in excused]
 
 
 def overall(verdicts: Collection[str]) -> Overall:

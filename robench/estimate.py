@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from robench.stats import mean_interval, wilson
+from robench.stats import majority_right, mean_interval, wilson
 
 TRIES = (2, 5, 10, 20, 50, 100)
 """The N of `best_of[N]`, as far as there are draws."""
@@ -65,9 +65,7 @@ class Answers:
 
     def majority(self) -> Estimate:
         """Accuracy of a vote over all repeats; a tie counts as wrong."""
-        others = self.votes.copy()
-        others[np.arange(len(self.labels)), self.labels] = -1
-        won = int((self.right > others.max(1)).sum())
+        won = int(majority_right(self.votes, self.labels).sum())
         return Estimate(won / len(self.labels), *wilson(won, len(self.labels)))
 
     def best_of(self, tries: int) -> Estimate:

@@ -143,6 +143,54 @@ def answers_differ(
     return scatter > 1.5 * noise.each * float(chi2.ppf(1 - level, count / noise.each))
 
 
+def majorities_differ(
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    level: float = 0.001,
+    noise: SharedNoise = INDEPENDENT,
+    splits: int = 4000,
+) -> bool:
+    """True if the votes of the same examples, taken twice, cannot give majorities so different by chance.
+
+    Given both counts together, any share of the answers may have been the first (multivariate hypergeometric), so that
+    the gap between the numbers of examples whose majority is right has a known distribution. It is sampled.
+
+    Args:
+        first: votes for each class: `examples classes`; as many answers for each example.
+        second: the same of fresh answers.
+        labels: the right class of each example.
+        level: two-sided.
+        noise: what the examples share.
+        splits: of the sample. 1,000 examples take a second.
+    """
+    pooled = first + second
+    answers = int(first[0].sum())
+    random = np.random.default_rng(0)
+    gaps = np.zeros(splits)
+    for votes, label in zip(pooled, labels, strict=True):
+        if (votes > 0).sum() > 1:
+            split = random.multivariate_hypergeometric(votes, answers, splits)
+            gaps += majority_right(split, label) * 1.0 - majority_right(votes - split, label)
+    gap = majority_right(first, labels).sum() - majority_right(second, labels).sum()
+    bound = np.quantile(np.abs(gaps), 1 - level, method="higher")
+    return bool(abs(gap) > math.sqrt(max(noise.total, noise.each)) * bound)
+
+
+def majority_right(votes: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | np.int64) -> npt.NDArray[np.bool_]:
+    """Whether the right class has more votes than any other; a tie counts as wrong.
+
+    Args:
+        votes: for each class: `examples classes`.
+        labels: the right class of each example, or of all.
+    """
+    places = np.arange(len(votes))
+    others = votes.copy()
+    others[places, labels] = -1
+    right: npt.NDArray[np.bool_] = votes[places, labels] > others.max(1)
+    return right
+
+
 def most_by_chance(n: int, rate: float, level: float = 0.001) -> int:
     """How many of n independent trials chance explains at a rate: more come with a probability of at most `level`."""
     return int(binom.isf(level, n, rate))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path, PureWindowsPath
@@ -16,15 +17,16 @@ import numpy.typing as npt
 from robench.audit import audit
 from robench.audit.effort import may_have_effort, read_effort
 from robench.bundle import Bundle, bundle_folder, read_bundle, size
-from robench.check_names import FEWEST_AUDITED, QUESTIONS
+from robench.check_names import FEWEST_AUDITED, QUESTIONS, find_idle
 from robench.data import digest_data, load_dataset
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
-from robench.leaderboard import Row, board_name, is_complete, rank_rows, read_rows, rows_csv
+from robench.leaderboard import Row, board_name, identity, is_complete, rank_rows, read_rows, rows_csv
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS
 from robench.publish import EVIDENCE, audit_fits
-from robench.registry import load_defense, parse_spec
+from robench.registry import builtin_names, load_defense, parse_spec
+from robench.settings import RANDOMIZED_EOT
 from robench.stats import most_by_chance, paired_interval, smallest_shown
 from robench.threat import ThreatModel
 from robench.unit_table import WORST
@@ -39,6 +41,14 @@ SLACK: Final = 0.02
 
 Of a deterministic defense: the share of its images that the new attack may break where the row's did not.
 """
+
+
+MOST_SHARED: Final = 0.25
+"""`Report.shared` of a row whose intervals, which take the images' answers as independent, can be believed."""
+SHARED_ADVICE: Final = (
+    "where the images of a pass share a draw, an accuracy is less certain than its interval says: draw for each image, "
+    "or set batch_rows = 1"
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ def check_submission(
     judged = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
     report.lines += judged.lines
     report.failures += judged.failures
+    report.check("answers are drawn for each image", judged.shared <= MOST_SHARED, SHARED_ADVICE)
     if redo is not None and redo.attack and report.holds:
         _attack_again(report, bundle, redo, device, data_dir)
     if redo is not None and redo.audit and report.holds:
@@ -126,7 +137,8 @@ def check_form(leaderboards: Path, evidence: str) -> tuple[Report, tuple[Bundle,
     except DataError as error:
         report.check("the evidence can be read", held=False, detail=str(error))
         return report, None
-    _check_paths(report, bundle.spec)
+    _check_name(report, bundle.spec)
+    _check_audit(report, bundle)
     row = _check_form(report, bundle, leaderboards)
     return report, (bundle, row) if row is not None and report.holds else None
 
@@ -202,13 +214,20 @@ def _compare(before: npt.NDArray[np.float64], now: npt.NDArray[np.float64], *, r
     return broken <= most, f"{broken} more are broken, of which chance explains {most}; {shown}"
 
 
-def _check_paths(report: Report, spec: RunSpec) -> None:
-    """Refuses a defense, weights or data that are named by a path out of the repository: nobody else has them.
+def _check_name(report: Report, spec: RunSpec) -> None:
+    """Refuses a defense whose name in the row hides what it is, and paths that lead out of the repository.
+
+    Nobody else has what lies there.
 
     Raises:
         UsageError: the defense's name cannot be read.
     """
     name, options = parse_spec(spec.defense) if spec.defense else ("", {})
+    borrowed = spec.defense_name in builtin_names("defense") and name != spec.defense_name
+    report.check("the defense has a name of its own", not borrowed, f"{spec.defense_name} is {name}")
+    hidden = sorted(set(spec.defense_options) - {"weights"})
+    detail = f"not so: {', '.join(hidden)}; write NAME(option=value)" if hidden else "none is hidden"
+    report.check("the defense's options stand in its name", not hidden, detail)
     paths = (name, str({**options, **spec.defense_options}.get("weights", "")), spec.dataset)
     outside = [path for path in paths if _leads_outside(path)]
     advice = (
@@ -244,35 +263,49 @@ def _check_form(report: Report, bundle: Bundle, leaderboards: Path) -> Row | Non
     row = mine[0]
     canonical = rows_csv(rank_rows(rows)).encode() == path.read_bytes()
     report.check(f"{name} is as 'robench leaderboard add' writes it", canonical, "order, ranks and quoting")
+    alike = sum(identity(one) == identity(row) for one in rows)
+    report.check("no other row is of this defense, protocol and weights", alike == 1, f"{alike - 1} others")
     known = ", ".join(PROTOCOLS)
     report.check(
         "the protocol is a published one", row["protocol"] in PROTOCOLS, f'"{row["protocol"]}"; known: {known}'
     )
     report.check("no number is missing", is_complete(row), "clean and robust accuracy, and that under each attack")
-    made = {finding["check"] for finding in bundle.audit["findings"]} if bundle.audit else set()
-    report.check("the audit made every check", made >= QUESTIONS.keys(), f"{len(made)} of {len(QUESTIONS)}")
-    fitting = bundle.audit is not None and audit_fits(bundle.audit, bundle.spec, bundle.eps)
-    report.check("the audit is of these weights and this bound", fitting, f"eps {bundle.eps:g}")
-    effort = read_effort(bundle.audit or {})
-    fitting = may_have_effort(bundle.spec.defense, effort)
-    report.check("the audit is of an effort it may have", fitting, str(effort or "not told: audit again"))
-    seed = bundle.audit["seed"] if bundle.audit is not None else None
-    report.check("the audit is of seed 0", seed == 0, f"seed {seed}")
-    audited = bundle.audit["n"] if bundle.audit is not None else 0
-    enough = bundle.spec.n >= FEWEST and audited >= FEWEST_AUDITED
-    counts = f"{bundle.spec.n}, at least {FEWEST}; {audited} audited, at least {FEWEST_AUDITED}"
-    report.check("there are enough images", enough, counts)
+    report.check("there are enough images", bundle.spec.n >= FEWEST, f"{bundle.spec.n}, at least {FEWEST}")
     report.check("the day of the run is past", _is_past(bundle.created), bundle.created)
     report.check("the evidence is small", size(bundle.folder) <= LARGEST, f"{size(bundle.folder)} of {LARGEST} bytes")
     return row
 
 
+def _check_audit(report: Report, bundle: Bundle) -> None:
+    """Looks at what the audit says of itself; only making it again shows whether its findings are true."""
+    spec, audit = bundle.spec, bundle.audit
+    report.check("there is an audit", audit is not None, "robench audit makes it")
+    if audit is None:
+        return
+    verdicts = Counter(finding["check"] for finding in audit["findings"])
+    report.check("the audit made every check once", verdicts == Counter(list(QUESTIONS)), f"{len(verdicts)} checks")
+    idle = find_idle(audit["findings"], randomized=spec.randomized)
+    report.check("the audit ran every check that it can", not idle, f"not run: {', '.join(idle)}" if idle else "all")
+    report.check("the audit is of these weights and this bound", audit_fits(audit, spec, bundle.eps), f"{bundle.eps:g}")
+    effort = read_effort(audit)
+    fitting = may_have_effort(spec.defense, effort)
+    report.check("the audit is of an effort it may have", fitting, str(effort or "not told: audit again"))
+    draws = audit.get("eot")
+    enough = not spec.randomized or (isinstance(draws, int) and draws >= RANDOMIZED_EOT)
+    report.check("the audit had enough draws", enough, f"{draws}, at least {RANDOMIZED_EOT if spec.randomized else 1}")
+    report.check("the audit is of seed 0", audit.get("seed") == 0, f"seed {audit.get('seed')}")
+    report.check(
+        "the audit had enough images", audit["n"] >= FEWEST_AUDITED, f"{audit['n']}, at least {FEWEST_AUDITED}"
+    )
+
+
 def _is_past(day: str) -> bool:
-    """Whether a day, in any time zone, has begun."""
+    """Whether a day, as YYYY-MM-DD in any time zone, has begun."""
     try:
-        return date.fromisoformat(day) <= datetime.now(UTC).date() + timedelta(days=1)
+        told = date.fromisoformat(day)
     except ValueError:
         return False
+    return day == told.isoformat() and told <= datetime.now(UTC).date() + timedelta(days=1)
 
 
 def digest_of(text: str) -> str:

@@ -25,10 +25,10 @@ from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
-from robench.stats import INDEPENDENT, SharedNoise, answers_differ, shared_noise
+from robench.stats import INDEPENDENT, SharedNoise, answers_differ, majorities_differ, shared_noise
 from robench.store import RESULT_FILE, ROW_FILE
 from robench.threat import ThreatModel
-from robench.unit_table import CLEAN, WORST
+from robench.unit_table import CLEAN, STATUSES, WORST
 
 
 @dataclass
@@ -39,11 +39,14 @@ class Report:
         folder: the run.
         lines: one line per claim, in words.
         failures: the claims that do not hold; empty if all do.
+        shared: the noise of an accuracy where images of a pass share draws, as a multiple of that of single independent
+            ones; 0 of a deterministic defense.
     """
 
     folder: Path
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    shared: float = 0.0
 
     @property
     def holds(self) -> bool:
@@ -161,7 +164,7 @@ def verify_evidence(
     if data.digest == bundle.spec.data_digest:  # else _verify says so, and the images would not fit the originals
         try:
             result = bundle.result(data.x)
-        except (ValueError, KeyError, DataError) as error:
+        except (ValueError, KeyError, TypeError, DataError) as error:
             report.check("images can be read", held=False, detail=str(error))
             return report
         told = ", ".join(f"{count} as {name}" for name, count in bundle.encodings.items())
@@ -269,6 +272,9 @@ def _find_gap(result: Evaluation, data: Dataset, defense: Defense) -> str:
             return f"the answers of {key} are no counts over {defense.num_classes} classes"
         if (votes[judged].sum(1) != spec.judge_repeats).any():
             return f"not {spec.judge_repeats} answers for each image under {key}"
+        numbers = rows[["forwards", "backwards", "distance"]].to_numpy(dtype=float)[judged]
+        if not set(rows["status"]) <= set(STATUSES) or not (numbers >= 0).all():
+            return f"the status, passes or distances of {key} are none"
     if defense.randomized:
         return ""  # the worst case was judged on draws of its own
     return next(filter(None, (_find_contradiction(result, keys, eps) for eps in spec.eps)), "")
@@ -306,6 +312,10 @@ def _compare(
     differ = answers_differ(stored.right, fresh.right, stored.repeats, fresh.repeats, noise=noise)
     shared = "" if noise == INDEPENDENT else f"; the images of a pass share draws: {noise.total:.1f} times the noise"
     report.check(claim, not differ, f"stored {_text(old)}, now {_text(new)}{shared}")
+    report.shared = max(report.shared, noise.total / fresh.repeats)
+    differ = majorities_differ(stored.votes, fresh.votes, stored.labels, noise=noise)
+    majorities = f"stored {_text(stored.majority())}, now {_text(fresh.majority())}"
+    report.check(f"majority vote, {claim}", not differ, f"{majorities}{shared}")
 
 
 def _text(estimate: Estimate) -> str:

@@ -187,6 +187,16 @@ class OneCorner(Blindfold):
         return self.with_corner_hidden(x, corner)
 
 
+class Moody(Prototypes):
+    """Tells all images of every other pass, as it happens, the class after theirs."""
+
+    name = "moody"
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x).roll(int(torch.randint(2, ()).item()), 1)
+
+
 class Stairs(Prototypes):
     """Rounds what it sees to eight greys, so that its gradient is zero: masked."""
 

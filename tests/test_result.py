@@ -121,7 +121,7 @@ def test_verify_confirms_a_run_and_finds_a_changed_one(tmp_path: Path) -> None:
         )
         report = verify_run(tmp_path / name)
         assert report.holds, report.failures
-        assert len(report.lines) == 9
+        assert len(report.lines) == 9 + 2 * defense.randomized
     path = tmp_path / "Prototypes" / "run.json"
     path.write_text(path.read_text().replace("Prototypes", "Blindfold"))
     with pytest.raises(DataError, match=r"run\.json is damaged"):

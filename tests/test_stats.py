@@ -15,6 +15,7 @@ from robench.estimate import Answers
 from robench.stats import (
     INDEPENDENT,
     answers_differ,
+    majorities_differ,
     mean_interval,
     most_by_chance,
     paired_interval,
@@ -250,6 +251,39 @@ def draw_passes(
     chosen = chances[generator.integers(len(chances), size=repeats)]
     found: npt.NDArray[np.bool_] = generator.random(chosen.shape) < chosen
     return found
+
+
+def voted(chances: Fractions, repeats: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Votes over four classes of which class 0 is right with a chance of its own, else mostly class 1."""
+    others = np.outer(1 - chances, [0.7, 0.2, 0.1])
+    return random.multinomial(repeats, np.column_stack([chances, others]))
+
+
+def test_majorities_differ_seldom_cries_wolf() -> None:
+    random = np.random.default_rng(0)
+    labels = np.zeros(60, np.int64)
+    cries = 0
+    for _ in range(200):
+        chances = random.beta(2, 2, 60)
+        cries += majorities_differ(
+            voted(chances, 20, random), voted(chances, 20, random), labels, level=0.05, splits=500
+        )
+    assert cries <= 20, "of 200 at one in twenty: 10 are expected, 21 in one of a thousand"
+
+
+def test_majorities_differ_finds_wrong_answers_that_were_spread() -> None:
+    """The right answers are the same; so `answers_differ` sees nothing."""
+    random = np.random.default_rng(0)
+    honest = voted(np.full(64, 0.4), 20, random)
+    fresh = voted(np.full(64, 0.4), 20, random)
+    spread = honest.copy()
+    wrong = 20 - honest[:, 0]
+    for place in range(3):
+        spread[:, 1 + place] = wrong // 3 + (wrong % 3 > place)
+    labels = np.zeros(64, np.int64)
+    assert not majorities_differ(honest, fresh, labels)
+    assert majorities_differ(spread, fresh, labels)
+    assert not answers_differ(spread[:, 0], fresh[:, 0], 20, 20)
 
 
 def test_independent_answers_share_no_noise() -> None:

@@ -22,7 +22,7 @@ from robench.bundle import bundle_folder, read_bundle
 from robench.cli import main
 from robench.errors import UsageError
 from robench.evaluate import evaluate
-from robench.leaderboard import add_row
+from robench.leaderboard import add_row, rank_rows, read_rows, rows_csv
 from robench.publish import publish
 from robench.registry import load_defense
 from robench.submission import Redo, check_form, check_submission, digest_of
@@ -59,7 +59,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 12 + 13
+    assert len(report.lines) == 19 + 14
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -71,9 +71,9 @@ def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
     ("n", "attacks", "audited", "reason"),
     [
         (20, "quick-1", 32, "there are enough images"),
-        (64, "quick-1", 31, "there are enough images"),
+        (64, "quick-1", 31, "the audit had enough images"),
         (64, "fgsm", 32, "the protocol is a published one"),
-        (64, "quick-1", 0, "the audit made every check"),
+        (64, "quick-1", 0, "there is an audit"),
     ],
 )
 def test_what_is_missing_is_named(n: int, attacks: str, audited: int, reason: str, tmp_path: Path) -> None:
@@ -105,10 +105,83 @@ def test_an_effort_that_the_defense_chose_is_refused(tmp_path: Path) -> None:
         assert refused(report) == ["the audit is of an effort it may have"]
 
 
-def test_an_audit_of_a_seed_of_one_s_own_is_refused(tmp_path: Path) -> None:
-    """Its 32 images may have been shopped for, as those of the run."""
-    report, _ = check_form(*submit_with(tmp_path, {"seed": 17}))
-    assert refused(report) == ["the audit is of seed 0"]
+def passing(**verdicts: str) -> list[dict[str, Any]]:
+    """Findings that pass, but for some."""
+    names = [*CHECKS, *(name for name in verdicts if name not in CHECKS)]
+    return [{"check": name, "reason": "", "paper": "", "verdict": verdicts.get(name, "pass")} for name in names]
+
+
+IDLE = dict.fromkeys(CHECKS, "not run")
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ({"seed": 17}, ["the audit is of seed 0"]),  # its 32 images may have been shopped for, as those of the run
+        ({"findings": passing(binarisation="not run")}, []),
+        ({"findings": passing(retries="not run")}, []),  # asks after the draws of a randomized defense
+        ({"findings": passing(square="not run")}, ["the audit ran every check that it can"]),
+        ({"findings": passing(**IDLE)[:-1] + passing()[-1:]}, ["the audit ran every check that it can"]),
+        ({"findings": [*passing(), passing()[0]]}, ["the audit made every check once"]),
+        ({"findings": passing(other="pass")}, ["the audit made every check once"]),
+    ],
+)
+def test_an_audit_that_tells_less_than_it_must_is_refused(
+    change: dict[str, Any], reasons: list[str], tmp_path: Path
+) -> None:
+    report, _ = check_form(*submit_with(tmp_path, {**change, "verdict": "pass", "failed": []}))
+    assert refused(report) == reasons
+
+
+@pytest.mark.parametrize("eot", [1, "10"])
+def test_an_audit_of_a_randomized_defense_with_too_few_draws_is_refused(
+    eot: object, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    def draw(manifest: Any, examples: Any, images: Any) -> None:
+        manifest["spec"]["randomized"] = True
+
+    boards, digest = whole
+    folder = forge(shutil.copytree(boards / "evidence" / digest, tmp_path / "evidence" / digest), draw)
+    bundle = read_bundle(folder)
+    report = Report(folder)
+    submission._check_audit(report, replace(bundle, audit={**(bundle.audit or {}), "eot": eot}))
+    assert "the audit had enough draws" in refused(report)
+
+
+def test_a_borrowed_name_and_hidden_options_are_refused(whole: tuple[Path, str], tmp_path: Path) -> None:
+    boards, digest = whole
+    for number, (change, reason) in enumerate(
+        [
+            ({"defense_name": "convnet_at"}, "the defense has a name of its own"),
+            ({"defense_options": {"gain": 0.2}}, "the defense's options stand in its name"),
+        ]
+    ):
+        copy = shutil.copytree(boards / "evidence" / digest, tmp_path / str(number) / "evidence" / digest)
+        forged = forge(copy, lambda manifest, examples, images, change=change: manifest["spec"].update(change))
+        assert reason in refused(check_form(tmp_path / str(number), forged.name)[0])
+
+
+def test_two_rows_of_one_defense_are_refused(tmp_path: Path) -> None:
+    """Of which the luckier one would lead; `add` lets one replace the other."""
+    boards, digest = submit(tmp_path)
+    (path,) = boards.glob("*.csv")
+    (row,) = read_rows(path)
+    path.write_text(rows_csv(rank_rows([row, {**row, "n": "128", "evidence": "0" * 16}])))
+    assert refused(check_form(boards, digest)[0]) == ["no other row is of this defense, protocol and weights"]
+
+
+def test_a_defense_that_draws_once_for_a_whole_pass_is_refused(tmp_path: Path) -> None:
+    """Its interval takes the images' answers as independent; that of a toy that draws for each image holds."""
+    threat = ThreatModel("linf", EPS)
+    for toy, held in (("Moody", False), ("Blindfold", True)):
+        name, folder = f"engine_toys:{toy}", tmp_path / toy
+        options: dict[str, Any] = {"n": 100, "out": folder / "run", "defense_spec": name}
+        evaluate(load_defense(name), "quick-1", threat, "fashion_mnist", **options)
+        write_audit(folder / "audit", 32, defense=load_defense(name))
+        publish([folder / "run", folder / "audit"], folder / "boards")
+        (evidence,) = (folder / "boards" / "evidence").iterdir()
+        report = check_submission(folder / "boards", evidence.name, device="cpu", trust=True)
+        assert refused(report) == ["answers are drawn for each image"] * (not held)
 
 
 def test_what_robench_ships_may_ask_for_less() -> None:
