@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,10 +44,24 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     package.mkdir()
     (package / "__init__.py").write_text(PACKAGE)
     (package / "utils.py").write_text(UTILS)
+    _install("robustbench", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     _forget()
     yield package
     _forget()
+
+
+def _install(name: str, place: Path) -> None:
+    """Makes a distribution of the package robustbench in a folder, as pip does."""
+    files = sorted((place / "robustbench").glob("*.py"))
+    digests = [base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode() for path in files]
+    lines = [
+        f"robustbench/{path.name},sha256={digest.rstrip('=')},1\n" for path, digest in zip(files, digests, strict=True)
+    ]
+    folder = place / f"{name}-3.5.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 3.5.1\n")
+    (folder / "RECORD").write_text("".join(lines) + f"{folder.name}/RECORD,,\n")
 
 
 def _forget() -> None:
@@ -87,6 +104,61 @@ def test_a_package_that_cannot_be_imported_is_named(zoo: Path) -> None:
     (zoo / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     with pytest.raises(UsageError, match="torchvision::nms does not exist"):
         load_defense("robustbench:Tiny", "cifar10")
+
+
+def test_the_copy_that_torchattacks_brings_is_not_taken_for_it(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "robustbench-3.5.1.dist-info").rename(tmp_path / "torchattacks-3.5.1.dist-info")
+    metadata = tmp_path / "torchattacks-3.5.1.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: torchattacks\nVersion: 3.5.1\n")
+    with pytest.raises(UsageError) as caught:
+        load_defense("robustbench:Tiny", "cifar10")
+    assert str(caught.value) == (
+        f'defense "robustbench:Tiny" needs the package robustbench (the one in {zoo.resolve()} is a copy that '
+        "torchattacks brings along): pip install 'robench[robustbench]'"
+    )
+    assert "robustbench" not in sys.modules
+
+
+def test_a_package_of_no_distribution_is_not_taken_for_it(zoo: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "robustbench-3.5.1.dist-info")
+    with pytest.raises(UsageError, match=r"belongs to no installed robustbench\): pip install 'robench"):
+        load_defense("robustbench:Tiny", "cifar10")
+
+
+def test_torchattacks_in_the_same_folder(zoo: Path, tmp_path: Path) -> None:
+    """The last of the two to be installed has written the files; to take torchattacks away takes them too."""
+    own = (zoo / "utils.py").read_text()
+    (zoo / "utils.py").write_text("raise ImportError('an old copy')")
+    _install("torchattacks", tmp_path)
+    again = r"pip install --force-reinstall --no-deps robustbench"
+    with pytest.raises(UsageError, match=rf"torchattacks has overwritten its files\): {again}"):
+        load_defense("robustbench:Tiny", "cifar10")
+    (zoo / "utils.py").write_text(own)
+    assert load_defense("robustbench:Tiny", "cifar10").num_classes == 10
+    _forget()
+    (zoo / "utils.py").unlink()
+    with pytest.raises(UsageError, match=rf"utils.py is missing\): {again}"):
+        load_defense("robustbench:Tiny", "cifar10")
+    (zoo / "__init__.py").unlink()  # a folder that is still a package, unless another copy is found
+    with pytest.raises(UsageError, match=again):
+        load_defense("robustbench:Tiny", "cifar10")
+
+
+def test_a_copy_of_torchattacks_that_is_found_first(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(zoo, first / "robustbench")
+    _install("torchattacks", first)
+    monkeypatch.syspath_prepend(str(first))
+    with pytest.raises(UsageError, match=r"torchattacks brings a copy that is found first, in .*first/robustbench\)"):
+        load_defense("robustbench:Tiny", "cifar10")
+
+
+def test_a_checkout_and_a_package_changed_by_hand_are_let_be(zoo: Path, tmp_path: Path) -> None:
+    (zoo / "__init__.py").write_text("")
+    assert load_defense("robustbench:Tiny", "cifar10").num_classes == 10
+    _forget()
+    (tmp_path / "robustbench-3.5.1.dist-info" / "RECORD").write_text("")  # as an editable install has it
+    assert load_defense("robustbench:Tiny", "cifar10").num_classes == 10
 
 
 def test_it_has_no_attacks() -> None:

@@ -2,16 +2,21 @@
 
 The package wants modules that its own requirements no longer bring (`autoattack`, `pkg_resources`); loading a model
 uses neither, so empty ones stand in for them while it is imported. Its weights it fetches itself; robench reads none.
+The wheel of torchattacks brings an old copy of the whole package under the same name, which is not taken for it.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import csv
 import functools
+import hashlib
 import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Self
@@ -34,7 +39,9 @@ STAND_INS: Final = {
 """What is imported by the zoo and not used to load a model, with the names taken from it."""
 OPERATORS: Final = ("nms", "qnms")
 _OPERATORS: Final = torch.library.Library("torchvision", "FRAGMENT")
+PACKAGE: Final = "robustbench"
 ADVICE: Final = "pip install 'robench[robustbench]'"
+REINSTALL: Final = f"pip install --force-reinstall --no-deps {PACKAGE}"
 
 
 class ZooModel(Defense):
@@ -90,6 +97,8 @@ def find_defense(name: str) -> type[ZooModel]:
 
 
 def _load_model(name: str, dataset: str, threat: str, model_dir: str) -> nn.Module:
+    if fault := _find_fault():
+        raise UsageError(f'defense "robustbench:{name}" needs the package {PACKAGE} ({fault[0]}): {fault[1]}')
     try:
         zoo = _import_zoo()
     except (ImportError, RuntimeError) as error:
@@ -119,6 +128,56 @@ def _import_zoo() -> Any:
         for operator in OPERATORS:
             _OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return importlib.import_module("robustbench.utils")
+
+
+def _find_fault() -> tuple[str, str] | None:
+    """Why the package that would be imported is not RobustBench's own, and what to do; None if it is, or there is none.
+
+    Which of two packages in one folder was installed last, only the files tell, by the digests in their RECORDs. One
+    that was changed by hand is let be.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))).resolve()
+    installed = list(distributions(name=PACKAGE))[:1]
+    recorded = {path: told for found in installed for path, told in _recorded(found, folder).items()}
+    changed = [path for path, told in recorded.items() if _digest(path) != told]
+    if recorded and not changed:
+        return None
+    missing = [path for path in changed if not path.exists()]
+    suspects = changed or [folder / "__init__.py"]
+    owner = next((other.name for other in distributions() if _brings(other, suspects, folder)), "")
+    if not installed:
+        whose = f"is a copy that {owner} brings along" if owner else f"belongs to no installed {PACKAGE}"
+        return f"the one in {folder} {whose}", ADVICE
+    if owner:
+        where = "has overwritten its files" if recorded else f"brings a copy that is found first, in {folder}"
+        return f"{owner} {where}", REINSTALL
+    return (f"{missing[0]} is missing", REINSTALL) if missing else None
+
+
+def _recorded(found: Distribution, folder: Path) -> dict[Path, str]:
+    """The digests of a distribution's files of this package, as far as they lie below the folder."""
+    lines = csv.reader((found.read_text("RECORD") or "").splitlines())
+    told = [(line[0], line[1]) for line in lines if len(line) > 1 and line[0].startswith(f"{PACKAGE}/")]
+    paths = {Path(str(found.locate_file(name))).resolve(): digest for name, digest in told if digest}
+    return {path: digest for path, digest in paths.items() if path.is_relative_to(folder)}
+
+
+def _brings(other: Distribution, paths: list[Path], folder: Path) -> bool:
+    """Whether another distribution has brought one of these files, as it is now."""
+    recorded = _recorded(other, folder)
+    return any(path in recorded and recorded[path] == _digest(path) for path in paths) and other.name != PACKAGE
+
+
+def _digest(path: Path) -> str:
+    """A file's digest as in a RECORD; empty if it is not there."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return ""
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
 
 
 @contextlib.contextmanager
