@@ -33,6 +33,7 @@ def load_model(name, model_dir, dataset, threat_model):
     if name == "Offline":
         raise OSError("no route to host\\nmore")
     model = {"Tiny": nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))}[name]
+    print(f"Downloading {model_dir}/{name}.pt")
     model.came_from = (model_dir, dataset, threat_model)
     return model.train()
 """
@@ -77,6 +78,11 @@ def test_a_model_of_the_zoo_is_a_defense(zoo: Path) -> None:
     assert defense(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     assert resolve("defense", "robustbench:Tiny") is type(defense)
     assert "autoattack" not in sys.modules  # what stood in for it is gone
+
+
+def test_what_the_zoo_prints_goes_to_standard_error(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_defense("robustbench:Tiny", "cifar10")
+    assert capsys.readouterr() == ("", "Downloading models/Tiny.pt\n")
 
 
 @pytest.mark.parametrize(

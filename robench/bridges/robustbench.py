@@ -105,7 +105,8 @@ def _load_model(name: str, dataset: str, threat: str, model_dir: str) -> nn.Modu
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f'defense "robustbench:{name}" needs the package robustbench ({reason}): {ADVICE}') from None
     try:
-        model: nn.Module = zoo.load_model(name, model_dir=model_dir, dataset=dataset, threat_model=threat)
+        with contextlib.redirect_stdout(sys.stderr):  # it tells there of each download
+            model: nn.Module = zoo.load_model(name, model_dir=model_dir, dataset=dataset, threat_model=threat)
     except KeyError:
         raise UsageError(f'RobustBench has no model "{name}" for {dataset} in {threat}') from None
     except Exception as error:  # noqa: BLE001 - the download may fail in as many ways as the network
