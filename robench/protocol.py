@@ -20,6 +20,7 @@ class Protocol:
         judge_repeats: fresh answers behind each verdict on a randomized defense.
         sources: built-in defenses from which adversarial images are transferred, as far as they have weights for the
             dataset and are not the defense itself.
+        full: whether its figure may stand on a board of others; that of a first look may not.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Protocol:
     cascade: bool = True
     judge_repeats: int = 20
     sources: tuple[str, ...] = ()
+    full: bool = True
 
     def attacks_for(self, norm: str) -> tuple[str, ...]:
         """The attacks in a norm.
@@ -63,7 +65,7 @@ _THOROUGH: Final = {
 PROTOCOLS: Final[dict[str, Protocol]] = {
     protocol.name: protocol
     for protocol in (
-        Protocol("quick-1", dict.fromkeys(("linf", "l2"), ("fgsm", "pgd")), cascade=False),
+        Protocol("quick-1", dict.fromkeys(("linf", "l2"), ("fgsm", "pgd")), cascade=False, full=False),
         Protocol("standard-1", _STANDARD, judge_repeats=100),
         Protocol("thorough-1", _THOROUGH, judge_repeats=100, sources=("convnet", "convnet_at", "shortrun")),
     )

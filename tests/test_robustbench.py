@@ -16,7 +16,7 @@ import torch
 from board_toys import make_boards
 
 from robench import UsageError
-from robench.board import load_boards
+from robench.board import Board, load_boards
 from robench.bridges import robustbench
 from robench.registry import load_attack, load_defense, resolve
 from robench.report.tables import as_robustbench, write_robustbench
@@ -183,7 +183,7 @@ BOARD = "fashion_mnist-linf-0.03"
 
 
 def test_export_takes_rows_that_their_evidence_backs(tmp_path: Path) -> None:
-    (board,) = load_boards(make_boards(tmp_path), [BOARD])
+    board = _of_standard(load_boards(make_boards(tmp_path), [BOARD])[0])
     (info,) = json.loads(as_robustbench(board))  # the hostile, masked and partial rows have no evidence
     (row,) = [entry.row for entry in board.entries if not entry.problem]
     assert (info["name"], info["dataset"], info["eps"], info["unreliable"]) == (
@@ -195,14 +195,35 @@ def test_export_takes_rows_that_their_evidence_backs(tmp_path: Path) -> None:
     assert float(info["external"]) == pytest.approx(100 * float(row["robust_acc"]), abs=0.005)
     assert f"{100 * float(row['robust_low']):.2f} to {100 * float(row['robust_high']):.2f}" in info["footnote"]
     assert not info.keys() & {"reported", "autoattack_acc"}
+    assert (info["additional_data"], info["number_forward_passes"]) == (None, None)  # a row knows neither
+
+
+def test_export_takes_rows_of_full_protocols(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    board = _of_standard(load_boards(make_boards(tmp_path), [BOARD])[0])
+    (entry,) = [entry for entry in board.entries if not entry.problem]
+    names = "standard-1", "thorough-1", "quick-1", ""
+    rows = tuple(replace(entry, row={**entry.row, "protocol": name}) for name in names)
+    infos = json.loads(as_robustbench(replace(board, entries=rows)))
+    assert [info["footnote"].partition(",")[0] for info in infos] == ["robench standard-1", "robench thorough-1"]
+    told = f"{BOARD}: 2 rows are left out of what RobustBench gets: not of standard-1 or thorough-1"
+    assert caplog.messages == [told]
+    assert [json.loads(as_robustbench(replace(board, entries=rows[2:]))), len(caplog.messages)] == [[], 2]
+    as_robustbench(replace(board, entries=rows[:2]))
+    assert len(caplog.messages) == 2
+
+
+def _of_standard(board: Board) -> Board:
+    """A leaderboard as if all its rows were of the protocol."""
+    entries = [replace(entry, row={**entry.row, "protocol": "standard-1"}) for entry in board.entries]
+    return replace(board, entries=tuple(entries))
 
 
 def test_a_file_for_each_row_as_robustbench_reads_them(tmp_path: Path) -> None:
     """Its list takes each accuracy that is there for a number, and asks for `venue`."""
     boards = make_boards(tmp_path)
-    (board,) = load_boards(boards, [BOARD])
+    board = _of_standard(load_boards(boards, [BOARD])[0])
     (entry,) = [entry for entry in board.entries if not entry.problem]
-    twice = replace(board, entries=(entry, replace(entry, row={**entry.row, "protocol": "quick-1"}), entry))
+    twice = replace(board, entries=(entry, replace(entry, row={**entry.row, "protocol": "thorough-1"}), entry))
     written = write_robustbench(twice, tmp_path / "model_info")
     assert len(written) == 3
     assert {path.parent for path in written} == {tmp_path / "model_info" / "fashion_mnist" / "Linf"}

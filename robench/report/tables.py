@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from robench.board import Board, Entry
 from robench.errors import UsageError
 from robench.files import write_text
 from robench.leaderboard import Row, is_complete, is_masked, percent, protocol_name, rows_csv
+from robench.protocol import PROTOCOLS
 from robench.report.markdown import markdown_table
 
+LOG: Final = logging.getLogger("robench")
 HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "found most errors", "audit", "n", "protocol")
 
 
@@ -96,9 +99,11 @@ def write_robustbench(board: Board, folder: Path) -> list[Path]:
 def model_infos(board: Board) -> dict[str, dict[str, object]]:
     """What RobustBench keeps of a model, by the name of its file; it has no intervals.
 
-    Rows that miss a number or are not backed by their evidence are left out. robench's protocol is not AutoAttack: its
-    figure stands under `external`, there is no `autoattack_acc`, and no `reported`, which is the authors' own claim.
-    What a row does not know (authors, venue, architecture) is empty, to be filled in by hand.
+    Rows that miss a number or are not backed by their evidence are left out. So are those of no full protocol, since
+    RobustBench ranks by `external`, whatever was run; how many is told on standard error. robench's protocol is not
+    AutoAttack: its figure stands under `external`, there is no `autoattack_acc`, and no `reported`, which is the
+    authors' own claim. What a row does not know is to be filled in by hand: authors, venue and architecture are empty,
+    whether other data was trained on and how many forward passes an answer takes are null.
 
     Raises:
         UsageError: RobustBench has no such norm.
@@ -106,7 +111,12 @@ def model_infos(board: Board) -> dict[str, dict[str, object]]:
     if board.norm not in _THREATS:
         raise UsageError(f"RobustBench has leaderboards in {', '.join(_THREATS)}; {board.name} is of {board.norm}")
     found: dict[str, dict[str, object]] = {}
-    for entry in board.entries:
+    full = [name for name, protocol in PROTOCOLS.items() if protocol.full]
+    entries = [entry for entry in board.entries if entry.row["protocol"] in full]
+    if others := len(board.entries) - len(entries):
+        rows = "1 row is" if others == 1 else f"{others} rows are"
+        LOG.warning("%s: %s left out of what RobustBench gets: not of %s", board.name, rows, " or ".join(full))
+    for entry in entries:
         if not is_complete(entry.row) or entry.problem:
             continue
         name = re.sub(r"[^\w.=-]+", "_", f"{entry.row['defense']}-{protocol_name(entry.row)}").strip("_")
@@ -121,8 +131,8 @@ def _model_info(board: Board, row: Row) -> dict[str, object]:
         "link": "",
         "name": row["defense"],
         "authors": "",
-        "additional_data": False,
-        "number_forward_passes": 1,
+        "additional_data": None,
+        "number_forward_passes": None,
         "dataset": board.dataset,
         "venue": "",
         "architecture": "",
