@@ -96,7 +96,7 @@ def leaderboard_build(
     if kind == "html":
         sys.stdout.write(f"{build_page(folder, board or [], out, data_dir)}\n")
         return
-    text = print_tables(folder, board or [], kind)
+    text = print_tables(folder, board or [], kind, others=["html"])
     sys.stdout.write(text if out is None else f"{write_text(out, text)}\n")
 
 

@@ -41,8 +41,14 @@ def load_told(folder: Path, names: Sequence[str]) -> list[Board]:
     return found
 
 
-def print_tables(folder: Path, names: Sequence[str], kind: str) -> str:
+def print_tables(folder: Path, names: Sequence[str], kind: str, others: Sequence[str] = ()) -> str:
     """The leaderboards in a folder as text in a format of `robench.report.tables.FORMATS`.
+
+    Args:
+        folder: of the CSV files.
+        names: the leaderboards; none: all.
+        kind: the format.
+        others: formats that the command has beside these, for the message.
 
     Raises:
         UsageError: no such format, no leaderboard of that name, or several where the format holds one.
@@ -51,7 +57,7 @@ def print_tables(folder: Path, names: Sequence[str], kind: str) -> str:
     from robench.report.tables import FORMATS
 
     if kind not in FORMATS:
-        raise UsageError(f'--format must be html, {", ".join(FORMATS)}; got "{kind}"')
+        raise UsageError(f'--format must be {", ".join((*others, *FORMATS))}; got "{kind}"')
     found = load_told(folder, names)
     if len(found) > 1 and kind not in ("md", "latex"):
         raise UsageError(f"{kind} holds one leaderboard; choose with --board: {', '.join(one.name for one in found)}")

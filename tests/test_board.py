@@ -171,6 +171,8 @@ def test_tables_tell_what_evidence_does_not_back_and_what_was_not_compared(
     assert lines[0].startswith("| 1? ")  # the next row has no images to compare
     print_tables(boards, [BOARD], "csv")
     assert sum("There is no evidence for this row." in record.getMessage() for record in caplog.records) == 4
+    with pytest.raises(UsageError, match='--format must be csv, md, latex, json, robustbench; got "html"'):
+        print_tables(boards, [BOARD], "html")  # a page is what build makes, not export
     path = tmp_path / "mnist-l2-1.5.csv"
     for name, low in (("first", "0.5000"), ("second", "0.4000")):
         add_row(make_row(name, low, protocol="quick-1"), path)
