@@ -270,19 +270,10 @@ def verify_boards(
     """Verifies rows one after another: the file, the row, `holds`, `does not hold` or `cannot be checked`, and why."""
     from robench.verify import verify_evidence
 
-    places = {
-        (path, ranked["evidence"]): ranked["rank"]
-        for path in boards(leaderboards)
-        for ranked in rank_rows(read_rows(path))
-    }
-    counts = Counter(row["evidence"] for _, row in all_rows(leaderboards))
+    faults = find_misplaced(leaderboards)
     for path, row in rows:
-        rank = places.get((path, row["evidence"]), "")
-        if counts[row["evidence"]] > 1:
-            yield path, row, "does not hold", f"{counts[row['evidence']]} rows have this evidence"
-            continue
-        if row["rank"] != rank:
-            yield path, row, "does not hold", f"its rank is {row['rank'] or 'none'}; by its figures {rank or 'none'}"
+        if fault := faults.get((path, row["evidence"])):
+            yield path, row, "does not hold", fault
             continue
         try:
             folder = bundle_folder(leaderboards / EVIDENCE, row["evidence"])
@@ -291,6 +282,28 @@ def verify_boards(
             yield path, row, "cannot be checked", str(error)
             continue
         yield path, row, "holds" if report.holds else "does not hold", "; ".join(report.failures)
+
+
+def find_misplaced(leaderboards: Path) -> dict[tuple[Path, str], str]:
+    """Why a row cannot stand where it does, by its file and evidence; only those of which that is so.
+
+    Another has the same evidence, or its rank is not that of its figures.
+
+    Raises:
+        DataError: a leaderboard is damaged.
+    """
+    counts = Counter(row["evidence"] for _, row in all_rows(leaderboards))
+    found = {}
+    for path in boards(leaderboards):
+        rows = read_rows(path)
+        ranks = {ranked["evidence"]: ranked["rank"] for ranked in rank_rows(rows)}
+        for row in rows:
+            digest, rank = row["evidence"], ranks[row["evidence"]]
+            if counts[digest] > 1:
+                found[path, digest] = f"{counts[digest]} rows have this evidence"
+            elif row["rank"] != rank:
+                found[path, digest] = f"its rank is {row['rank'] or 'none'}; by its figures {rank or 'none'}"
+    return found
 
 
 def pick_rows(leaderboards: Path, sample: int | None = None, seed: int = 0) -> list[tuple[Path, Row]]:

@@ -21,6 +21,7 @@ from robench.leaderboard import Row, board_name, find_changed, read_rows
 from robench.lineup import find_departure, plan_attacks
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS, find_protocol
+from robench.publish import EVIDENCE, all_rows, find_misplaced
 from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Evaluation
 from robench.rng import seeded
@@ -41,12 +42,14 @@ class Report:
         failures: the claims that do not hold; empty if all do.
         shared: the noise of an accuracy where images of a pass share draws, as a multiple of that of single independent
             ones; 0 of a deterministic defense.
+        notes: what was not checked.
     """
 
     folder: Path
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     shared: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
@@ -61,18 +64,38 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
-        return {"run": str(self.folder), "holds": self.holds, "claims": self.lines, "failures": self.failures}
+        told = {"claims": self.lines, "failures": self.failures, "notes": self.notes}
+        return {"run": str(self.folder), "holds": self.holds, **told}
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else f"does not hold: {len(self.failures)} of {len(self.lines)} claims fail"
-        return "\n".join([*self.lines, f"{self.folder}: {verdict}"])
+        notes = [f"not checked: {note}" for note in self.notes]
+        return "\n".join([*self.lines, *notes, f"{self.folder}: {verdict}"])
 
 
 def verify(path: Path, *, device: str = "auto", data_dir: Path | None = None, trust: bool = False) -> Report:
-    """Verifies a run folder or an evidence bundle; see `verify_run` and `verify_evidence`."""
-    if (path / MANIFEST).exists():
-        return verify_evidence(path, device=device, data_dir=data_dir, trust=trust)
-    return verify_run(path, device=device, data_dir=data_dir)
+    """Verifies a run folder, or an evidence bundle with its row; see `verify_run` and `verify_evidence`.
+
+    The row is looked for on the leaderboards in whose folder `evidence` the bundle lies, wherever it stands there.
+
+    Raises:
+        UsageError: something that the check needs is missing; the message says what.
+        DataError: the run folder or a leaderboard is damaged.
+    """
+    if not (path / MANIFEST).exists():
+        return verify_run(path, device=device, data_dir=data_dir)
+    place = path.resolve()
+    leaderboards = place.parent.parent
+    rows = all_rows(leaderboards) if place.parent.name == EVIDENCE else ()
+    board, row = next(((file, row) for file, row in rows if row["evidence"] == place.name), (None, None))
+    name = board.name if board else None
+    report = verify_evidence(path, row=row, board=name, device=device, data_dir=data_dir, trust=trust)
+    if board is None:
+        report.notes.append(f"the row: no leaderboard beside {path} has one with this evidence")
+    else:
+        fault = find_misplaced(leaderboards).get((board, place.name))
+        report.check("the row's rank and evidence are its own", not fault, fault or board.name)
+    return report
 
 
 def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = None) -> Report:

@@ -77,7 +77,8 @@ def test_a_published_row_holds(boards: Path) -> None:
     assert outcomes(boards) == [("holds", "")]
     report = verify(bundle_of(boards), device="cpu", trust=True)
     assert report.holds
-    assert len(report.lines) == 10
+    assert len(report.lines) == 13  # ten of the bundle, three of its row
+    assert not report.notes
 
 
 def test_a_changed_rank_does_not_hold(boards: Path) -> None:
@@ -203,6 +204,50 @@ def test_every_cell_of_the_row_is_checked(boards: Path) -> None:
     assert invented.failures == ["row is that of the evidence (autoattack '0.9120', not '')"]
     path.write_text(rows_csv([{**row, "evidence": "0" * 16}]))
     assert outcomes(boards)[0][0] == "cannot be checked"
+
+
+def change_a_figure(path: Path, row: dict[str, str]) -> None:
+    path.write_text(rows_csv([{**row, "robust_acc": "0.9999"}]))
+
+
+def change_the_rank(path: Path, row: dict[str, str]) -> None:
+    path.write_text(rows_csv([{**row, "rank": "3"}]))
+
+
+def move_to_another_board(path: Path, row: dict[str, str]) -> None:
+    path.rename(path.with_name("fashion_mnist-linf-0.01.csv"))
+
+
+def add_it_again(path: Path, row: dict[str, str]) -> None:
+    path.write_text(rows_csv([row, {**row, "defense": "twin"}]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (change_a_figure, "row is that of the evidence (robust_acc '0.9999', not "),
+        (change_the_rank, "the row's rank and evidence are its own (its rank is 3; by its figures 1)"),
+        (move_to_another_board, "the row is on the board of its threat model (fashion_mnist-linf-0.03.csv)"),
+        (add_it_again, "the row's rank and evidence are its own (2 rows have this evidence)"),
+    ],
+)
+def test_to_verify_a_bundle_is_to_verify_its_row(change: Any, told: str, boards: Path) -> None:
+    ((path, row),) = all_rows(boards)
+    change(path, row)
+    (failure,) = verify(bundle_of(boards), device="cpu", trust=True).failures
+    assert failure.startswith(told)
+    assert outcomes(boards)[0][0] == "does not hold"  # as `leaderboard verify` says
+
+
+def test_a_bundle_without_its_row_is_judged_and_the_report_says_so(boards: Path, tmp_path: Path) -> None:
+    ((path, row),) = all_rows(boards)
+    path.write_text(rows_csv([{**row, "evidence": "0" * 16}]))
+    for folder in (bundle_of(boards), shutil.copytree(bundle_of(boards), tmp_path / bundle_of(boards).name)):
+        report = verify(folder, device="cpu", trust=True)
+        assert (report.holds, len(report.lines)) == (True, 10)
+        note = f"the row: no leaderboard beside {folder} has one with this evidence"
+        assert report.to_json()["notes"] == [note]
+        assert f"\nnot checked: {note}\n" in str(report)
 
 
 def claim_more(manifest: Any, examples: Any, images: Any) -> None:
