@@ -191,7 +191,11 @@ def _entry(row: Row, evidence: Path) -> Entry:
 
 
 def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
-    """The exact paired test of the images that two rows of one protocol share."""
+    """The paired test of the images that two rows of one protocol share.
+
+    The exact McNemar test where each image is right or wrong in both; where the answers of a randomized defense make
+    shares of it, Student's paired test, which is not exact.
+    """
     from robench.audit.statistics import compare
 
     if second is None or first.bundle is None or second.bundle is None:
