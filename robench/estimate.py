@@ -58,6 +58,11 @@ class Answers:
         counts: npt.NDArray[np.int64] = self.votes[np.arange(len(self.labels)), self.labels]
         return counts
 
+    @property
+    def won(self) -> npt.NDArray[np.bool_]:
+        """Whether the right class has more votes than any other, of each example."""
+        return majority_right(self.votes, self.labels)
+
     def accuracy(self) -> Estimate:
         """Expected accuracy of a single answer: the mean over draws, then over examples."""
         fractions = self.right / self.repeats
@@ -65,7 +70,7 @@ class Answers:
 
     def majority(self) -> Estimate:
         """Accuracy of a vote over all repeats; a tie counts as wrong."""
-        won = int(majority_right(self.votes, self.labels).sum())
+        won = int(self.won.sum())
         return Estimate(won / len(self.labels), *wilson(won, len(self.labels)))
 
     def best_of(self, tries: int) -> Estimate:

@@ -212,7 +212,10 @@ def test_the_page_is_self_contained_and_small(page: str) -> None:
     assert all(link.startswith(("data:", "#")) for link in elements.links)
     assert len(page.encode()) < 2_000_000
     assert elements.counts["svg"] == 2 * 2 + PLOTS
-    assert elements.counts["img"] == 1
+    assert elements.counts["img"] == 2  # so many are broken of the row with evidence
+    told = re.findall(r'<img src="[^"]*" alt="Original, worst case and difference: ([^"]*)">', page)
+    assert told == re.findall("<figcaption>(.* → .*)</figcaption>", page)
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize("cascade", [True, False])
@@ -279,7 +282,7 @@ def test_a_page_without_the_data_says_so(
     def absent(*_: object) -> None:
         raise UsageError("no data")
 
-    monkeypatch.setattr("robench.report.board.load_dataset", absent)
+    monkeypatch.setattr("robench.report.pictures.load_dataset", absent)
     bare = render_boards(load_boards(boards))
     assert "<img" in page
     assert "<img" not in bare

@@ -196,8 +196,8 @@ def test_a_row_opens_and_closes(page: Page) -> None:
     assert button.get_attribute("aria-expanded") == "true"
     assert "robench verify leaderboards/evidence/" in panel.inner_text()
     assert "finite_differences" in panel.inner_text()
-    picture = panel.locator("img.sheet")
-    assert picture.evaluate("image => image.naturalWidth") >= 60
+    widths = panel.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert widths == [3 * 30] * 2
     button.click()
     assert panel.is_hidden()
 

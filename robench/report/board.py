@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
-
-import torch
+from typing import Any
 
 from robench.audit.effort import read_effort
 from robench.board import Board, Entry
 from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
-from robench.data import load_dataset
-from robench.errors import RobenchError
 from robench.leaderboard import attack_columns, percent, protocol_name
 from robench.protocol import find_protocol
 from robench.registry import builtin_names, parse_spec, resolve
@@ -30,11 +24,9 @@ from robench.report.board_charts import (
 )
 from robench.report.drawing import Drawings, page_style
 from robench.report.page import load_template
+from robench.report.pictures import make_pictures
 from robench.threat import format_eps
-from robench.unit_table import CLEAN, WORST
 
-PICTURES: Final = 8
-"""Adversarial images shown of a row."""
 LOG = logging.getLogger("robench")
 
 
@@ -97,11 +89,12 @@ def _show_protocols(board: Board) -> dict[str, str]:
 def _without_images(sections: Sequence[Mapping[str, Any]]) -> list[str]:
     """The datasets of rows that have adversarial images which could not be drawn."""
     rows = [row for section in sections for row in section["rows"]]
-    return sorted({row["entry"].bundle.spec.dataset for row in rows if _has_images(row["entry"]) and not row["grid"]})
+    return sorted({row["entry"].bundle.spec.dataset for row in rows if _lacks_images(row)})
 
 
-def _has_images(entry: Entry) -> bool:
-    return entry.bundle is not None and bool(entry.bundle.encodings)
+def _lacks_images(row: Mapping[str, Any]) -> bool:
+    bundle = row["entry"].bundle
+    return bundle is not None and bool(bundle.encodings) and not row["pictures"]
 
 
 def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) -> dict[str, Any]:
@@ -120,7 +113,7 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "effort": read_effort(audit) if audit is not None else None,
         "missed": [one for one in audit["findings"] if one["verdict"] == "not run"] if audit is not None else [],
         "plots": [Markup(drawings.svg(one)) for one in draw_findings(audit)] if audit is not None else [],
-        "grid": _pictures(entry.bundle, data_dir) if entry.bundle is not None else "",
+        "pictures": make_pictures(entry.bundle, data_dir) if entry.bundle is not None else [],
     }
 
 
@@ -167,35 +160,3 @@ def _count_attacked(bundle: Bundle) -> dict[str, int]:
     """On how many images each attack was run: those right without one and, in a cascade, not settled before."""
     table = bundle.figures.table
     return {key: int(((table["attack"] == key) & (table["status"] == "ok")).sum()) for key in table["attack"].unique()}
-
-
-# images
-
-
-def _pictures(bundle: Bundle, data_dir: Path | None) -> str:
-    """Originals, adversarial images and differences as PNG in base64, broken images first; "" without the data."""
-    from PIL import Image
-
-    worst, clean = bundle.figures.answers(WORST), bundle.figures.answers(CLEAN)
-    if worst is None or clean is None or not bundle.encodings:
-        return ""
-    spec = bundle.spec
-    try:
-        data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
-    except RobenchError:
-        return ""
-    if data.digest != spec.data_digest:
-        return ""
-    broken = torch.from_numpy(worst.right < clean.right).nonzero()[:, 0].tolist()
-    places = (broken or list(range(spec.n)))[:PICTURES]
-    x = data.x[places]
-    x_adv = bundle.pictures(places, x)
-    spread = (x_adv - x).abs().amax().clamp_min(1e-12)
-    rows = torch.stack([x, x_adv, 0.5 + (x_adv - x) / (2 * spread)])  # 3 k c h w
-    framed = torch.nn.functional.pad(rows, (1, 1, 1, 1), value=1.0)
-    pixels = (255 * framed.clamp(0, 1)).round().to(torch.uint8).permute(0, 3, 1, 4, 2)  # 3 h k w c
-    sheet = pixels.reshape(3 * pixels.shape[1], -1, pixels.shape[-1]).numpy()
-    picture = Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
