@@ -255,6 +255,17 @@ def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) ->
     assert 8 * min(scales) >= 9  # pixels of the smallest letters
 
 
+@pytest.mark.parametrize("width", [320, 360, 375, 390])
+def test_no_table_is_wider_than_a_phone(width: int, page: Page) -> None:
+    """Else the verdict at the right end would be cut off; with a row closed and opened."""
+    page.set_viewport_size({"width": width, "height": 700})
+    for _ in range(2):
+        excess = page.locator(".wide").evaluate_all("all => all.map(one => one.scrollWidth - one.clientWidth)")
+        assert excess == [0, 0, 0]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.get_by_role("button", name="prototypes").click()
+
+
 def test_a_phone_shows_the_figures_of_others_with_their_source_and_note(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     cells = page.locator(".reference tbody td:visible")
