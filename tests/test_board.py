@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 
 from robench import ThreatModel
 from robench.board import Board, Entry, load_boards, read_references
+from robench.check_names import QUESTIONS
 from robench.command_board import print_tables
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
@@ -338,8 +339,10 @@ def test_checks_that_were_not_run_are_listed_with_their_reason(boards: Path) -> 
     audit, changed = audited(board, findings=findings)
     page = render_boards([changed])
     (listed,) = re.findall(r"<details><summary>2 of the checks were not run</summary>(.*?)</details>", page, re.DOTALL)
-    assert re.findall(r"<td[^>]*>(.*?)</td>", listed) == [
-        cell for one in findings[5:7] for cell in (one["check"], f"no &lt;b&gt;{one['check']}&lt;/b&gt;")
+    assert re.findall(r"<td>(.*?)</td>", listed) == [
+        cell
+        for name in (one["check"] for one in findings[5:7])
+        for cell in (f"{name} <small>{QUESTIONS[name]}</small>", f"no &lt;b&gt;{name}&lt;/b&gt;")
     ]
     made, verdict = len(findings) - 2, audit["verdict"]
     assert (

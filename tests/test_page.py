@@ -12,6 +12,7 @@ from board_toys import BOARD, HOSTILE, make_boards, make_row
 from browser import find_browser
 
 from robench.board import Board, Entry, Neighbours
+from robench.check_names import QUESTIONS
 from robench.command_board import build_page
 from robench.leaderboard import rank_rows
 from robench.report.board import render_boards
@@ -195,7 +196,7 @@ def test_a_row_opens_and_closes(page: Page) -> None:
     assert panel.is_visible()
     assert button.get_attribute("aria-expanded") == "true"
     assert "robench verify leaderboards/evidence/" in panel.inner_text()
-    assert "finite_differences" in panel.inner_text()
+    assert f"finite_differences {QUESTIONS['finite_differences']}" in " ".join(panel.inner_text().split())
     widths = panel.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
     assert widths == [3 * 30] * 2
     button.click()
