@@ -127,6 +127,20 @@ def test_filtering(page: Page) -> None:
     assert len(defenses(page)) == 1
 
 
+def test_filters_without_a_match_say_so_and_can_be_reset(page: Page) -> None:
+    reset = page.get_by_role("button", name="Show all rows")
+    assert reset.is_hidden()
+    page.get_by_label("norm").select_option("l2")
+    page.get_by_label("audit").select_option("masked")
+    assert page.locator("section:visible").count() == 0
+    assert page.get_by_role("status").inner_text() == "No row matches these filters."
+    reset.press("Enter")
+    assert page.get_by_role("status").inner_text() == "6 rows"
+    assert page.locator("section:visible").count() == 2
+    assert reset.is_hidden()
+    assert page.evaluate("document.activeElement.dataset.filter") == "dataset"  # not lost with the button
+
+
 def test_generative_rows_are_marked_and_found(browser: Browser) -> None:
     """On the page of this repository, whose rows are of robench's own defenses."""
     for page in open_page(browser, Path(__file__).parents[1] / "leaderboards" / "index.html"):
