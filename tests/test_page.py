@@ -18,7 +18,7 @@ from robench.leaderboard import rank_rows
 from robench.report.board import render_boards
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 pytestmark = pytest.mark.browser
 
@@ -61,22 +61,22 @@ def mixed(browser: Browser, tmp_path: Path) -> Iterator[Page]:
     yield from open_page(browser, site)
 
 
-def open_page(browser: Browser, site: Path) -> Iterator[Page]:
-    """The page; afterwards: no error on the console, no dialogue, no request but for the file itself."""
-    page = browser.new_page()
+def open_page(browser: Browser, site: Path, part: str = "", height: int = 720) -> Iterator[Page]:
+    """The page, at a part of it; afterwards: no error on the console, no dialogue, no request but for the file."""
+    page = browser.new_page(viewport={"width": 1280, "height": height})
     troubles: list[str] = []
     page.on("console", lambda message: troubles.append(message.text) if message.type != "log" else None)
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("dialog", lambda dialog: troubles.append(dialog.message))
     page.on("request", lambda request: None if _is_own(request.url, site) else troubles.append(request.url))
-    page.goto(site.as_uri())
+    page.goto(f"{site.as_uri()}{part}")
     yield page
     page.close()
     assert troubles == []
 
 
 def _is_own(url: str, site: Path) -> bool:
-    return url == site.as_uri() or url.startswith("data:")
+    return url.partition("#")[0] == site.as_uri() or url.startswith("data:")
 
 
 def defenses(page: Page) -> list[str]:
@@ -202,9 +202,51 @@ def test_one_protocol_needs_no_filter(page: Page) -> None:
     assert page.get_by_label("protocol").count() == 0
 
 
+def panel_of(page: Page, digest: str | None) -> Locator:
+    """A row's panel by its id, which may start with a digit."""
+    return page.locator(f'[id="{digest}"]')
+
+
+def test_a_row_has_a_link_that_opens_it(browser: Browser, site: Path) -> None:
+    """On a screen on which the row would be out of sight; by the address, and while filters hide the row."""
+    (evidence,) = (site.parent / "evidence").iterdir()
+    for page in open_page(browser, site, f"#{evidence.name}", height=300):
+        panel = panel_of(page, evidence.name)
+        link = panel.get_by_role("link", name="Link to this row")
+        assert page.evaluate("scrollY") > 0
+        assert_in_sight(page, link)
+        button = page.get_by_role("button", name="prototypes")
+        assert_in_sight(page, button)
+        assert button.get_attribute("aria-expanded") == "true"
+        page.evaluate("location.hash = '#nothing'; scrollTo(0, 0)")
+        page.get_by_label("norm").select_option("l2")
+        assert panel.is_hidden()
+        page.evaluate(f"location.hash = '#{evidence.name}'")
+        link.wait_for()
+        assert_in_sight(page, link)
+        assert page.locator("#count").inner_text() == "6 rows"
+        page.evaluate("location.hash = ''")
+        link.click()
+        assert page.url == f"{site.as_uri()}#{evidence.name}"
+        assert page.locator(".panel:visible").count() == 1
+
+
+def assert_in_sight(page: Page, part: Locator) -> None:
+    box, size = part.bounding_box(), page.viewport_size
+    assert box is not None
+    assert size is not None
+    assert 0 <= box["y"] < box["y"] + box["height"] <= size["height"]
+
+
+def test_a_row_without_evidence_has_no_link(mixed: Page) -> None:
+    mixed.get_by_role("button", name="one").click()
+    assert mixed.locator(".panel:visible").count() == 1
+    assert mixed.get_by_role("link").count() == 0
+
+
 def test_a_row_opens_and_closes(page: Page) -> None:
     button = page.get_by_role("button", name="prototypes")
-    panel = page.locator(f"#{button.get_attribute('aria-controls')}")
+    panel = panel_of(page, button.get_attribute("aria-controls"))
     assert panel.is_hidden()
     button.click()
     assert panel.is_visible()

@@ -103,6 +103,7 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
     audit = entry.bundle.audit if entry.bundle is not None else None
     return {
         "number": number,
+        "digest": entry.bundle.digest if entry.bundle is not None else "",
         "entry": entry,
         "row": entry.row,
         "protocol": protocol_name(entry.row),
