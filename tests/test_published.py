@@ -6,17 +6,21 @@ of a pull request runs nobody's code before someone has read it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from page_rows import find_unlike, without_drawings
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from robench.board import load_boards
+from robench.board import Board, load_boards
 from robench.bundle import bundle_folder, read_bundle
+from robench.command_board import build_page
 from robench.data import load_dataset
 from robench.defense import Defense, weights_digest
 from robench.estimate import Answers
@@ -36,6 +40,16 @@ from robench.verify import verify_evidence
 FOLDER = Path(__file__).parents[1] / "leaderboards"
 ROWS = list(all_rows(FOLDER))
 NAMES = [f"{path.stem}-{row['defense']}-{row['protocol']}" for path, row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> list[Board]:
+    return load_boards(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (FOLDER / "index.html").read_text(encoding="utf-8")
 
 
 def load_trusted(spec: RunSpec) -> Defense:
@@ -112,9 +126,58 @@ def test_the_readme_shows_the_rows_of_today() -> None:
     assert as_markdown(loaded) in (FOLDER.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_page_is_made_from_these_files() -> None:
-    """The page in the repository names every row."""
-    page = (FOLDER / "index.html").read_text(encoding="utf-8")
+def test_the_page_says_what_the_files_say(page: str, loaded: list[Board]) -> None:
     assert len(page.encode()) < 2_000_000
-    for _, row in ROWS:
-        assert row["evidence"] in page
+    assert find_unlike(page, loaded) == []
+
+
+@pytest.mark.parametrize("name", ["robust_acc", "robust_low", "robust_high", "clean_acc", "clean_low", "clean_high"])
+def test_an_edited_figure_of_the_page_is_found(name: str, page: str, loaded: list[Board]) -> None:
+    """In the middle of the page, with its neighbours and its plots as they were."""
+    board = loaded[len(loaded) // 2]
+    row = board.entries[1].row
+    kind, _ = name.split("_")
+    figures = [f"{100 * float(row[f'{kind}_{end}']):.1f}" for end in ("acc", "low", "high")]
+    edited = [
+        f"{100 * float(row[key]) + 3 * (key == name):.1f}" for key in (f"{kind}_{e}" for e in ("acc", "low", "high"))
+    ]
+    before, after = (f">{value} <small>[{low}, {high}]</small></td>" for value, low, high in (figures, edited))
+    start = page.index(f'<h2 id="{board.name}">')
+    assert before in page[start:]
+    forged = page[:start] + page[start:].replace(before, after, 1)
+    assert find_unlike(forged, loaded) == [f"{board.name}: {row['evidence']}"]
+
+
+def test_rows_that_are_missing_or_changed_places_are_found_on_the_page(page: str, loaded: list[Board]) -> None:
+    board = loaded[0]
+    fewer, turned = (
+        dataclasses.replace(board, entries=board.entries[step]) for step in (slice(1, None), slice(None, None, -1))
+    )
+    assert f"{board.name}: {len(board.entries)} rows" in find_unlike(page, [fewer, *loaded[1:]])
+    assert len(find_unlike(page, [turned, *loaded[1:]])) >= 2
+    assert find_unlike(page, loaded[1:]) == [f"the boards are {', '.join(one.name for one in loaded)}"]
+
+
+def test_only_drawings_are_left_out_where_pages_are_compared(page: str) -> None:
+    text = without_drawings(page)
+    assert "<svg" not in text
+    for part in ("<title>", ".panel > td {", "<figcaption>", "<img", '"use strict";', "</html>"):
+        assert text.count(part) == page.count(part) > 0
+    drawn = re.sub(r"(<svg[^>]*>|base64,|\.d0 \{)", r"\1other", page)
+    assert drawn.count("other") > 100
+    assert without_drawings(drawn) == text
+    for place in (page.index("backward passes"), page.index("<figcaption>"), page.rindex("</html>")):
+        assert without_drawings(f"{page[:place]}7{page[place:]}") != text
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_page_is_the_one_that_is_built(page: str, tmp_path: Path) -> None:
+    """Byte for byte but for plots and pictures, so that no text of it can be edited, nor be older than its template.
+
+    `robench leaderboard build` makes it anew.
+    """
+    built = build_page(FOLDER, [], tmp_path / "index.html", None).read_text(encoding="utf-8")
+    assert page.count("<svg") == built.count("<svg")
+    assert page.count("<img") == built.count("<img")
+    assert without_drawings(page) == without_drawings(built)
