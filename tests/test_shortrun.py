@@ -17,6 +17,7 @@ from robench.defense import weights_digest
 from robench.defenses.convnet.model import make_convnet
 from robench.defenses.shortrun import ShortRun, auto_sigma, make_classifier, make_generator
 from robench.defenses.shortrun.figures import chain_icc
+from robench.defenses.shortrun.model import log_shares
 from robench.rng import seeded
 from robench.weights import read_card, shipped_weights, weights_folder
 
@@ -233,9 +234,23 @@ def test_aggregation_over_chains(monkeypatch: pytest.MonkeyPatch, aggregate: str
         expected = {
             "mean_logits": logits.mean(0),
             "mean_z": model.classifier(sum(codes, torch.zeros(200)) / 3),
-            "vote": torch.bincount(logits.argmax(1), minlength=10) / 3,
+            "vote": ((torch.bincount(logits.argmax(1), minlength=10).double() + 0.01) / 3.1).log(),
         }[aggregate]
         torch.testing.assert_close(row, expected.double())
+
+
+@pytest.mark.parametrize("chains", [1, 2, 5, 100])
+def test_votes_answer_as_their_counts_do_and_their_softmax_is_the_shares(chains: int) -> None:
+    """Ties too go to the class that the counts give them to."""
+    with seeded("votes", chains):
+        answers = torch.randint(4, (chains, 500))
+    votes = nn.functional.one_hot(answers, 4).sum(0)
+    tied = (votes == votes.amax(1, keepdim=True)).sum(1) > 1
+    assert bool(tied.any()) == (chains > 1)
+    logits = log_shares(answers, 4).float()
+    assert torch.equal(logits.argmax(1), votes.argmax(1))
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits.softmax(1), votes / chains, atol=0.04 / chains, rtol=0)
 
 
 # gradients

@@ -30,6 +30,8 @@ GPU_CHAIN_ROWS: Final = 8192
 BATCH_ROWS: Final = 64
 GPU_BATCH_ROWS: Final = 2048
 """A gradient keeps 3.2 MiB for each row and chain: 6.5 GiB at this many."""
+VOTE_SMOOTHING: Final = 0.01
+"""Votes that each class has before any chain votes (a in `log_shares`); more would understate a unanimous vote."""
 
 Preset = Literal["repaired", "paper_literal"]
 Aggregate = Literal["mean_logits", "mean_z", "vote"]
@@ -115,7 +117,8 @@ class ShortRun(Defense):
                 `auto`: training fits it to its images (`auto_sigma`), and until then it is 1.216, which is the fit to
                 Fashion-MNIST. None takes `auto` for `repaired` and 6.4 for `paper_literal`.
             n_chains: chains per image in `forward`.
-            aggregate: what becomes of them: `mean_logits`, `mean_z` (classify the mean code) or `vote`.
+            aggregate: what becomes of them: `mean_logits`, `mean_z` (classify the mean code) or `vote`, whose logits
+                are the logarithms of the shares of the vote (`log_shares`).
             attack_chains: chains per image in one `adaptive_forward`; the EOT samples of an attack multiply it.
             steps: Langevin steps.
             step_size: s above.
@@ -284,8 +287,22 @@ class ShortRun(Defense):
             return self.classifier(codes.unflatten(0, (chains, -1)).mean(0))
         logits = self.classifier(codes).unflatten(0, (chains, -1))  # chains b k
         if aggregate == "vote":
-            return nn.functional.one_hot(logits.argmax(-1), self.num_classes).to(codes.dtype).mean(0)
+            return log_shares(logits.argmax(-1), self.num_classes).to(codes.dtype)
         return logits.mean(0)
+
+
+def log_shares(answers: Tensor, num_classes: int) -> Logits:
+    """The logarithm of each class's share of the votes, log((votes + a) / (chains + classes a)), a = `VOTE_SMOOTHING`.
+
+    Its softmax is the shares, so that it can be read as confidence; a keeps classes without a vote finite. The order of
+    the classes is that of their votes, and so are ties.
+
+    Args:
+        answers: the class that each chain votes for, `chains b`.
+        num_classes: of the dataset.
+    """
+    votes = nn.functional.one_hot(answers, num_classes).sum(0).double()  # b k
+    return ((votes + VOTE_SMOOTHING) / (len(answers) + num_classes * VOTE_SMOOTHING)).log()
 
 
 def _check_options(preset: str, aggregate: str, smallest: int, *, sigma: float | str | None, step_size: float) -> None:
