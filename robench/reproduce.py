@@ -98,9 +98,12 @@ class _Runs:
         result = self._run(cell, "fgsm", 0.0, self.request.n)
         return _figure(result, result.clean_accuracy)
 
-    def attacked(self, cell: Cell, attacks: Sequence[str], weights: Path | None) -> Figure:
-        """Accuracy under the cell's attack, measured in one run with the others of its threat model."""
-        result = self._run(cell, ",".join(attacks), cell.eps, self.request.n, weights)
+    def attacked(self, cell: Cell, weights: Path | None) -> Figure:
+        """Accuracy under the cell's attack, in a run of its own: the same one whichever cells are asked for beside it.
+
+        Attacks do not depend on those that they share a run with, so that this is also what a joint run would give.
+        """
+        result = self._run(cell, cell.attack, cell.eps, self.request.n, weights)
         entries, _ = plan_attacks(cell.attack, self._defense(cell, weights), cell.norm, cell.dataset)
         return _figure(result, result.per_attack[entries[0].key])
 
@@ -218,7 +221,7 @@ def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], No
         if announce is not None:
             announce(number, len(cells), cell)
         try:
-            yield _measure(cell, cells, runs)
+            yield _measure(cell, runs)
         except (UsageError, DataError) as error:
             yield Outcome(cell, None, problem=str(error))
 
@@ -296,18 +299,18 @@ def _holders(names: Sequence[str], text: str) -> set[str]:
     return whole or {name for name in names if text in name}
 
 
-def _measure(cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
+def _measure(cell: Cell, runs: _Runs) -> Outcome:
     weights = runs.weights(cell)
     if cell.recipe and weights is None:
         return Outcome(cell, None)
-    outcome = _measure_with(weights, cell, cells, runs)
+    outcome = _measure_with(weights, cell, runs)
     if weights is None:
         return outcome
     scale = runs.request.scale
     return replace(outcome, trained=cell.recipe + ("" if scale == 1 else f", scale {scale:g}"))
 
 
-def _measure_with(weights: Path | None, cell: Cell, cells: Sequence[Cell], runs: _Runs) -> Outcome:
+def _measure_with(weights: Path | None, cell: Cell, runs: _Runs) -> Outcome:
     """Measures a cell on weights of its own training, or on those shipped."""
     request = runs.request
     if cell.measure is not None:
@@ -319,16 +322,10 @@ def _measure_with(weights: Path | None, cell: Cell, cells: Sequence[Cell], runs:
     load_dataset(cell.dataset, "test", 1, 0, request.data_dir)
     if not cell.attack:
         return Outcome(cell, runs.clean(cell))
-    attacks = [other.attack for other in cells if _scene(other) == _scene(cell) and other.attack]
-    ours = runs.attacked(cell, list(dict.fromkeys(attacks)), weights)
+    ours = runs.attacked(cell, weights)
     if not request.protocol:
         return Outcome(cell, ours)
     try:
         return Outcome(cell, ours, runs.protocol(cell, weights))
     except UsageError as error:
         return Outcome(cell, ours, problem=f"under {request.protocol}: {error}")
-
-
-def _scene(cell: Cell) -> tuple[object, ...]:
-    """What cells share whose attacks are measured in one run."""
-    return cell.defense, cell.dataset, cell.recipe, cell.split, cell.norm, cell.eps

@@ -100,12 +100,37 @@ def test_each_run_is_done_once_and_taken_up_again(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(reproduce, "evaluate", count)
     first = reproduce.reproduce_all(request(tmp_path))
-    assert calls.count(False) == 3  # clean; both attacks together; the protocol
+    assert calls.count(False) == 4  # clean; either attack; the protocol
     calls.clear()
     assert reproduce.reproduce_all(request(tmp_path)) == first
     assert not calls.count(False)
     reproduce.reproduce_all(request(tmp_path, seed=1))
-    assert calls.count(False) == 3
+    assert calls.count(False) == 4
+
+
+@pytest.mark.parametrize("name", ["Prototypes", "Blindfold"])
+def test_a_cell_is_found_again_whatever_is_asked_for_with_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its figure is that of a joint run, for a randomized defense too."""
+    toy = f"{engine_toys.__file__}:{name}"
+    attacks = ("pgd(steps=3)", "fgsm", "pgd(steps=5)")
+    cells = [dataclasses.replace(CELLS[1], row=attack, attack=attack, defense=toy) for attack in attacks]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    first, second = (reproduce.reproduce_all(request(tmp_path, protocol="", rows=attacks[:n])) for n in (1, 2))
+    assert second[:1] == first
+    folders = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/units/*")}
+    assert len(folders) == 2
+    everything = reproduce.reproduce_all(request(tmp_path, protocol=""))
+    assert everything[:2] == second
+    assert len(list(tmp_path.glob("*/units/*"))) == 3
+    assert {path: path.stat().st_mtime_ns for path in folders} == folders
+    joint = evaluate(load_defense(toy), ",".join(attacks), ThreatModel("linf", EPS), "fashion_mnist", n=40)
+    for attack, outcome in zip(attacks, everything, strict=True):
+        estimate = joint.per_attack[attack]
+        assert estimate is not None
+        assert outcome.ours is not None
+        assert outcome.ours.value == 100 * estimate.value
 
 
 def test_command_prints_tables_and_writes_csv(
