@@ -42,7 +42,7 @@ class Context:
         seed: seeds the draw of images and all randomness.
         device: `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
-        folder: a folder of its own for what the measurement keeps.
+        folder: a folder of its own for what the measurement keeps; robench keeps the figure there (`figure.json`).
         weights: of the cell's own training; None: it has none.
     """
 
@@ -76,6 +76,8 @@ class Cell:
         published_with: what else has to be known of the paper's figure, such as its net; printed as it is.
         recipe: the figure is of the defense trained with this recipe, as on the command line; "": the shipped weights.
         split: what the recipe trains on.
+        reads: the defense, as on the command line, whose shipped weights for `dataset` the function `measure` reads: a
+            figure is kept for the weights that it is of.
     """
 
     table: str
@@ -93,13 +95,15 @@ class Cell:
     published_with: str = ""
     recipe: str = ""
     split: str = "train"
+    reads: str = ""
 
     def __post_init__(self) -> None:
         """Checks that the cell can be measured in one way, and that its datasets can be compared.
 
         Raises:
             UsageError: neither a defense nor a function, or both (a function measures a defense that a recipe trains);
-                a recipe without a defense; an attack without a bound; a dataset of the paper that is no name.
+                a recipe without a defense; an attack without a bound; a dataset of the paper that is no name; weights
+                to read beside a defense.
         """
         if self.published_on != self.dataset and not re.fullmatch("[a-z0-9_]*", self.published_on):
             raise UsageError(
@@ -111,6 +115,8 @@ class Cell:
                 f"{self.table}, {self.row}, {self.column}: give either a defense or a function that measures; a recipe "
                 "trains a defense"
             )
+        if self.reads and self.defense:
+            raise UsageError(f"{self.table}, {self.row}, {self.column}: reads is of a function without a defense")
         if self.attack and not self.eps > 0:
             raise UsageError(f"{self.table}, {self.row}, {self.column}: an attack needs an eps above 0")
 

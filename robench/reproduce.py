@@ -7,7 +7,6 @@ cell. A cell may ask for a training of its own, which is done where the request 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 import sys
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 from robench.data import load_dataset
-from robench.defense import Defense
+from robench.defense import Defense, weights_digest
 from robench.errors import DataError, Interrupted, UsageError
 from robench.estimate import Estimate
 from robench.evaluate import evaluate
+from robench.kept import folder_name, measure_once
 from robench.lineup import plan_attacks
 from robench.paper import Cell, Context, Figure, Outcome
 from robench.protocol import get_protocol
@@ -88,7 +88,7 @@ class ReproduceRequest:
 
 @dataclass
 class _Runs:
-    """The evaluations of one call, each done once."""
+    """The evaluations of one call, each done once, and the defenses they are of."""
 
     request: ReproduceRequest
     defenses: dict[tuple[str, str, Path | None], Defense] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class _Runs:
             return None
         request = self.request
         said = f"{cell.defense} {cell.dataset} {cell.recipe} {cell.split} {request.seed} {request.scale:g}"
-        folder = request.folder / "trained" / _folder_name(f"{cell.defense}-{cell.dataset}-{cell.recipe}", said)
+        folder = request.folder / "trained" / folder_name(f"{cell.defense}-{cell.dataset}-{cell.recipe}", said)
         found = find_trained(folder, cell.dataset)
         if found is not None or not request.train:
             return found
@@ -128,10 +128,15 @@ class _Runs:
         job = TrainJob(cell.defense, cell.dataset, folder, cell.recipe, request.data_dir, cell.split, settings=settings)
         return train_named(job, resume=(folder / CHECKPOINT).exists())[0]
 
+    def digest(self, cell: Cell, weights: Path | None) -> str:
+        """Digest of the weights that a cell's function reads; "" where it reads none."""
+        return weights_digest(self._defense(cell, weights)) if cell.defense or cell.reads else ""
+
     def _defense(self, cell: Cell, weights: Path | None) -> Defense:
-        key = (cell.defense, cell.dataset, weights)
+        name = cell.defense or cell.reads
+        key = (name, cell.dataset, weights)
         if key not in self.defenses:
-            self.defenses[key] = load_defense(cell.defense, cell.dataset, **_options(weights))
+            self.defenses[key] = load_defense(name, cell.dataset, **_options(weights))
         return self.defenses[key]
 
     def _run(self, cell: Cell, attacks: str, eps: float, asked: int | None, weights: Path | None = None) -> Evaluation:
@@ -141,7 +146,7 @@ class _Runs:
         n = asked or first_look.pop("n", DEFAULT_N)
         said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps:g} {n} {request.seed} {first_look}"
         said += f" {weights.parent.name}" if weights else ""
-        folder = request.folder / _folder_name(f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}", said)
+        folder = request.folder / folder_name(f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}", said)
         settings = {"eot": first_look.get("eot"), "judge_repeats": first_look.get("judge_repeats")}
         return evaluate(
             defense,
@@ -163,12 +168,6 @@ class _Runs:
 
 def _options(weights: Path | None) -> dict[str, str]:
     return {} if weights is None else {"weights": str(weights.resolve())}
-
-
-def _folder_name(readable: str, said: str) -> str:
-    """A name for a folder that begins readably and is another one for everything else that is said."""
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", readable).strip("-")[:60]
-    return f"{plain}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
 
 def _clean_of_card(weights: Path) -> Figure:
@@ -316,7 +315,8 @@ def _measure_with(weights: Path | None, cell: Cell, runs: _Runs) -> Outcome:
     if cell.measure is not None:
         device = Settings(device=request.device).resolve_device()
         n = request.n or DEFAULT_N
-        return Outcome(cell, cell.measure(Context(n, request.seed, device, request.data_dir, request.folder, weights)))
+        context = Context(n, request.seed, device, request.data_dir, request.folder, weights)
+        return Outcome(cell, measure_once(cell, context, runs.digest(cell, weights)))
     if weights is not None and not cell.attack:
         return Outcome(cell, _clean_of_card(weights))
     load_dataset(cell.dataset, "test", 1, 0, request.data_dir)

@@ -17,9 +17,10 @@ from hub_toys import write_svhn
 from robench import UsageError, reproduce
 from robench.cli import main
 from robench.data_names import KNOWN
+from robench.defense import weights_digest
 from robench.errors import DataError, Interrupted
 from robench.evaluate import evaluate
-from robench.paper import Cell, Context, Figure
+from robench.paper import Cell, Context, Figure, leave_out
 from robench.registry import load_defense
 from robench.report.reproduced import COLUMNS, as_csv, as_page
 from robench.reproduce import ReproduceRequest, _choose, load_tables
@@ -131,6 +132,77 @@ def test_a_cell_is_found_again_whatever_is_asked_for_with_it(
         assert estimate is not None
         assert outcome.ours is not None
         assert outcome.ours.value == 100 * estimate.value
+
+
+class Counted:
+    """A measurement that counts its calls and writes a file into its folder."""
+
+    def __init__(self) -> None:
+        self.folders: list[Path] = []
+
+    def __call__(self, context: Context) -> Figure:
+        self.folders.append(context.folder)
+        (context.folder / "kept.txt").write_text(str(context.seed))
+        return Figure(1 / 3, 0.1, 0.7, context.n)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """Two cells of one measurement, in tables of their own."""
+    measure = Counted()
+    cells = [dataclasses.replace(CELLS[3], column=column, measure=measure, reads="convnet") for column in "ab"]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    return measure
+
+
+def test_a_figure_of_a_function_is_measured_once(
+    tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another n, seed or other weights make it another one; each is kept in a folder of its own."""
+    first = reproduce.reproduce_all(request(tmp_path))
+    assert len(set(counted.folders)) == 2
+    assert {folder.parent for folder in counted.folders} == {tmp_path}
+    assert reproduce.reproduce_all(request(tmp_path)) == first
+    assert len(counted.folders) == 2
+    reproduce.reproduce_all(request(tmp_path, n=41))
+    reproduce.reproduce_all(request(tmp_path, seed=1))
+    assert len(set(counted.folders)) == 6
+    monkeypatch.setattr(reproduce, "weights_digest", lambda defense: "other")
+    reproduce.reproduce_all(request(tmp_path))
+    assert len(set(counted.folders)) == 8
+    content = json.loads((counted.folders[0] / "figure.json").read_bytes())
+    assert content["weights_digest"] == weights_digest(load_defense("convnet", "fashion_mnist"))
+    assert (content["n"], content["seed"], content["figure"]["value"]) == (40, 0, 1 / 3)
+
+
+def test_a_damaged_figure_is_measured_again(
+    tmp_path: Path, counted: Counted, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reproduce.reproduce_all(request(tmp_path))
+    file = counted.folders[0] / "figure.json"
+    whole = json.loads(file.read_bytes())
+    for content in (b"", b"[1]", b"{}", json.dumps({**whole, "figure": {**whole["figure"], "low": "0"}}).encode()):
+        counted.folders.clear()
+        caplog.clear()
+        file.write_bytes(content)
+        assert reproduce.reproduce_all(request(tmp_path)) == first
+        assert counted.folders == [file.parent]
+        assert "is damaged" in caplog.text
+        assert json.loads(file.read_bytes()) == whole
+    counted.folders.clear()
+    monkeypatch.setattr("robench.__version__", "0.0.0")
+    assert reproduce.reproduce_all(request(tmp_path)) == first
+    assert len(counted.folders) == 2
+
+
+def test_what_is_left_out_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(context: Context) -> Figure:
+        raise UsageError("no data")
+
+    cells = [dataclasses.replace(CELLS[3], measure=measure) for measure in (leave_out, fail)]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    assert [outcome.problem for outcome in reproduce.reproduce_all(request(tmp_path))] == ["", "no data"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_prints_tables_and_writes_csv(
@@ -357,6 +429,7 @@ def test_wrong_names_are_one_line(
         ({"measure": ten}, "either a defense or a function"),
         ({"defense": ""}, "either a defense or a function"),
         ({"attack": "pgd"}, "needs an eps"),
+        ({"reads": "convnet"}, "a function without a defense"),
         ({"published_on": "Fashion-MNIST"}, 'a dataset\'s name, such as fashion_mnist; got "Fashion-MNIST"'),
         ({"published_on": "mnist (a curve)"}, "goes into published_with"),
     ],

@@ -175,7 +175,17 @@ def _black_box() -> list[Cell]:
     for row, (spec, attacked, clean) in rows.items():
         measure = partial(blackbox_accuracy, spec=spec, eps=0.3)
         cells += [
-            Cell("table 2.6", row, "black-box FGSM 0.3", attacked, "mnist", "mnist", measure=measure, note=note),
+            Cell(
+                "table 2.6",
+                row,
+                "black-box FGSM 0.3",
+                attacked,
+                "mnist",
+                "mnist",
+                measure=measure,
+                note=note,
+                reads=spec,
+            ),
             Cell("table 2.6", row, "clean", clean, "mnist", "mnist", spec),
         ]
     return cells
