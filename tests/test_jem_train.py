@@ -248,6 +248,20 @@ def test_the_buffer_is_part_of_the_checkpoint(images: Dataset, tmp_path: Path, m
     assert run_to_the_end(folder, images, resume=True) != whole
 
 
+@pytest.mark.parametrize("grid", [True, False])
+def test_images_of_the_warm_up_are_taken_up_as_they_are(images: Dataset, tmp_path: Path, *, grid: bool) -> None:
+    """Bytes in the checkpoint where pixels are whole 255ths; else the Gaussians that they give would be others."""
+    if not grid:
+        images = dataclasses.replace(images, x=images.x**1.1)
+    whole = run_to_the_end(tmp_path / "whole", images)
+    assert (
+        run_to_the_end(tmp_path / "cut", images, cut=1) is None
+    )  # between the stages, before the Gaussians are fitted
+    saved = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["recipe"]["seen_x"]
+    assert saved.dtype == (torch.uint8 if grid else torch.float32)
+    assert run_to_the_end(tmp_path / "cut", images, resume=True) == whole
+
+
 # the watch
 
 
