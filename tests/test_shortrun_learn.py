@@ -285,31 +285,47 @@ class Watched(Recipe):
                 self.seen.setdefault(name, []).extend(marks)
                 return stage.loss(x, y)
 
-            found.append(
-                Stage(stage.name, self.iterations, loss, stage.parameters, 1e-3, batch_size=10, images=stage.images)
-            )
+            found.append(replace(stage, iterations=self.iterations, loss=loss, batch_size=10, check_every=0))
         return found
+
+    def prepare(self, x: Tensor) -> None:
+        self.fitted = set(x[:, 0, 0, 0].tolist())
+        self.inner.prepare(x)
 
     def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
         return {"images": float(len(x) + len(y))}
 
 
-def test_labelled_subset_is_stratified_and_no_other_image_is_seen_by_stages_2_and_3(tmp_path: Path) -> None:
-    """Each image carries its number in its corner; 40 of 120 are labelled, 80 seen at all."""
+def test_each_stage_sees_its_own_images_alone_and_only_the_labelled_ones_are_drawn_by_class(tmp_path: Path) -> None:
+    """Each image carries its number in its corner; 40 of 120 are labelled, 60 are for stage 1 and the fit of sigma."""
     x, y = load_data("fashion_mnist", n=120)
     x = x.clone()
     x[:, 0, 0, 0] = torch.arange(120) / 120
     data = Dataset("numbered", "train", x, y, torch.arange(120), tuple("0123456789"), digest_data(x, y))
-    model = make_model(torch.float32, steps=1)
-    recipe = Watched(make_recipe(model, "thesis(labelled=40, unlabelled=80)"), iterations=8)
-    train(model, recipe, data, tmp_path, TrainSettings(holdout=20))
+
+    def watch(labels: Tensor, seed: int) -> Watched:
+        model = make_model(torch.float32, steps=1, sigma="auto")
+        recipe = Watched(make_recipe(model, "thesis(labelled=40, unlabelled=60)"), iterations=8)
+        labelled = replace(data, y=labels, digest=digest_data(x, labels))
+        train(model, recipe, labelled, tmp_path / f"{seed}{labels[0]}", TrainSettings(holdout=20, seed=seed))
+        return recipe
+
+    recipe = watch(y, 0)
     marks = {name: set(seen) for name, seen in recipe.seen.items()}
-    assert len(marks["generative"]) == 80
+    assert len(marks["generative"]) == 60
     assert len(marks["discriminative"]) == 40
     assert marks["discriminative"] == marks["bptt_truncated"] == marks["bptt"]
-    assert marks["discriminative"] < marks["generative"]
     counts = torch.bincount(torch.tensor([label for _, label in marks["bptt"]]), minlength=10)
     assert counts.tolist() == [4] * 10
+    unlabelled = {number for number, _ in marks["generative"]}
+    assert recipe.fitted == unlabelled
+    rows = torch.tensor([any(abs(own - number) < 1e-6 for number in unlabelled) for own in x[:, 0, 0, 0].tolist()])
+    start = auto_sigma([2 * x[rows] - 1], recipe.inner.defense.step_size)
+    assert recipe.inner.sigma_start == pytest.approx(start, rel=1e-4)
+    assert start != pytest.approx(auto_sigma([2 * x - 1], recipe.inner.defense.step_size), rel=1e-3)
+    others = watch((y + 1) * (torch.arange(120) % 2) % 10, 0)
+    assert {number for number, _ in others.seen["generative"]} == unlabelled  # whatever the labels
+    assert {number for number, _ in watch(y, 1).seen["generative"]} != unlabelled
 
 
 def test_more_labels_than_images_is_one_line_before_the_first_stage(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ class ShortRunRecipe(Recipe):
                 thesis.
             labelled: stages 2 and 3 see that many training images, the same ones, drawn by class (thesis: 10,000);
                 0: all.
-            unlabelled: stage 1 sees that many (thesis: 40,000, 80,000 and 120,000), without their labels; 0: all.
+            unlabelled: stage 1 sees that many (thesis: 40,000, 80,000 and 120,000), and so does the fit of sigma; drawn
+                without a look at labels, so that they need not hold the labelled ones; 0: all.
             depth: the steps of the chain that a first part of stage 3, `bptt_truncated`, differentiates; 0: stage 3
                 differentiates all steps throughout.
             batch: images in a batch.
@@ -88,7 +89,7 @@ class ShortRunRecipe(Recipe):
         self.recent, self.best = math.nan, math.inf
 
     def prepare(self, x: Images) -> None:
-        """Fits sigma to all images (`auto_sigma`), without their labels, where the model asks for it."""
+        """Fits sigma to the images of stage 1 (`auto_sigma`), without their labels, where the model asks for it."""
         if self.defense.fits_sigma:
             with torch.no_grad():
                 parts = (self.defense.target(part) for part in x.split(FITTED_AT_ONCE))
@@ -113,7 +114,7 @@ class ShortRunRecipe(Recipe):
                 last("bptt", 700, self.unrolled_loss, flat=0.0),
             ]
         return [
-            replace(first, images=self.unlabelled),
+            replace(first, images=self.unlabelled, by_class=False),
             replace(second, images=self.labelled),
             *(replace(part, images=self.labelled) for part in third),
         ]

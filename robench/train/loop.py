@@ -75,7 +75,7 @@ def train(
     except OSError as error:
         raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Choose another --out") from None
     defense.to(settings.device)
-    recipe.prepare(run.x)
+    recipe.prepare(run.first_images())
     if settings.init is not None:  # after `prepare`: constants fitted to the images are part of the weights
         load_weights(defense, settings.init)
     if run.split.seen_before:

@@ -80,8 +80,10 @@ class Stage:
         clip: largest gradient norm; longer gradients are shortened to it.
         check_every: iterations between two calls of `Recipe.check`; 0: none.
         roll_backs: how often a check may fail before training stops.
-        images: draw from a class-stratified subset of that many training images; 0 takes all. Two stages of one number
-            draw from the same ones, and a smaller subset is part of a larger one.
+        images: draw from a subset of that many training images; 0 takes all. Two stages of one number draw from the
+            same ones, and a smaller subset is part of a larger one.
+        by_class: the subset has as many images of each class; False: it is drawn without a look at the labels, for a
+            stage that is not to know them. The two kinds are drawn independently.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Stage:
     check_every: int = 0
     roll_backs: int = 5
     images: int = 0
+    by_class: bool = True
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration."""
@@ -115,10 +118,10 @@ class Recipe:
     name: str = "default"
 
     def prepare(self, x: Images) -> None:
-        """Fits constants to the training images before the first stage (Short Run: sigma). Default: nothing."""
+        """Fits constants to the images of the first stage before it begins (Short Run: sigma). Default: nothing."""
 
     def stages(self) -> list[Stage]:
-        """The stages in order."""
+        """The stages in order; asked for before `prepare` too, as the first tells which images that is given."""
         raise NotImplementedError
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:

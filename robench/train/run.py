@@ -114,7 +114,7 @@ class Run:
         held, kept = self.split.held, self.split.kept
         self.x, self.y = data.x[kept], data.y[kept]
         self.x_held, self.y_held = data.x[held].to(settings.device), data.y[held].to(settings.device)
-        self.subset = torch.arange(0)
+        self.subsets: dict[tuple[int, bool], Tensor] = {}
         self.started = time.monotonic()
 
     @property
@@ -258,14 +258,32 @@ class Run:
         generator = torch.Generator().manual_seed(seed_for(self.settings.seed, stage.name, "order", epoch))
         order = torch.randperm(count, generator=generator)
         if stage.images:
-            order = self._subset(count)[order]
+            order = self._subset(stage)[order]
         rows = order[position * stage.batch_size : (position + 1) * stage.batch_size]
         return self.x[rows].to(self.settings.device), self.y[rows].to(self.settings.device)
 
-    def _subset(self, count: int) -> Tensor:
-        if len(self.subset) != count:
-            self.subset = draw_stratified(self.y, count, self.settings.seed)
-        return self.subset
+    def first_images(self) -> Images:
+        """The images that the first stage may see, which `Recipe.prepare` is given.
+
+        Raises:
+            UsageError: it takes more than there are.
+        """
+        first = self.recipe.stages()[:1]
+        self.check_demands(first)
+        return self.x[self._subset(first[0])] if first and first[0].images else self.x
+
+    def _subset(self, stage: Stage) -> Tensor:
+        key = stage.images, stage.by_class
+        if key not in self.subsets:
+            self.subsets[key] = self._draw_by_class(stage) if stage.by_class else self._draw_unlabelled(stage)
+        return self.subsets[key]
+
+    def _draw_by_class(self, stage: Stage) -> Tensor:
+        return draw_stratified(self.y, stage.images, self.settings.seed)
+
+    def _draw_unlabelled(self, stage: Stage) -> Tensor:
+        with seeded(self.settings.seed, "unlabelled"):
+            return torch.randperm(len(self.x))[: stage.images].sort().values
 
     def end_stage(self, stage: Stage) -> None:
         """Measures the held-out figures, goes on to the next stage and saves."""
