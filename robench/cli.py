@@ -339,7 +339,7 @@ def show(  # noqa: PLR0913 - each parameter is an option of the command line
     defense: Annotated[str, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")],
     dataset: Annotated[str, typer.Option(help="Dataset name, hf:org/name, or a Parquet file.")] = "fashion_mnist",
     against: Annotated[
-        str | None, typer.Option(help="Another dataset, to be told from the first by its scores.")
+        str | None, typer.Option(help="To be told from the first by its scores: another dataset, or interpolation.")
     ] = None,
     n: Annotated[int, typer.Option(help="Images behind the figures.")] = 256,
     seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,

@@ -15,9 +15,9 @@ import torch
 from robench.data import Dataset, load_dataset
 from robench.defense import Defense
 from robench.detection import ReliabilityBin, auroc, calibration_interval, reliability_table
-from robench.errors import UsageError
 from robench.estimate import Estimate
 from robench.evaluate import check_images
+from robench.outliers import Outliers, make_outliers
 from robench.registry import load_defense
 from robench.rng import seeded
 from robench.settings import Settings
@@ -36,7 +36,8 @@ class ShowRequest:
         defense: a defense as on the command line.
         dataset: images of the kind that it was trained on (test split).
         folder: where the pictures go.
-        against: another dataset of the same shape, to be told from the first by the detection scores.
+        against: another dataset, to be told from the first by the detection scores, or `interpolation`; see
+            `make_outliers`.
         n: images behind the figures, of each dataset.
         seed: seeds the draw of images and all randomness.
         device: `auto`, `cpu` or `cuda`.
@@ -85,6 +86,7 @@ class Exhibit:
         reliability: confidence against accuracy by bins.
         diagnostics: the defense's own figures.
         scores: of each detection score, where another dataset was given.
+        outliers_made: how its images were brought into the shape of the first; "" for as they are.
     """
 
     request: ShowRequest
@@ -95,6 +97,7 @@ class Exhibit:
     reliability: list[ReliabilityBin]
     diagnostics: Mapping[str, float]
     scores: list[Scores]
+    outliers_made: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -102,6 +105,7 @@ class Exhibit:
             "defense": self.request.defense,
             "dataset": self.request.dataset,
             "against": self.request.against,
+            "outliers_made": self.outliers_made,
             "n": self.request.n,
             "accuracy": self.accuracy.to_json(),
             "calibration_error": self.calibration.to_json(),
@@ -126,7 +130,7 @@ def show_defense(request: ShowRequest) -> Exhibit:
     defense = load_defense(request.defense, request.dataset, **options)
     data = load_dataset(request.dataset, "test", request.n, request.seed, request.data_dir)
     check_images(data.x, data.y, defense)
-    outliers = _outliers(request, defense)
+    outliers = _outliers(request, defense, data.x)
     device = Settings(device=request.device).resolve_device()
     defense.to(device)
     try:
@@ -138,20 +142,14 @@ def show_defense(request: ShowRequest) -> Exhibit:
     return exhibit
 
 
-def _outliers(request: ShowRequest, defense: Defense) -> Dataset | None:
+def _outliers(request: ShowRequest, defense: Defense, own: Images) -> Outliers | None:
     if request.against is None:
         return None
     defense.check_score(None)
-    data = load_dataset(request.against, "test", request.n, request.seed, request.data_dir)
-    if tuple(data.x.shape[1:]) != tuple(defense.input_shape):
-        raise UsageError(
-            f'"{request.against}" has images of shape {tuple(data.x.shape[1:])}; defense "{defense.name}" takes '
-            f"{tuple(defense.input_shape)}. Choose another --against"
-        )
-    return data
+    return make_outliers(request.against, own, request.n, request.seed, request.data_dir)
 
 
-def _examine(request: ShowRequest, defense: Defense, data: Dataset, outliers: Dataset | None, device: str) -> Exhibit:
+def _examine(request: ShowRequest, defense: Defense, data: Dataset, outliers: Outliers | None, device: str) -> Exhibit:
     x, y = data.x.to(device), data.y.to(device)
     with seeded(request.seed, "show", device=device):
         logits = torch.cat([defense(rows) for rows in _batches(x, defense)])
@@ -167,6 +165,7 @@ def _examine(request: ShowRequest, defense: Defense, data: Dataset, outliers: Da
             reliability_table(probabilities, y),
             defense.diagnostics(x, y),
             [] if outliers is None else _scores(defense, x, outliers.x.to(device)),
+            "" if outliers is None else outliers.made,
         )
 
 

@@ -12,6 +12,7 @@ from robench.attack import Attack
 from robench.defense import Defense
 from robench.defenses.jem import JEM, paper
 from robench.detection import auroc, expected_calibration_error
+from robench.outliers import make_outliers
 from robench.paper import Cell, Context
 from robench.registry import load_attack, parse_spec
 from robench.reproduce import load_tables
@@ -93,31 +94,10 @@ def test_cells_name_defenses_and_attacks_that_exist() -> None:
             assert not mode or mode in model.gradient_modes
 
 
-def test_outliers_between_two_images(context: Context) -> None:
-    """Each is the mean of two different test images, and every image is part of two of them."""
-    own, _ = load_data("fashion_mnist", "test", 60, 0)
-    found = paper.make_outliers("interpolation", "fashion_mnist", context)
-    assert torch.equal(found, paper.make_outliers("interpolation", "fashion_mnist", context))
-    torch.testing.assert_close(found.sum(0), own.sum(0))
-    partners = [
-        [(2 * row - one - other).abs().max().item() < 1e-5 for other in own] for row in found[:3] for one in own
-    ]
-    assert torch.tensor(partners).unflatten(0, (3, 60)).sum((1, 2)).tolist() == [2, 2, 2]
-
-
-@pytest.mark.data
-def test_grey_outliers_take_the_shape_of_images_in_colour(context: Context) -> None:
-    found = paper.make_outliers("mnist", "cifar10", context)
-    digits, _ = load_data("mnist", "test", 60, 0)
-    assert found.shape == (60, 3, 32, 32)
-    assert torch.equal(found[:, 1, 2:30, 2:30], digits[:, 0])
-    assert found[:, :, :2].abs().sum().item() == 0
-
-
 @pytest.mark.parametrize("kind", list(paper.SCORES))
 def test_auroc_is_that_of_the_scores(kind: str, context: Context, untrained: JEM) -> None:
     own, _ = load_data("fashion_mnist", "test", 60, 0)
-    between = paper.make_outliers("interpolation", "fashion_mnist", context)
+    between = make_outliers("interpolation", own, 60, 0).x
     expected = auroc(untrained.detection_score(own, kind), untrained.detection_score(between, kind))
     found = paper.measure_auroc("fashion_mnist", "interpolation", kind)(context)
     assert (found.value, found.low, found.high, found.n) == pytest.approx(

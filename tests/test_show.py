@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -12,11 +13,13 @@ import pytest
 import torch
 from engine_toys import Prototypes
 from PIL import Image
+from torch import nn
 
-from robench import UsageError
+from robench import UsageError, show
 from robench.cli import main
+from robench.data import load_dataset
 from robench.show import ShowRequest, show_defense
-from robench.types import Images, Labels, PerExample
+from robench.types import Images, Labels, Logits, PerExample
 
 HERE = Path(__file__)
 
@@ -64,6 +67,43 @@ def test_everything_is_drawn_and_told(
     for name in ("pictures.png", "reliability.png", "scores.png"):
         with Image.open(tmp_path / name) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20, name
+
+
+def test_interpolations_are_told_from_images_and_the_output_says_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--defense", SHOWN, "--n", 30, "--against", "interpolation", "--out", tmp_path)
+    assert call(monkeypatch, *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["against"], found["outliers_made"]) == ("interpolation", "means of two images")
+    assert 0 < found["auroc"]["dark"]["value"] < 1
+    assert call(monkeypatch, *words) == 0
+    out = capsys.readouterr().out
+    assert "images of interpolation" in out
+    assert "means of two images" in out
+
+
+class Coloured(Shown):
+    """Takes framed images in colour: those of the dataset that a test puts in the place of its own."""
+
+    name = "coloured"
+    input_shape = (3, 32, 32)
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x[:, :1, 2:30, 2:30])
+
+
+def test_grey_images_are_brought_into_the_shape_of_those_in_colour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = load_dataset("fashion_mnist", "test", 20)
+    coloured = dataclasses.replace(grey, x=nn.functional.pad(grey.x, (2,) * 4).expand(-1, 3, -1, -1))
+    monkeypatch.setattr(show, "load_dataset", lambda *_: coloured)
+    words = ("--defense", f"{HERE}:Coloured", "--n", 20, "--against", "fashion_mnist", "--out", tmp_path, "--json")
+    assert call(monkeypatch, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["outliers_made"] == "a black frame of 2x2 pixels and grey in 3 equal channels"
+    assert found["auroc"]["dark"]["value"] == 0.5  # the same images on both sides
 
 
 def test_a_defense_with_nothing_of_its_own_shows_its_images(

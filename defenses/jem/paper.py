@@ -10,15 +10,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
-from torch import nn
 
 from robench.data import load_data
 from robench.detection import auroc, calibration_interval
+from robench.outliers import make_outliers
 from robench.paper import Cell, Context, Figure, leave_out
 from robench.registry import load_defense
 from robench.rng import seeded
 from robench.threat import format_eps
-from robench.types import Images
 from robench.weights import has_weights
 
 if TYPE_CHECKING:
@@ -58,22 +57,6 @@ PGD_STEPS: Final = 40
 QUERIES: Final = 1000
 
 
-def make_outliers(name: str, inside: str, context: Context) -> Images:
-    """Images of another set in the shape of those of `inside`.
-
-    `interpolation`: means of two random images of `inside`, as in the paper. A grey set of 28x28 images outside one of
-    32x32 in colour gets a black frame and three equal channels.
-    """
-    own, _ = load_data(inside, "test", context.n, context.seed, context.data_dir)
-    if name == "interpolation":
-        with seeded(context.seed, "interpolation"):
-            order = torch.randperm(len(own))
-        return (own[order] + own[order.roll(1)]) / 2
-    x, _ = load_data(name, "test", context.n, context.seed, context.data_dir)
-    frame = (own.shape[-1] - x.shape[-1]) // 2
-    return nn.functional.pad(x, (frame,) * 4).expand(-1, own.shape[1], -1, -1)
-
-
 def measure_auroc(inside: str, outside: str, kind: str) -> Callable[[Context], Figure]:
     """How well a score of JEM-0 tells test images of `inside` from those of `outside`, as a measurement."""
 
@@ -82,7 +65,7 @@ def measure_auroc(inside: str, outside: str, kind: str) -> Callable[[Context], F
         own, _ = load_data(inside, "test", context.n, context.seed, context.data_dir)
         scores = [
             torch.cat([model.detection_score(rows.to(context.device), kind).detach() for rows in x.split(ROWS)])
-            for x in (own, make_outliers(outside, inside, context))
+            for x in (own, make_outliers(outside, own, context.n, context.seed, context.data_dir).x)
         ]
         found = auroc(*scores)
         return Figure(found.value, found.low, found.high, len(own))

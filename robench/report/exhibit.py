@@ -33,6 +33,8 @@ def print_exhibit(exhibit: Exhibit) -> None:
     table.add_row("expected calibration error", str(exhibit.calibration))
     for name, value in exhibit.diagnostics.items():
         table.add_row(name, f"{value:.4g}")
+    if exhibit.outliers_made:
+        table.add_row(f"images of {request.against}", exhibit.outliers_made)
     for score in exhibit.scores:
         table.add_row(
             f"AUROC against {request.against}, {score.kind}",
