@@ -251,6 +251,71 @@ def test_a_layer_that_is_used_twice_is_fortified_twice() -> None:
     assert len(trace.hidden) == len(trace.decoded) == 2
 
 
+class Bottleneck(nn.Module):
+    """One ReLU for two shapes, as in the blocks of torchvision's deeper ResNets, and a pooled layer of c x 1 x 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide, self.relu = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 12, 1), nn.ReLU()
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.relu(self.wide(self.relu(self.narrow(x))))).flatten(1))
+
+
+def test_a_layer_whose_calls_differ_in_shape_is_refused() -> None:
+    with pytest.raises(UsageError, match=r'^fortify: layer "relu" is called 2 times .*: \(3, 5, 5\), \(12, 5, 5\); .*'):
+        fortify(Bottleneck(), ["relu"], input_shape=(2, 5, 5))
+
+
+def test_a_pooled_layer_gets_a_dense_autoencoder() -> None:
+    with seeded("pooled"):
+        fortified = fortify(Bottleneck(), ["pool"], input_shape=(2, 5, 5), hidden=7, noise=0.0)
+    (dae,) = fortified.daes
+    assert count(dae) == 7 * 12 + 7 + 12
+    trace = fortified.trace(draw(3, 2, 5, 5))
+    expected = DenseDAE.forward(dae, trace.hidden[0].flatten(1))  # type: ignore[arg-type]  # a PooledDAE
+    assert torch.equal(trace.decoded[0], expected.view(3, 12, 1, 1))
+
+
+class Answers(nn.Module):
+    """A network that returns a dict, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = make_own()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.own(x)}
+
+
+@pytest.mark.parametrize("layers", [["own.body"], []], ids=["one", "none"])
+def test_a_module_may_return_a_dict(layers: list[str]) -> None:
+    trace = fortify(Answers(), layers, input_shape=(3, 8, 8)).trace(draw(2, 3, 8, 8))
+    assert trace.output["logits"].shape == (2, 4)
+    assert (reconstruction_losses(trace, trace).adv.item() > 0) == bool(layers)
+
+
+def test_input_shape_is_that_of_a_defense_or_asked_for() -> None:
+    defense = wrap(make_own(), num_classes=4, input_shape=(3, 8, 8))
+    assert fortify(defense, ["module.body"])(draw(2, 3, 8, 8)).shape == (2, 4)
+    with pytest.raises(UsageError, match=r"^fortify: needs the shape of one image.*input_shape=\(3, 32, 32\)\)$"):
+        fortify(make_own(), ["body"])
+
+
+def test_an_input_shape_that_does_not_fit_is_one_line() -> None:
+    own = make_own()
+    with pytest.raises(UsageError, match=r"^fortify: the module does not take images of input_shape \(1, 8, 8\): .*"):
+        fortify(own, ["body"], input_shape=(1, 8, 8))
+    assert own.training
+    assert not own.body._forward_hooks
+
+
+def test_layers_given_as_text_are_refused() -> None:
+    with pytest.raises(UsageError, match=r'^fortify: layers takes a list .*"body"\. Write layers=\["body"\]$'):
+        fortify(make_own(), "body", input_shape=(3, 8, 8))
+
+
 def test_hooks_are_gone_after_an_error() -> None:
     own = make_own()
     fortified = fortify(own, ["body"], input_shape=(3, 8, 8))

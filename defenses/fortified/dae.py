@@ -89,6 +89,14 @@ class DenseDAE(_TiedDAE):
         return functional.linear(code, self.weight.T, self.bias_visible)
 
 
+class PooledDAE(DenseDAE):
+    """A `DenseDAE` on the c values of a layer of c x 1 x 1, where 24 of the 25 weights of a kernel would be idle."""
+
+    def forward(self, h: Float[Tensor, "b c 1 1"], noise_scale: float = 1.0) -> Float[Tensor, "b c 1 1"]:
+        """The reconstruction of h from h + noise; see `DenseDAE`."""
+        return super().forward(h.flatten(1), noise_scale)[:, :, None, None]
+
+
 class ConvDAE(_TiedDAE):
     """As `DenseDAE` with W a 5x5 convolution of stride 1 that keeps the size, W^T its transpose (thesis, section 2.2).
 

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robench.defense import Defense
 from robench.errors import UsageError
 from robench.types import PerExample
 
-from .dae import Activation, ConvDAE, DenseDAE
+from .dae import Activation, ConvDAE, DenseDAE, PooledDAE
 
 
 @dataclass
@@ -97,7 +98,7 @@ def fortify(
     module: nn.Module,
     layers: Sequence[str],
     *,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] | None = None,
     hidden: int = 256,
     conv_hidden: int | None = None,
     noise: float = 0.1,
@@ -105,21 +106,50 @@ def fortify(
 ) -> FortifiedModule:
     """Adds a denoising autoencoder after each of the named layers of any module.
 
-    A layer that puts out `b c h w` gets a 5x5 convolutional one, `b d` or `b t d` a dense one on the last axis. Nothing
-    else changes; with no layers the module computes what it did. Train the result with `reconstruction_losses`.
+    A layer that puts out `b c h w` gets a 5x5 convolutional one, or where h = w = 1 a dense one on the c values; `b d`
+    or `b t d` a dense one on the last axis. A layer that one pass calls several times gets one autoencoder, through
+    which each call goes, and each counts in the losses. Nothing else changes; with no layers the module computes what
+    it did. The autoencoders are untrained: train the result with `reconstruction_losses`.
 
     Args:
         module: any torch module; one pass of zeros through it finds the sizes.
         layers: names of submodules, as `module.named_modules()` has them.
-        input_shape: shape of one input, without the batch axis.
+        input_shape: shape of one input, without the batch axis; None: that of the module, if it is a defense.
         hidden: length of the code of a dense autoencoder.
         conv_hidden: channels of the code of a convolutional one; None takes the layer's own number.
         noise: standard deviation of the noise before each autoencoder, in training and at test.
         activation: of both halves, `leaky_relu` (slope 0.2) or `relu`.
 
     Raises:
-        UsageError: there is no such layer, it is named twice, it is not run, or puts out no tensor of 2 to 4 axes.
+        UsageError: there is no such layer, it is named twice, it is not run, its calls put out different shapes or no
+            tensor of 2 to 4 axes; no input_shape, or one that the module does not take.
     """
+    _check_layers(module, layers)
+    if input_shape is None:
+        if not isinstance(module, Defense):
+            raise UsageError(
+                "fortify: needs the shape of one image, to size the autoencoders. Add it: "
+                "fortify(module, layers=[...], input_shape=(3, 32, 32))"
+            )
+        input_shape = module.input_shape
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    shapes = _shapes(module, layers, torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
+    daes: list[nn.Module] = []
+    for layer in layers:
+        shape = shapes[layer]
+        if len(shape) < 4:
+            daes.append(DenseDAE(shape[-1], hidden, noise, activation))
+        elif shape[2:] == (1, 1):
+            daes.append(PooledDAE(shape[1], hidden, noise, activation))
+        else:
+            daes.append(ConvDAE(shape[1], conv_hidden or shape[1], noise, activation))
+        daes[-1].to(device=like.device, dtype=like.dtype)
+    return FortifiedModule(module, layers, daes)
+
+
+def _check_layers(module: nn.Module, layers: Sequence[str]) -> None:
+    if isinstance(layers, str):
+        raise UsageError(f'fortify: layers takes a list of names; got the text "{layers}". Write layers=["{layers}"]')
     names = [name for name, _ in module.named_modules() if name]
     for layer in layers:
         if layer not in names:
@@ -128,41 +158,47 @@ def fortify(
             raise UsageError(f'fortify: the module has no layer "{layer}"{hint}; there are: {", ".join(names)}')
     if len(set(layers)) < len(layers):
         raise UsageError(f"fortify: each layer is named once; got {', '.join(layers)}")
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-    shapes = _shapes(module, layers, torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
-    daes: list[nn.Module] = []
-    for layer in layers:
-        shape = shapes[layer]
-        if len(shape) == 4:
-            daes.append(ConvDAE(shape[1], conv_hidden or shape[1], noise, activation))
-        else:
-            daes.append(DenseDAE(shape[-1], hidden, noise, activation))
-        daes[-1].to(device=like.device, dtype=like.dtype)
-    return FortifiedModule(module, layers, daes)
 
 
 def _shapes(module: nn.Module, layers: Sequence[str], x: Tensor) -> dict[str, tuple[int, ...]]:
     """Shape of each layer's output; the module's mode is as before afterwards."""
-    found: dict[str, Any] = {}
+    found: dict[str, list[Any]] = {layer: [] for layer in layers}
     modes = {part: part.training for part in module.modules()}
     with contextlib.ExitStack() as stack, torch.no_grad():
         for layer in layers:
 
             def note(part: nn.Module, inputs: tuple[Any, ...], output: Any, layer: str = layer) -> None:
                 del part, inputs
-                found[layer] = output
+                found[layer].append(output)
 
             stack.callback(module.get_submodule(layer).register_forward_hook(note).remove)
         module.eval()
-        module(x)
-    for part, mode in modes.items():
-        part.training = mode
-    for layer in layers:
-        if layer not in found:
-            raise UsageError(f'fortify: layer "{layer}" is not run by a pass of the module. Choose another')
-        if not (isinstance(found[layer], Tensor) and 2 <= found[layer].ndim <= 4):
-            raise UsageError(f'fortify: layer "{layer}" must put out a tensor of 2 to 4 axes. Choose another')
-    return {layer: tuple(output.shape) for layer, output in found.items()}
+        try:
+            module(x)
+        except (RuntimeError, ValueError) as error:  # what torch raises for shapes that do not fit
+            told = str(error).splitlines()[0]
+            raise UsageError(
+                f"fortify: the module does not take images of input_shape {tuple(x.shape[1:])}: {told}"
+            ) from error
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+    return {layer: _shape(layer, outputs) for layer, outputs in found.items()}
+
+
+def _shape(layer: str, outputs: list[Any]) -> tuple[int, ...]:
+    """The one shape of all that a layer put out in a pass."""
+    if not outputs:
+        raise UsageError(f'fortify: layer "{layer}" is not run by a pass of the module. Choose another')
+    if not all(isinstance(output, Tensor) and 2 <= output.ndim <= 4 for output in outputs):
+        raise UsageError(f'fortify: layer "{layer}" must put out a tensor of 2 to 4 axes. Choose another')
+    shapes = list(dict.fromkeys(tuple(output.shape[1:]) for output in outputs))
+    if len(shapes) > 1:
+        raise UsageError(
+            f'fortify: layer "{layer}" is called {len(outputs)} times in a pass and puts out different shapes: '
+            f"{', '.join(map(str, shapes))}; one autoencoder fits one. Choose a layer before or after it"
+        )
+    return tuple(outputs[0].shape)
 
 
 class Reconstruction(NamedTuple):
@@ -184,7 +220,8 @@ def reconstruction_losses(clean: Trace, adversarial: Trace | None, *, stop_gradi
         stop_gradient: hold the targets, so that the layers are not pulled towards what is easy to reconstruct.
     """
     targets = [upcast(h.detach() if stop_gradient else h) for h in clean.hidden]
-    zero = torch.zeros((), device=clean.output.device)
+    like = clean.hidden[0] if clean.hidden else clean.output  # an output may be anything, such as a dict
+    zero = torch.zeros((), device=like.device if isinstance(like, Tensor) else None)
 
     def error(trace: Trace) -> Tensor:
         pairs = zip(trace.decoded, targets, strict=True)
