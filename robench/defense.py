@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import nn
@@ -211,6 +212,15 @@ class Defense(nn.Module):
             raise PluginError(f'defense "{self.name or type(self).__name__}": {"; ".join(problems)}')
 
 
+@runtime_checkable
+class MakesDefense(Protocol):
+    """A module that is more than its logits (it can switch its noise off, say) and makes its defense by itself."""
+
+    def as_defense(self, name: str, *, num_classes: int, input_shape: tuple[int, int, int]) -> Defense:
+        """A defense around this module, under that name."""
+        ...
+
+
 class WrappedModule(Defense):
     """A plain torch module under the interface of a defense; made by `wrap`."""
 
@@ -232,26 +242,29 @@ def wrap(
     *,
     num_classes: int,
     input_shape: tuple[int, int, int],
-    randomized: bool = False,
+    randomized: bool | None = None,
     name: str = "",
 ) -> Defense:
     """Adopts any torch module that maps images in [0, 1] to logits.
+
+    One that has the method of `MakesDefense` says itself what defense it is: `fortify` makes such modules.
 
     Args:
         module: the classifier. It is put in eval mode and its weights are frozen.
         num_classes: number of logits.
         input_shape: (channels, height, width).
         randomized: True if two calls on the same images can differ. In eval mode nn.Dropout draws nothing; noise that
-            is part of the defense is functional.dropout(..., training=True).
+            is part of the defense is functional.dropout(..., training=True). None: False, or what the module says.
         name: the name in tables; default the class name in lower case.
 
     Raises:
         PluginError: a trait is missing or of the wrong kind.
     """
-    defense = WrappedModule(
-        module, name or type(module).__name__.lower(), num_classes=num_classes, input_shape=input_shape
-    )
-    defense.randomized = randomized
+    name = name or type(module).__name__.lower()
+    make = module.as_defense if isinstance(module, MakesDefense) else partial(WrappedModule, module)
+    defense = make(name, num_classes=num_classes, input_shape=input_shape)
+    if randomized is not None:
+        defense.randomized = randomized
     defense.check_traits()
     return defense.freeze()
 

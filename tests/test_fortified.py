@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import UsageError, wrap
+from robench import ThreatModel, UsageError, evaluate, wrap
 from robench.defenses.convnet import make_convnet
-from robench.defenses.fortified import Fortified, Trace, fortify, make_cnn, reconstruction_losses
+from robench.defenses.fortified import (
+    Fortified,
+    OwnFortified,
+    Trace,
+    Training,
+    fortify,
+    make_cnn,
+    reconstruction_losses,
+)
 from robench.defenses.fortified.dae import ConvDAE, DenseDAE
 from robench.defenses.fortified.train import total_loss
 from robench.rng import seeded
@@ -336,6 +344,52 @@ def test_hooks_are_gone_after_an_error() -> None:
 def test_wrong_layers_are_one_line(layers: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fortify(make_own(), layers, input_shape=(3, 8, 8))
+
+
+def wrap_own(**options: Any) -> OwnFortified:
+    with seeded("wrapped"):
+        net = fortify(make_own(), options.pop("layers", ["stem", "body"]), input_shape=(3, 8, 8), **options)
+    defense = wrap(net, num_classes=4, input_shape=(3, 8, 8), name="mine")
+    assert isinstance(defense, OwnFortified)
+    return defense
+
+
+def test_wrap_keeps_what_the_autoencoders_bring() -> None:
+    defense, x = wrap_own(), draw(6, 3, 8, 8)
+    assert (defense.name, defense.randomized, defense.detection_scores) == ("mine", True, ("reconstruction",))
+    assert not torch.equal(defense(x), defense(x))
+    with defense.without_randomness():
+        assert torch.equal(defense(x), defense(x))
+        assert torch.equal(defense.detection_score(x), defense.net.trace(x).error())
+    assert set(defense.diagnostics(x, torch.arange(6) % 4)) == {"reconstruction_r2_stem", "reconstruction_r2_body"}
+    assert not any(parameter.requires_grad or defense.training for parameter in defense.parameters())
+    with pytest.raises(UsageError, match=r'here "pgd"; got "fgsm".*by fortify\(\.\.\., training=Training'):
+        defense.recipe("fgsm")
+
+
+def test_wrap_of_what_draws_nothing() -> None:
+    assert not wrap_own(noise=0.0).randomized
+    plain = wrap_own(layers=[])
+    assert (plain.randomized, plain.detection_scores) == (False, ())
+    with pytest.raises(UsageError, match=r'^defense "mine" has no detection score$'):
+        plain.detection_score(draw(2, 3, 8, 8))
+    assert wrap(fortify(make_own(), [], input_shape=(3, 8, 8)), num_classes=4, input_shape=(3, 8, 8), randomized=True)
+
+
+def test_an_attack_may_switch_the_noise_of_a_wrapped_network_off() -> None:
+    result = evaluate(
+        wrap_own(), "pgd(steps=2, randomness=off)", ThreatModel("linf", 0.1), (draw(6, 3, 8, 8), torch.arange(6) % 4)
+    )
+    assert result.spec.randomized
+
+
+def test_training_of_a_wrapped_network_is_that_of_its_options() -> None:
+    defense = wrap_own(training=Training(train_eps=0.2, train_attack="fgsm"))
+    assert defense.recipe().facts()["training_attack"] == (
+        "one step of linf 0.2 from the image, against the net's own answer"
+    )
+    with pytest.raises(UsageError, match=r"train_eps above 0 and at most 1; got 2\.0, 2\.0 and 8\.0$"):
+        Training(train_eps=8.0)
 
 
 # the defense

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from robench.paper import Context
 from robench.registry import parse_spec
 from robench.rng import seeded
 from robench.threat import ThreatModel
+from robench.train.run import TrainSettings
 from robench.weights import read_card, shipped_weights, weights_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +77,54 @@ def test_one_step_attack_climbs_away_from_the_nets_own_answer(monkeypatch: pytes
     for label in (0, 1):
         came = FortifiedRecipe(defense).perturb(x, torch.tensor([label]), 0.1)
         torch.testing.assert_close(came, x - 0.1 * weight.sign())
+
+
+def make_small() -> nn.Module:
+    """A user's network of four blocks, with batch normalisation."""
+    with seeded("small"):
+        return nn.Sequential(
+            OrderedDict[str, nn.Module](
+                layer1=nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
+                layer2=nn.Sequential(nn.Conv2d(4, 8, 3, stride=2), nn.ReLU()),
+                layer4=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+                head=nn.Linear(32, 10),
+            )
+        )
+
+
+def read_snippets() -> list[str]:
+    page = (Path(__file__).parent.parent / "docs" / "defenses.md").read_text(encoding="utf-8")
+    section = page.partition("## Fortify a network of your own")[2].partition("\n## ")[0]
+    return [text.partition("```")[0] for text in section.split("```python")[1:]]
+
+
+def test_snippets_of_the_docs_train_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight images of two classes, bright and dark; the second snippet on 64 such, at a hundredth of the iterations."""
+    y = torch.arange(64) % 2
+    with seeded("bright and dark"):
+        x = 0.25 + 0.5 * y[:, None, None, None] + 0.1 * torch.rand(64, 3, 32, 32)
+    data = Dataset("bright", "train", x, y, torch.arange(64), ("dark", "bright"), "digest")
+    losses: list[float] = []
+
+    def load() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(25):
+            yield x[:8], y[:8]
+            losses.append(space["loss"].item())
+
+    space: dict[str, Any] = {"my_net": make_small(), "loader": load()}
+    first, second = read_snippets()
+    with seeded("docs"):
+        exec(first, space)
+    assert losses[-1] < losses[0] - 1
+    defense = space["defense"]
+    assert not any(parameter.requires_grad or defense.training for parameter in defense.parameters())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robench.data.load_dataset", lambda *_: data)
+    monkeypatch.setattr("robench.train.run.TrainSettings", partial(TrainSettings, holdout=8, scale=0.01))
+    exec(second, space)
+    assert [stage["name"] for stage in space["card"]["stages"]] == ["clean", "half", "adversarial"]
+    assert space["card"]["training_attack"].startswith("2 steps of 0.75 eps")
+    assert (tmp_path / "runs" / "mine" / "weights.pt").exists()
 
 
 def test_check_fails_where_one_step_and_twenty_differ(monkeypatch: pytest.MonkeyPatch) -> None:

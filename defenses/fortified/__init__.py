@@ -2,5 +2,15 @@
 
 from .fortify import FortifiedModule, Trace, fortify, reconstruction_losses
 from .model import Fortified, make_cnn
+from .own import OwnFortified, Training
 
-__all__ = ["Fortified", "FortifiedModule", "Trace", "fortify", "make_cnn", "reconstruction_losses"]
+__all__ = [
+    "Fortified",
+    "FortifiedModule",
+    "OwnFortified",
+    "Trace",
+    "Training",
+    "fortify",
+    "make_cnn",
+    "reconstruction_losses",
+]

@@ -17,6 +17,7 @@ from robench.errors import UsageError
 from robench.types import PerExample
 
 from .dae import Activation, ConvDAE, DenseDAE, PooledDAE
+from .own import OwnFortified, Training
 
 
 @dataclass
@@ -50,15 +51,19 @@ class FortifiedModule(nn.Module):
         layers: names of the fortified layers.
         daes: their autoencoders, in that order.
         noise_scale: multiplies the noise of all of them; 0 draws none.
+        trained_by: how the recipe of the defense that `robench.wrap` makes of it trains it.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[str], daes: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, module: nn.Module, layers: Sequence[str], daes: Sequence[nn.Module], trained_by: Training | None = None
+    ) -> None:
         """Keeps module and autoencoders; see `fortify`."""
         super().__init__()
         self.module = module
         self.layers = tuple(layers)
         self.daes = nn.ModuleList(daes)
         self.noise_scale = 1.0
+        self.trained_by = trained_by or Training()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module with its layers fortified."""
@@ -84,6 +89,14 @@ class FortifiedModule(nn.Module):
             trace.output = self.module(*args, **kwargs)
         return trace
 
+    def is_noisy(self) -> bool:
+        """Whether a pass draws noise."""
+        return self.noise_scale > 0 and any(float(dae.noise) > 0 for dae in self.daes)  # type: ignore[arg-type]
+
+    def as_defense(self, name: str, *, num_classes: int, input_shape: tuple[int, int, int]) -> Defense:
+        """What `robench.wrap` makes of it: the noise can be switched off, it has a detection score and a recipe."""
+        return OwnFortified(self, name, num_classes=num_classes, input_shape=input_shape)
+
     @contextlib.contextmanager
     def without_noise(self) -> Iterator[None]:
         """A context in which the noise is 0, its mean."""
@@ -94,7 +107,7 @@ class FortifiedModule(nn.Module):
             self.noise_scale = before
 
 
-def fortify(
+def fortify(  # noqa: PLR0913 - the hyperparameters of the paper
     module: nn.Module,
     layers: Sequence[str],
     *,
@@ -103,13 +116,15 @@ def fortify(
     conv_hidden: int | None = None,
     noise: float = 0.1,
     activation: Activation = "leaky_relu",
+    training: Training | None = None,
 ) -> FortifiedModule:
     """Adds a denoising autoencoder after each of the named layers of any module.
 
     A layer that puts out `b c h w` gets a 5x5 convolutional one, or where h = w = 1 a dense one on the c values; `b d`
     or `b t d` a dense one on the last axis. A layer that one pass calls several times gets one autoencoder, through
     which each call goes, and each counts in the losses. Nothing else changes; with no layers the module computes what
-    it did. The autoencoders are untrained: train the result with `reconstruction_losses`.
+    it did. The autoencoders are untrained: train the result by the recipe of `robench.wrap(...)`, or by a loop of your
+    own with `reconstruction_losses`.
 
     Args:
         module: any torch module; one pass of zeros through it finds the sizes.
@@ -119,6 +134,7 @@ def fortify(
         conv_hidden: channels of the code of a convolutional one; None takes the layer's own number.
         noise: standard deviation of the noise before each autoencoder, in training and at test.
         activation: of both halves, `leaky_relu` (slope 0.2) or `relu`.
+        training: bound, attack and weights of the recipe; None: the defaults.
 
     Raises:
         UsageError: there is no such layer, it is named twice, it is not run, its calls put out different shapes or no
@@ -144,7 +160,7 @@ def fortify(
         else:
             daes.append(ConvDAE(shape[1], conv_hidden or shape[1], noise, activation))
         daes[-1].to(device=like.device, dtype=like.dtype)
-    return FortifiedModule(module, layers, daes)
+    return FortifiedModule(module, layers, daes, training)
 
 
 def _check_layers(module: nn.Module, layers: Sequence[str]) -> None:

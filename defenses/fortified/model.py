@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
-import torch
 from torch import nn
 
-from robench.defense import Defense
 from robench.errors import UsageError
-from robench.types import Images, Labels, Logits, PerExample
 
 from .dae import LEAK, Activation, check_dae
 from .fortify import fortify
-
-if TYPE_CHECKING:
-    from robench.train.recipe import Recipe
-
-TrainAttack = Literal["pgd", "fgsm"]
+from .own import FortifiedDefense, TrainAttack
 
 LAYERS: Final = ("conv1", "conv2", "code")
 SMALLEST_SIDE: Final = 12
@@ -46,7 +38,7 @@ def make_cnn(channels: int, num_classes: int = 10, side: int = 28, activation: A
     return nn.Sequential(blocks)
 
 
-class Fortified(Defense):
+class Fortified(FortifiedDefense):
     """A net whose hidden layers are denoised by small autoencoders; randomized (noise is on at test, too).
 
     A. Lamb et al. 2018, "Fortified Networks" (arXiv 1804.02485; thesis, chapter 2). After layer k the hidden h_k is
@@ -66,6 +58,7 @@ class Fortified(Defense):
 
     name = "fortified"
     needs_weights = True
+    how_to_choose = "by --defense 'fortified(train_attack=fgsm)'"
     training_options = ("lambda_rec", "lambda_adv", "stop_gradient", "train_attack", "train_eps", "augment")
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the paper
@@ -156,44 +149,6 @@ class Fortified(Defense):
         if options.get("train_attack", "pgd") != "pgd":
             parts.append(str(options["train_attack"]))
         return "-".join(parts)
-
-    def recipe(self, name: str | None = None) -> Recipe:
-        """The recipe of the option `train_attack`: `pgd` (the default) or `fgsm`, as in the paper."""
-        from .train import FortifiedRecipe
-
-        if name not in (None, self.train_attack):
-            raise UsageError(
-                f'fortified: the recipe follows the option train_attack, here "{self.train_attack}"; got "{name}". '
-                f"Choose among {', '.join(get_args(TrainAttack))} by --defense 'fortified(train_attack=fgsm)'"
-            )
-        return FortifiedRecipe(self)
-
-    def forward(self, x: Images) -> Logits:
-        """Classifies images in [0, 1] with fresh noise."""
-        return self.net(x)
-
-    def without_randomness(self) -> AbstractContextManager[None]:
-        """The noise at its mean, 0."""
-        return self.net.without_noise()
-
-    def detection_score(self, x: Images, kind: str | None = None) -> PerExample:
-        """The squared error of reconstruction, summed over features and layers; higher is more suspicious.
-
-        Raises:
-            UsageError: there is no such score, or no autoencoder.
-        """
-        self.check_score(kind)
-        return self.net.trace(x).error()
-
-    def diagnostics(self, x: Images, y: Labels) -> dict[str, float]:
-        """Of each fortified layer the share of its variance that the autoencoder restores, R2."""
-        del y
-        with torch.no_grad():
-            trace = self.net.trace(x)
-        return {
-            f"reconstruction_r2_{layer}": 1 - float((d - h).square().sum() / (h - h.mean(0)).square().sum())
-            for layer, h, d in zip(self.net.layers, trace.hidden, trace.decoded, strict=True)
-        }
 
 
 def _check_options(layers: Sequence[str], train_attack: str, side: int) -> None:

@@ -16,7 +16,7 @@ from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels
 
 from .fortify import Trace, reconstruction_losses, upcast
-from .model import Fortified
+from .own import FortifiedDefense
 
 MOST_SHIFT: Final = 3
 CHECK_EVERY: Final = 400
@@ -32,7 +32,7 @@ class FortifiedRecipe(Recipe):
     where all classes get the same answer.
     """
 
-    def __init__(self, defense: Fortified) -> None:
+    def __init__(self, defense: FortifiedDefense) -> None:
         """Keeps the net to train."""
         self.defense, self.name = defense, str(defense.train_attack)
         self.more_steps = 0
@@ -145,7 +145,7 @@ class FortifiedRecipe(Recipe):
         return {"training_attack": f"{steps}, linf {eps:g}"}
 
 
-def total_loss(defense: Fortified, clean: Trace, adversarial: Trace, y: Labels) -> Tensor:
+def total_loss(defense: FortifiedDefense, clean: Trace, adversarial: Trace, y: Labels) -> Tensor:
     """Equation 6: both cross-entropies and both losses of reconstruction, with the defense's weights."""
     rec, adv = reconstruction_losses(clean, adversarial, stop_gradient=defense.stop_gradient)
     labels = functional.cross_entropy(upcast(clean.output), y) + functional.cross_entropy(upcast(adversarial.output), y)
