@@ -141,18 +141,33 @@ def test_whole_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_stop_gradient_holds_the_targets(stop: bool) -> None:
-    hidden = torch.ones(1, 2, requires_grad=True)
-    decoded = torch.zeros(1, 2, requires_grad=True)
-    losses = reconstruction_losses(
-        Trace(torch.zeros(1, 10), [hidden], [decoded]),
-        Trace(torch.zeros(1, 10), [hidden], [decoded]),
-        stop_gradient=stop,
-    )
-    sum(losses).backward()  # type: ignore[union-attr]  # a tuple of tensors
-    assert decoded.grad is not None
-    torch.testing.assert_close(decoded.grad, torch.full((1, 2), -2.0))
-    assert (hidden.grad is None) == stop
+def test_stop_gradient_trains_the_autoencoders_alone(stop: bool) -> None:
+    """As the released ECMLP_block, where what is compared starts from stop_gradient(h): no gradient below the layer."""
+    with seeded("stop"):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2))
+        fortified = fortify(net, ["1"], input_shape=(1, 2, 2), hidden=5, noise=0.0)
+    clean, adversarial = fortified.trace(draw(6, 1, 2, 2)), fortified.trace(draw(6, 1, 2, 2) + 1)
+    losses = reconstruction_losses(clean, adversarial, stop_gradient=stop)
+    assert losses.rec.item() == pytest.approx((clean.decoded[0] - clean.hidden[0]).square().mean().item())
+    assert losses.adv.item() == pytest.approx((adversarial.decoded[0] - clean.hidden[0]).square().mean().item())
+    for loss in losses:
+        fortified.zero_grad()
+        loss.backward(retain_graph=True)
+        assert all(parameter.grad is not None for parameter in fortified.daes.parameters())
+        assert (net[1].weight.grad is None) == stop
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+def test_stop_gradient_in_half_precision(kind: str) -> None:
+    fortified, x = fortify(make_own(), ["body"], input_shape=(3, 8, 8)), draw(2, 3, 8, 8)
+    if kind == "bfloat16":
+        fortified, x = fortified.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        trace = fortified.trace(x)
+    assert trace.hidden[0].dtype == torch.bfloat16
+    loss = reconstruction_losses(trace, None, stop_gradient=True).rec
+    assert loss.dtype == torch.float32
+    loss.backward()
 
 
 def test_half_precision_is_compared_in_float32() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,16 +29,22 @@ class Trace:
         output: what the module returned.
         hidden: what each fortified layer put out, in the order in which they ran.
         decoded: what its autoencoder made of that, and what went on downstream.
+        decoders: that autoencoder, each with the noise of the pass; draws anew.
     """
 
     output: Any = None
     hidden: list[Tensor] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)
+    decoders: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
 
     def error(self) -> PerExample:
         """The squared error of reconstruction of each example, summed over features and layers."""
         gaps = [upcast(d) - upcast(h) for d, h in zip(self.decoded, self.hidden, strict=True)]
         return torch.stack([gap.square().flatten(1).sum(1) for gap in gaps]).sum(0)
+
+    def decode_held(self) -> list[Tensor]:
+        """What the autoencoders make of the same layers held constant, with noise of its own: it trains them alone."""
+        return [decode(h.detach()) for decode, h in zip(self.decoders, self.hidden, strict=True)]
 
 
 class FortifiedModule(nn.Module):
@@ -82,6 +89,7 @@ class FortifiedModule(nn.Module):
                     decoded: Tensor = dae(h, self.noise_scale)
                     trace.hidden.append(h)
                     trace.decoded.append(decoded)
+                    trace.decoders.append(partial(_decode, dae, self.noise_scale))
                     return decoded.clone()  # what follows may work in place, as a ReLU or a sum in a ResNet does
 
                 hook = self.module.get_submodule(layer).register_forward_hook(fortify_output)
@@ -217,6 +225,11 @@ def _shape(layer: str, outputs: list[Any]) -> tuple[int, ...]:
     return tuple(outputs[0].shape)
 
 
+def _decode(dae: nn.Module, noise_scale: float, h: Tensor) -> Tensor:
+    """Outside of autocast, too, where h may be of less precision than the weights."""
+    return dae(h.to(next(dae.parameters()).dtype), noise_scale)
+
+
 class Reconstruction(NamedTuple):
     """The two losses of reconstruction, each summed over the fortified layers."""
 
@@ -233,14 +246,15 @@ def reconstruction_losses(clean: Trace, adversarial: Trace | None, *, stop_gradi
     Args:
         clean: the pass of the images themselves.
         adversarial: the pass of the adversarial images, in the same order; None: L_adv is 0.
-        stop_gradient: hold the targets, so that the layers are not pulled towards what is easy to reconstruct.
+        stop_gradient: hold the layers, as target and as what is reconstructed, so that both losses train the
+            autoencoders alone: the released code's `blocking_option` (class ECMLP_block). The noise is drawn anew.
     """
     targets = [upcast(h.detach() if stop_gradient else h) for h in clean.hidden]
     like = clean.hidden[0] if clean.hidden else clean.output  # an output may be anything, such as a dict
     zero = torch.zeros((), device=like.device if isinstance(like, Tensor) else None)
 
     def error(trace: Trace) -> Tensor:
-        pairs = zip(trace.decoded, targets, strict=True)
+        pairs = zip(trace.decode_held() if stop_gradient else trace.decoded, targets, strict=True)
         return torch.stack([(upcast(decoded) - target).square().mean() for decoded, target in pairs]).sum()
 
     if not targets:

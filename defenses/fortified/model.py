@@ -88,9 +88,9 @@ class Fortified(FortifiedDefense):
             activation: of the net and of the autoencoders, `leaky_relu` (slope 0.2) or `relu`.
             lambda_rec: weight of the reconstruction of clean images in training.
             lambda_adv: weight of the reconstruction from adversarial images in training.
-            stop_gradient: hold the targets of both in training, as the released code's `blocking_option`. With the
-                other defaults this runs away at once (the first loss of 2.3 is 347 after 12 steps): what is held still
-                pulls the layer through its reconstruction, towards larger and larger values.
+            stop_gradient: train the autoencoders alone by both losses, as the released code's `blocking_option`. With
+                the other defaults the layer then grows faster than its autoencoder follows: on clean Fashion-MNIST the
+                loss of 2.3 rises to 41 and 48 (two seeds) within 20 steps, and is 1.2 and 1.5 after 60, else 0.8.
             train_attack: `pgd` or `fgsm`; names the recipe, too.
             train_eps: linf bound of the training attack.
             augment: train on randomly shifted and mirrored images (photographs; never digits).
