@@ -477,6 +477,21 @@ def test_detection_score_is_the_error_of_reconstruction() -> None:
         make(layers=()).detection_score(x)
 
 
+def test_diagnostics_name_the_layer_whatever_the_order() -> None:
+    x, y = draw(6, 3, 8, 8), torch.arange(6) % 4
+    defense = wrap_own(layers=["body", "stem"], noise=0.0)
+    trace = defense.net.trace(x)
+    assert trace.layers == ["stem", "body"]
+    figures = defense.diagnostics(x, y)
+    for layer, h, d in zip(trace.layers, trace.hidden, trace.decoded, strict=True):
+        left = (d - h).square().sum() / (h - h.mean(0)).square().sum()
+        assert figures[f"reconstruction_r2_{layer}"] == pytest.approx(1 - left.item())
+    turned, straight = make(layers=["code", "conv1"]), make(layers=["conv1", "code"])
+    assert {name: value.shape for name, value in turned.state_dict().items()} == {
+        name: value.shape for name, value in straight.state_dict().items()
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "stem"),
     [
@@ -490,6 +505,7 @@ def test_detection_score_is_the_error_of_reconstruction() -> None:
         ({"train_attack": "fgsm"}, "mnist-fgsm"),
         ({"layers": [], "train_attack": "fgsm"}, "mnist-plain-fgsm"),
         ({"layers": ["conv1", "code"], "hidden": 64}, "mnist-conv1_code-hidden64"),
+        ({"layers": ["code", "conv1"]}, "mnist-conv1_code"),
         ({"activation": "relu", "stop_gradient": True}, "mnist-stop-relu"),
     ],
 )

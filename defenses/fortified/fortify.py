@@ -30,12 +30,14 @@ class Trace:
         hidden: what each fortified layer put out, in the order in which they ran.
         decoded: what its autoencoder made of that, and what went on downstream.
         decoders: that autoencoder, each with the noise of the pass; draws anew.
+        layers: the name of each, which `FortifiedModule.layers` has in another order where they were so named.
     """
 
     output: Any = None
     hidden: list[Tensor] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)
     decoders: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
 
     def error(self) -> PerExample:
         """The squared error of reconstruction of each example, summed over features and layers."""
@@ -83,10 +85,11 @@ class FortifiedModule(nn.Module):
             for layer, dae in zip(self.layers, self.daes, strict=True):
 
                 def fortify_output(
-                    layer: nn.Module, inputs: tuple[Any, ...], h: Tensor, dae: nn.Module = dae
+                    part: nn.Module, inputs: tuple[Any, ...], h: Tensor, dae: nn.Module = dae, layer: str = layer
                 ) -> Tensor:
-                    del layer, inputs
+                    del part, inputs
                     decoded: Tensor = dae(h, self.noise_scale)
+                    trace.layers.append(layer)
                     trace.hidden.append(h)
                     trace.decoded.append(decoded)
                     trace.decoders.append(partial(_decode, dae, self.noise_scale))

@@ -102,6 +102,7 @@ class Fortified(FortifiedDefense):
         super().__init__()
         check_dae(hidden, noise, activation)
         _check_options(layers, train_attack, side)
+        layers = _in_order(layers)
         if not (lambda_rec >= 0 and lambda_adv >= 0 and 0 < train_eps <= 1):
             raise UsageError(
                 "fortified: lambda_rec and lambda_adv must be at least 0, train_eps above 0 and at most 1; "
@@ -162,11 +163,16 @@ def _check_options(layers: Sequence[str], train_attack: str, side: int) -> None:
         raise UsageError(f"fortified: side must be at least {SMALLEST_SIDE}; got {side}")
 
 
+def _in_order(layers: Sequence[str]) -> list[str]:
+    """Layers as they run, so that one set of them has one name and one order of weights; unknown ones last."""
+    return sorted(layers, key=lambda layer: LAYERS.index(layer) if layer in LAYERS else len(LAYERS))
+
+
 def _layers_variant(options: Mapping[str, Any]) -> list[str]:
     layers = options.get("layers", ("code",))
     if not layers:
         return ["plain"]
-    return [] if tuple(layers) == ("code",) else ["_".join(layers)]
+    return [] if tuple(layers) == ("code",) else ["_".join(_in_order(layers))]
 
 
 def _losses_variant(options: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import torch
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .fortify import FortifiedModule
 
 TrainAttack = Literal["pgd", "fgsm"]
+
+TINY: Final = 1e-30
+"""In place of a variance of 0: of one image, say."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,15 @@ class FortifiedDefense(Defense):
         return self.net.trace(x).error()
 
     def diagnostics(self, x: Images, y: Labels) -> dict[str, float]:
-        """Of each fortified layer the share of its variance that the autoencoder restores, R2."""
+        """Of each fortified layer the share of its variance, over all its calls, that the autoencoder restores: R2."""
         del y
+        left, whole = dict.fromkeys(self.net.layers, 0.0), dict.fromkeys(self.net.layers, 0.0)
         with torch.no_grad():
             trace = self.net.trace(x)
-        return {
-            f"reconstruction_r2_{layer}": 1 - float((d - h).square().sum() / (h - h.mean(0)).square().sum())
-            for layer, h, d in zip(self.net.layers, trace.hidden, trace.decoded, strict=True)
-        }
+            for layer, h, d in zip(trace.layers, trace.hidden, trace.decoded, strict=True):
+                left[layer] += float((d - h).square().sum())
+                whole[layer] += float((h - h.mean(0)).square().sum())
+        return {f"reconstruction_r2_{layer}": 1 - left[layer] / max(whole[layer], TINY) for layer in left}
 
     def recipe(self, name: str | None = None) -> Recipe:
         """The recipe of `train_attack`: `pgd` or `fgsm`.
