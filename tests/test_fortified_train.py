@@ -351,6 +351,22 @@ def test_error_ratio_sees_images_that_are_far_off(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.data
+def test_black_box_takes_what_the_split_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 images 150 are the attacker's, however many are asked for: of MNIST's 10,000 the paper's 9,850 remain."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    defense = wrap(net, num_classes=10, input_shape=(1, 28, 28))
+
+    def load(name: str, split: str, n: int, *_: object, at_most: bool = False) -> Dataset:
+        assert (name, split) == ("mnist", "test")
+        return load_dataset("fashion_mnist", n=min(n, 200) if at_most else n)
+
+    monkeypatch.setattr(paper, "load_defense", lambda *_: defense)
+    monkeypatch.setattr(paper, "load_dataset", load)
+    monkeypatch.setattr(paper, "hand_over", lambda defense, seeds, x, y, eps: x)
+    for n, left in ((40, 40), (50, 50), (10_000, 50)):
+        assert paper.blackbox_accuracy(Context(n, 0, "cpu", None, tmp_path), "fortified", 0.3).n == left
+
+
 @pytest.mark.slow
 def test_black_box_leaves_more_than_nothing_and_less_than_all(tmp_path: Path) -> None:
     if "mnist" not in shipped_weights(Fortified):
