@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robench import Defense, load_data, load_defense, wrap
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
-from robench.defenses.fortified import Fortified, paper
+from robench.defenses.fortified import Fortified, blackbox, paper
 from robench.defenses.fortified.blackbox import (
     Protocol,
     augment,
@@ -222,11 +222,12 @@ def draw_images(n: int, name: str = "images") -> Tensor:
 
 
 def test_augmentation_by_hand() -> None:
-    """Of a linear substitute the gradient of the output of class y is row y of its weights."""
+    """Of a linear substitute p_y rises along row y of its weights less the other row."""
     linear = nn.Linear(16, 2)
     net = nn.Sequential(nn.Flatten(), linear)
     x, y = draw_images(5), torch.tensor([0, 1, 1, 0, 1])
-    expected = (x + 0.3 * linear.weight[y].sign().view(5, *SHAPE)).clamp(0, 1)
+    along = (linear.weight[y] - linear.weight[1 - y]).sign()
+    expected = (x + 0.3 * along.view(5, *SHAPE)).clamp(0, 1)
     torch.testing.assert_close(augment(net, x, y, 0.3), expected.detach())
 
 
@@ -244,18 +245,18 @@ def test_the_set_doubles_and_each_image_is_asked_about_once() -> None:
     assert steps.max().item() <= 0.1 + 1e-6
 
 
-def test_the_step_changes_its_sign() -> None:
-    """With a substitute that never learns, a step there and a step back end where they began."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    x, y = 0.3 + 0.4 * draw_images(4), torch.zeros(4, dtype=torch.int64)
-    torch.testing.assert_close(augment(net, augment(net, x, y, 0.1), y, -0.1), x)
-    moved = []
-    for alternate in (1, 99):
-        with seeded("substitute"):
-            protocol = Protocol(rounds=3, epochs=1, alternate=alternate, rate=1e-12)
-            _, found, _ = train_substitute(lambda rows: torch.zeros(len(rows), dtype=torch.int64), x, 2, protocol)
-        moved.append((found[12:] - found[4:8]).abs().max().item())
-    assert moved == [pytest.approx(0.1, abs=1e-6), pytest.approx(0.1, abs=1e-6)]
+def test_steps_are_those_of_the_released_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """run_blackbox.py: lmbda_coef = 2 * int(int(rho / 3) != 0) - 1 for rho = 0, ..., 4, times lmbda = 0.1."""
+    steps = []
+
+    def note(substitute: nn.Module, x: Tensor, y: Tensor, step: float) -> Tensor:
+        steps.append(step)
+        return augment(substitute, x, y, step)
+
+    monkeypatch.setattr(blackbox, "augment", note)
+    train_substitute(lambda rows: torch.zeros(len(rows), dtype=torch.int64), draw_images(2), 2, Protocol(epochs=1))
+    assert steps == [0.1 * (2 * int(int(rho / 3) != 0) - 1) for rho in range(5)]
+    assert steps == [-0.1, -0.1, -0.1, 0.1, 0.1]
 
 
 def test_substitute_learns_the_decisions_and_its_images_carry_over() -> None:
@@ -350,7 +351,6 @@ def test_error_ratio_sees_images_that_are_far_off(monkeypatch: pytest.MonkeyPatc
     assert paper.error_ratio(context, "pixels", 256).low > 1.2
 
 
-@pytest.mark.data
 def test_black_box_takes_what_the_split_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 200 images 150 are the attacker's, however many are asked for: of MNIST's 10,000 the paper's 9,850 remain."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -367,6 +367,7 @@ def test_black_box_takes_what_the_split_leaves(tmp_path: Path, monkeypatch: pyte
         assert paper.blackbox_accuracy(Context(n, 0, "cpu", None, tmp_path), "fortified", 0.3).n == left
 
 
+@pytest.mark.data
 @pytest.mark.slow
 def test_black_box_leaves_more_than_nothing_and_less_than_all(tmp_path: Path) -> None:
     if "mnist" not in shipped_weights(Fortified):

@@ -30,12 +30,16 @@ WIDTHS: Final = (512, 512)
 class Protocol:
     """The constants of the released code; Papernot et al. 2017 (arXiv 1602.02697), algorithm 1.
 
+    As released (jbinas/fortified-networks, run_blackbox.py), but for what follows: images of the augmentation are
+    clipped to [0, 1], since a defense takes no others; the substitute starts from torch's weights; FGSM on it climbs
+    away from the true label, where the released code takes the substitute's own answer.
+
     Attributes:
         seeds: images that the attacker starts from.
         rounds: how often the substitute is trained; between two rounds the set doubles.
         epochs: passes over the set in a round.
         step: length of a step of the augmentation, lambda.
-        alternate: rounds after which the step changes its sign.
+        turn: rounds with a step of -lambda, away from the label; those after them step towards it.
         batch_size: images in a batch.
         rate: Adam's learning rate.
     """
@@ -44,7 +48,7 @@ class Protocol:
     rounds: int = 6
     epochs: int = 10
     step: float = 0.1
-    alternate: int = 3
+    turn: int = 3
     batch_size: int = 128
     rate: float = 1e-3
 
@@ -57,12 +61,12 @@ def make_substitute(input_shape: tuple[int, int, int], num_classes: int) -> nn.S
 
 
 def augment(substitute: nn.Module, x: Images, y: Labels, step: float) -> Images:
-    """Jacobian-based augmentation: x + step * sign of the gradient of the substitute's output for class y.
+    """Jacobian-based augmentation: x + step * sign of the gradient of the substitute's probability of class y.
 
     Papernot et al. 2017, algorithm 1, line 6; clipped to [0, 1].
     """
     leaf = x.clone().requires_grad_()
-    outputs = substitute(leaf).gather(1, y[:, None]).sum()
+    outputs = substitute(leaf).softmax(1).gather(1, y[:, None]).sum()
     (grad,) = torch.autograd.grad(outputs, leaf)
     return (x + step * grad.sign()).clamp(0, 1)
 
@@ -83,18 +87,17 @@ def train_substitute(
     protocol = protocol or Protocol()
     c, h, w = seeds.shape[1:]
     substitute = make_substitute((c, h, w), num_classes).to(seeds.device)
-    optimizer = torch.optim.Adam(substitute.parameters(), lr=protocol.rate)
     x, y = seeds, oracle(seeds)
     for index in range(protocol.rounds):
-        _fit(substitute, optimizer, x, y, protocol)
+        _fit(substitute, x, y, protocol)
         if index < protocol.rounds - 1:
-            sign = -1 if (index // protocol.alternate) % 2 else 1
-            grown = augment(substitute, x, y, sign * protocol.step)
+            grown = augment(substitute, x, y, protocol.step if index >= protocol.turn else -protocol.step)
             x, y = torch.cat([x, grown]), torch.cat([y, oracle(grown)])
     return substitute, x, y
 
 
-def _fit(substitute: nn.Module, optimizer: torch.optim.Optimizer, x: Images, y: Labels, protocol: Protocol) -> None:
+def _fit(substitute: nn.Module, x: Images, y: Labels, protocol: Protocol) -> None:
+    optimizer = torch.optim.Adam(substitute.parameters(), lr=protocol.rate)  # a new one each round, as released
     for _ in range(protocol.epochs):
         for rows in torch.randperm(len(x), device=x.device).split(protocol.batch_size):
             optimizer.zero_grad(set_to_none=True)
