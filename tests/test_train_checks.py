@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import DataError, Defense, UsageError
+from robench import DataError, Defense, UsageError, load_defense
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
 from robench.defenses.convnet_at import ConvNetAT
 from robench.defenses.convnet_at.train import AdversarialRecipe
+from robench.precision import training_precision
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.train import Recipe, Stage, TrainSettings, run, train
@@ -251,6 +253,33 @@ def test_trades_loss_is_cross_entropy_plus_divergence(monkeypatch: pytest.Monkey
     p = math.exp(1) / (1 + math.exp(1))
     divergence = p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5)
     assert loss.item() == pytest.approx(-math.log(p) + 6 * divergence, rel=1e-5)
+
+
+def test_trades_searches_in_float32_where_passes_are_mixed(monkeypatch: pytest.MonkeyPatch, images: Dataset) -> None:
+    """Its images are those of float32; with bfloat16 inside the search, the first step's signs agree by chance."""
+    monkeypatch.setattr("robench.precision.has_bfloat16", lambda device: True)
+    defense = load_defense("convnet_at", "fashion_mnist")
+    assert isinstance(defense, ConvNetAT)
+    recipe = defense.recipe("trades")
+    assert isinstance(recipe, AdversarialRecipe)
+    x, y = images.x[:8], images.y[:8]
+
+    def search(precision: str) -> Images:
+        found = []
+
+        def note(*given: Any) -> Images:
+            found.append(perturb(*given))
+            return found[-1]
+
+        with seeded("trades"), training_precision(precision), monkeypatch.context() as patch:
+            patch.setattr("robench.defenses.convnet_at.train.perturb", note)
+            recipe.adversarial_loss(x, y)
+        return found[0] - x
+
+    wanted = search("float32")
+    assert (search("auto").sign() == wanted.sign()).float().mean().item() > 0.99
+    monkeypatch.setattr("robench.defenses.convnet_at.train.training_precision", lambda precision: nullcontext())
+    assert (search("auto").sign() == wanted.sign()).float().mean().item() < 0.9
 
 
 @pytest.mark.parametrize("options", [{}, {"train_norm": "l2", "train_eps": 1.5}], ids=["linf", "l2"])

@@ -8,6 +8,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from robench.precision import training_precision
 from robench.threat import ThreatModel
 from robench.train.adversarial import Inner, has_overfitted, measure_attacked, perturb
 from robench.train.recipe import Recipe, Stage, autocast
@@ -83,8 +84,9 @@ class AdversarialRecipe(Recipe):
         return perturb(lambda found: self.clean_loss(found, y), x, self._bound(share), self.inner)
 
     def _trades_loss(self, x: Images, y: Labels, share: float) -> Tensor:
-        fixed = self._logits(x).detach().log_softmax(1)
-        found = perturb(lambda near: _divergence(fixed, self._logits(near)), x, self._bound(share), self.inner)
+        with training_precision("float32"):  # near the image the gradient is a difference that bfloat16 rounds away
+            fixed = self._logits(x).detach().log_softmax(1)
+            found = perturb(lambda near: _divergence(fixed, self._logits(near)), x, self._bound(share), self.inner)
         clean = self._logits(x)
         return nn.functional.cross_entropy(clean, y) + TRADES_BETA * _divergence(
             clean.log_softmax(1), self._logits(found)
