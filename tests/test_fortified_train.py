@@ -145,6 +145,7 @@ def test_each_roll_back_adds_a_step_even_to_the_same_check() -> None:
     stage, kept, before = recipe.stages()[-1], recipe.state(), recipe.inner.steps
     for failures in (1, 2):  # the run rolls back as often as the check failed in a row, from what was good before
         recipe.load_state(kept)
+        recipe.overfitted = True
         for _ in range(failures):
             recipe.roll_back(stage)
         assert recipe.inner.steps == before + failures

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from robench.precision import training_precision
 from robench.threat import ThreatModel
-from robench.train.adversarial import Inner, has_overfitted, measure_attacked, perturb
+from robench.train.adversarial import SLOWER, Inner, judge, measure_attacked, perturb
 from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels, Logits
 
 from .model import ConvNetAT
 
 TRADES_BETA: Final = 6.0
-LARGEST_FALL: Final = 0.25
-"""Catastrophic overfitting, too: PGD's accuracy is so far below the best check's while one step's is not."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,8 @@ class AdversarialRecipe(Recipe):
         self.defense, self.name, self.variant = defense, name, VARIANTS[name]
         self.inner = self.variant.inner
         self.threat = ThreatModel(defense.train_norm, defense.train_eps)
-        self.best_pgd = 0.0
+        self.best_accuracy = self.best_pgd = 0.0
+        self.overfitted = False
 
     def stages(self) -> list[Stage]:
         """Under one epoch of clean images, one of ramp, then about five of adversarial ones at the full bound."""
@@ -75,6 +74,7 @@ class AdversarialRecipe(Recipe):
 
     def adversarial_loss(self, x: Images, y: Labels, share: float = 1.0) -> Tensor:
         """The recipe's loss at the images found within `share` of eps."""
+        self.overfitted = False  # a loss that is not finite is another trouble than the last check's
         if self.variant.trades:
             return self._trades_loss(x, y, share)
         return self.clean_loss(self.perturb(x, y, share), y)
@@ -105,29 +105,40 @@ class AdversarialRecipe(Recipe):
         return measure_attacked(self.defense, x, y, self.threat)
 
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
-        """Looks for catastrophic overfitting on a part of the held-out images: PGD breaks what one step does not."""
+        """Looks on a part of the held-out images whether the net has overfitted to its attack, or lost what it had."""
         del stage
         figures = self.measure(x[:256], y[:256])
-        floor = self.best_pgd - LARGEST_FALL
-        fine = not has_overfitted(figures) and not figures["pgd20"] < floor < figures["fgsm"]
-        if fine:
+        found = judge(figures, self.best_accuracy, self.best_pgd)
+        self.overfitted = found == "overfitted"
+        if found == "fine":
+            self.best_accuracy = max(self.best_accuracy, figures["accuracy"])
             self.best_pgd = max(self.best_pgd, figures["pgd20"])
-        return figures, fine
+        return figures, found == "fine"
 
     def roll_back(self, stage: Stage) -> None:
-        """Takes one more inner step from now on, each shorter."""
+        """Takes one more inner step from now on, each shorter, after overfitting; else half the learning rate."""
         del stage
+        if not self.overfitted:
+            self.rate_share *= SLOWER
+            return
         steps = self.inner.steps + 1
         self.inner = Inner(steps, max(0.25, 1.5 / steps), self.inner.start)
 
     def state(self) -> dict[str, float]:
-        """The inner steps, which a roll-back changes, and the best check's figure."""
-        return {"steps": self.inner.steps, "step": self.inner.step, "best_pgd": self.best_pgd}
+        """The inner steps and the share of the learning rate, which roll-backs change, and the best check's figures."""
+        return {
+            "steps": self.inner.steps,
+            "step": self.inner.step,
+            "rate_share": self.rate_share,
+            "best_accuracy": self.best_accuracy,
+            "best_pgd": self.best_pgd,
+        }
 
     def load_state(self, state: dict[str, float]) -> None:
         """Takes up what `state` gave."""
         self.inner = Inner(int(state["steps"]), state["step"], self.inner.start)
-        self.best_pgd = state["best_pgd"]
+        self.rate_share = state["rate_share"]
+        self.best_accuracy, self.best_pgd = state["best_accuracy"], state["best_pgd"]
 
     def facts(self) -> dict[str, object]:
         """The bound, and the inner maximisation that training ended with."""
@@ -135,6 +146,7 @@ class AdversarialRecipe(Recipe):
             "train_threat": str(self.threat),
             "inner_steps": self.inner.steps,
             "inner_step": round(self.inner.step, 4),
+            **({"rate_share": self.rate_share} if self.rate_share != 1 else {}),
         }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench.threat import ThreatModel
-from robench.train.adversarial import Inner, has_overfitted, measure_attacked, perturb
+from robench.train.adversarial import SLOWER, Inner, judge, measure_attacked, perturb
 from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels
 
@@ -27,15 +27,17 @@ class FortifiedRecipe(Recipe):
     """Cross-entropy of images and of adversarial ones, and both losses of reconstruction (arXiv 1804.02485, eq. 6).
 
     Adam at 1e-3 and batches of 128, as in the released code. `pgd`: two steps of 0.75 eps from a random start, through
-    the net with its noise (the paper's PGD has 40 steps); one step more after each roll-back. `fgsm`: one step against
-    the net's own answer. Both start on clean images and then half the bound, since at a large one a fresh net stays
-    where all classes get the same answer.
+    the net with its noise (the paper's PGD has 40 steps); one step more each time it has overfitted. `fgsm`: one step
+    against the net's own answer. Both start on clean images and then half the bound, since at a large one a fresh
+    net stays where all classes get the same answer.
     """
 
     def __init__(self, defense: FortifiedDefense) -> None:
         """Keeps the net to train."""
         self.defense, self.name = defense, str(defense.train_attack)
         self.more_steps = 0
+        self.best_accuracy = self.best_pgd = 0.0
+        self.overfitted = False
 
     def stages(self) -> list[Stage]:
         """Clean images, half the bound, the bound: two to three epochs of 60,000 images together."""
@@ -70,6 +72,7 @@ class FortifiedRecipe(Recipe):
         return self._whole_loss(x, y, self.defense.train_eps)
 
     def _whole_loss(self, x: Images, y: Labels, eps: float) -> Tensor:
+        self.overfitted = False  # a loss that is not finite is another trouble than the last check's
         x = self.vary(x)
         x_adv = self.perturb(x, y, eps)
         with autocast(x):
@@ -111,26 +114,42 @@ class FortifiedRecipe(Recipe):
         return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
-        """Accuracy after one step and after twenty: far apart, the net has overfitted to its training attack.
+        """Accuracy after one step and after twenty: whether the net has overfitted to its attack, or lost what it had.
 
-        Training with `fgsm` goes on all the same: the breakage is what it is there to show.
+        Training with `fgsm` goes on however little twenty steps leave: the breakage is what it is there to show.
+        What it must not lose is its accuracy on clean images.
         """
         del stage
         figures = self.measure(x, y)
-        return figures, self.name == "fgsm" or not has_overfitted(figures)
+        judged = {**figures, "pgd20": figures["fgsm"]} if self.name == "fgsm" else figures
+        found = judge(judged, self.best_accuracy, 0.0 if self.name == "fgsm" else self.best_pgd)
+        self.overfitted = found == "overfitted"
+        if found == "fine":
+            self.best_accuracy = max(self.best_accuracy, figures["accuracy"])
+            self.best_pgd = max(self.best_pgd, figures["pgd20"])
+        return figures, found == "fine"
 
     def roll_back(self, stage: Stage) -> None:
-        """Takes one step more in the training attack from now on."""
+        """Takes one step more in the training attack from now on, after overfitting; else half the learning rate."""
         del stage
-        self.more_steps += 1
+        if self.overfitted:
+            self.more_steps += 1
+        else:
+            self.rate_share *= SLOWER
 
-    def state(self) -> dict[str, int]:
-        """The steps added by roll-backs."""
-        return {"more_steps": self.more_steps}
+    def state(self) -> dict[str, float]:
+        """What roll-backs have changed, and the best check's figures."""
+        return {
+            "more_steps": self.more_steps,
+            "rate_share": self.rate_share,
+            "best_accuracy": self.best_accuracy,
+            "best_pgd": self.best_pgd,
+        }
 
-    def load_state(self, state: dict[str, int]) -> None:
-        """Takes up the steps added before."""
-        self.more_steps = state["more_steps"]
+    def load_state(self, state: dict[str, float]) -> None:
+        """Takes up what `state` gave."""
+        self.more_steps, self.rate_share = int(state["more_steps"]), state["rate_share"]
+        self.best_accuracy, self.best_pgd = state["best_accuracy"], state["best_pgd"]
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy on clean images, after one step and after twenty of the white-box attack at `train_eps`."""
@@ -139,10 +158,12 @@ class FortifiedRecipe(Recipe):
     def facts(self) -> dict[str, object]:
         """The training attack as it ended."""
         eps, inner = self.defense.train_eps, self.inner
+        slower = {"rate_share": self.rate_share} if self.rate_share != 1 else {}
         if self.name == "fgsm":
-            return {"training_attack": f"one step of linf {eps:g} from the image, against the net's own answer"}
+            attack = f"one step of linf {eps:g} from the image, against the net's own answer"
+            return {"training_attack": attack, **slower}
         steps = f"{inner.steps} steps of {inner.step:g} eps from a random start"
-        return {"training_attack": f"{steps}, linf {eps:g}"}
+        return {"training_attack": f"{steps}, linf {eps:g}", **slower}
 
 
 def total_loss(defense: FortifiedDefense, clean: Trace, adversarial: Trace, y: Labels) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ OVERFITTED: Final = 0.4
 """Where twenty steps leave less than this share of what one step leaves, the net has overfitted to its attack.
 
 A net for MNIST at 0.3 is at 0.55 after 400 iterations (71.6 and 39.4 %): far from robust yet, not overfitted."""
+
+LARGEST_FALL: Final = 0.25
+"""How far an accuracy may be below that of the best check."""
+SLOWER: Final = 0.5
+"""What a fall that is no overfitting leaves of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,24 @@ def perturb(loss: Callable[[Images], Tensor], x: Images, threat: ThreatModel, in
 def has_overfitted(figures: Mapping[str, float]) -> bool:
     """Whether the figures of `measure_attacked` are those of catastrophic overfitting to a short attack."""
     return figures["pgd20"] < OVERFITTED * figures["fgsm"]
+
+
+def judge(figures: Mapping[str, float], best_accuracy: float, best_pgd: float) -> Literal["fine", "overfitted", "fell"]:
+    """What the figures of `measure_attacked` say of a training that has been watched for a while.
+
+    `overfitted`: twenty steps break what one step does not, whether compared with each other or with before.
+    `fell`: the net has lost what it had, on clean images or under both attacks; NaN counts as lost.
+
+    Args:
+        figures: those of this check.
+        best_accuracy: clean accuracy at the best check that was fine, as a fraction; 0 before the first.
+        best_pgd: the same after twenty steps.
+    """
+    floor = best_pgd - LARGEST_FALL
+    if has_overfitted(figures) or figures["pgd20"] < floor < figures["fgsm"]:
+        return "overfitted"
+    kept = figures["pgd20"] >= floor and figures["accuracy"] >= best_accuracy - LARGEST_FALL
+    return "fine" if kept else "fell"
 
 
 def measure_attacked(defense: Defense, x: Images, y: Labels, threat: ThreatModel) -> dict[str, float]:

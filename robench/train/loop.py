@@ -130,7 +130,8 @@ def _train_stage(run: Run, stage: Stage, optimizer_state: dict[str, Any] | None,
         for iteration in range(first, iterations):
             x, y = run.batch(stage, iteration)
             reseed(settings.seed, stage.name, iteration)
-            loss = _update(stage, optimizer, x, y, stage.rate(int(iteration / settings.scale)))
+            rate = run.recipe.rate_share * stage.rate(int(iteration / settings.scale))
+            loss = _update(stage, optimizer, x, y, rate)
             average += (loss - average) * max(0.02, 1 / (iteration - first + 1))
             run.state.iteration, run.state.step = iteration + 1, run.state.step + 1
             checks = len(run.checks)

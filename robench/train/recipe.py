@@ -113,9 +113,11 @@ class Recipe:
 
     Attributes:
         name: what `--recipe` calls it.
+        rate_share: multiplies the learning rate of every stage. A recipe whose `roll_back` lowers it has it in `state`.
     """
 
     name: str = "default"
+    rate_share: float = 1.0
 
     def prepare(self, x: Images) -> None:
         """Fits constants to the images of the first stage before it begins (Short Run: sigma). Default: nothing."""
