@@ -59,7 +59,10 @@ class Watched(Recipe):
 
     name = "watched"
 
-    def __init__(self, defense: Mean, *, bad_at: int = 999, pace: float = 1.0, nan: bool = False) -> None:
+    def __init__(
+        self, defense: Mean, *, bad_at: int = 999, pace: float = 1.0, nan: bool = False, check_every: int = 3
+    ) -> None:
+        self.check_every = check_every
         self.defense, self.bad_at, self.pace, self.nan = defense, bad_at, pace, nan
         self.calls = self.ticks = 0
         self.buffer = torch.zeros(3)
@@ -77,7 +80,7 @@ class Watched(Recipe):
                 flat=1.0,
                 batch_size=8,
                 optimizer=self.sgd,
-                check_every=3,
+                check_every=self.check_every,
                 roll_backs=2,
             )
         ]
@@ -135,6 +138,28 @@ def test_checks_are_kept_in_the_card(images: Dataset, tmp_path: Path) -> None:
     assert largest[-1] == pytest.approx(defense.weight.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("scale", "every", "seen"),
+    [(1.0, 5, [5, 10, 12]), (0.5, 4, [2, 4, 6]), (2.0, 5, [10, 20, 24]), (0.1, 3, [1])],
+)
+def test_checks_scale_with_the_stage_and_see_its_end(
+    scale: float, every: int, seen: list[int], images: Dataset, tmp_path: Path
+) -> None:
+    defense = Mean()
+    recipe = Watched(defense, check_every=every)
+    card = train(defense, recipe, images, tmp_path, TrainSettings(holdout=32, scale=scale))
+    assert [row["iteration"] for row in card["checks"]] == seen
+
+
+def test_a_stage_that_fails_at_its_end_gives_the_last_good_weights(images: Dataset, tmp_path: Path) -> None:
+    """Checked at 5, 10 and the end, which finds that it ran away; kept and measured are the weights of iteration 10."""
+    defense = Mean()
+    recipe = Watched(defense, bad_at=11, check_every=5)
+    card = train(defense, recipe, images, tmp_path, SETTINGS)
+    assert [row["fine"] for row in card["checks"]] == [True, True, False]
+    assert card["held_out"]["walk"]["largest"] == card["checks"][1]["largest"] == defense.weight.abs().max().item()
+
+
 @pytest.mark.parametrize("nan", [False, True], ids=["check", "nan loss"])
 def test_what_went_wrong_is_rolled_back(images: Dataset, tmp_path: Path, nan: bool) -> None:
     """After the second check the weights run away; they return to that check, at half the pace, and stay small."""
@@ -187,19 +212,23 @@ def test_a_second_failure_changes_the_recipe_twice(images: Dataset, tmp_path: Pa
     assert [row["fine"] for row in card["checks"]] == [True, False, False, True]
 
 
-@pytest.mark.parametrize("stop_at", [2, 5, 8, 11])
-def test_resume_is_bit_equal(images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
+@pytest.mark.parametrize("every", [3, 5])
+@pytest.mark.parametrize("stop_at", [2, 5, 8, 11, 12])
+def test_resume_is_bit_equal(
+    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, every: int
+) -> None:
     """Cut off before, after and between checks and the roll-back: the buffer and the way back are in the checkpoint."""
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", -1.0)
     whole = Mean()
-    expected = train(whole, Watched(whole, bad_at=6), images, tmp_path / "whole", SETTINGS)
+    expected = train(whole, Watched(whole, bad_at=6, check_every=every), images, tmp_path / "whole", SETTINGS)
     defense = Mean()
-    recipe = Watched(defense, bad_at=6)
+    recipe = Watched(defense, bad_at=6, check_every=every)
     recipe.stop_at = stop_at
     with pytest.raises(KeyboardInterrupt):
         train(defense, recipe, images, tmp_path / "cut", SETTINGS)
     again = Mean()
-    card = train(again, Watched(again, bad_at=6), images, tmp_path / "cut", SETTINGS, resume=True)
+    recipe = Watched(again, bad_at=6, check_every=every)
+    card = train(again, recipe, images, tmp_path / "cut", SETTINGS, resume=True)
     assert weights_digest(again) == weights_digest(whole)
     assert card["checks"] == expected["checks"]
 
@@ -375,12 +404,14 @@ def test_a_collapse_is_not_fine_and_slows_training(
     assert resumed.facts()["rate_share"] == 0.5
 
 
-def test_fgsm_of_fortified_may_lose_its_robustness_and_not_its_accuracy(images: Dataset) -> None:
+def test_fgsm_of_fortified_may_lose_its_robustness_and_not_its_accuracy(
+    images: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Fortified(hidden=8, train_attack="fgsm").recipe()
     stage = recipe.stages()[-1]
     for accuracy, pgd, fine in ((0.9, 0.7, True), (0.9, 0.0, True), (0.6, 0.0, False)):
         figures = {"accuracy": accuracy, "fgsm": accuracy, "pgd20": pgd}
-        recipe.measure = lambda x, y, figures=figures: figures  # type: ignore[method-assign]
+        monkeypatch.setattr(recipe, "measure", lambda _x, _y, figures=figures: figures)
         assert recipe.check(stage, images.x, images.y)[1] == fine
 
 

@@ -147,6 +147,14 @@ def _iterations(stage: Stage, settings: TrainSettings) -> int:
     return max(int(stage.iterations * settings.scale), 1)
 
 
+def _is_due(stage: Stage, iteration: int, settings: TrainSettings) -> bool:
+    """Whether a check follows an iteration: as often as in a training of scale 1, and at the end of the stage."""
+    if not stage.check_every:
+        return False
+    every = max(round(stage.check_every * settings.scale), 1)
+    return iteration % every == 0 or iteration == _iterations(stage, settings)
+
+
 def _update(stage: Stage, optimizer: torch.optim.Optimizer, x: Images, y: Labels, rate: float) -> float:
     """One step; a loss that is not finite is returned without a step."""
     for group in optimizer.param_groups:
@@ -175,7 +183,7 @@ def _look(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, loss: float)
         if not stage.check_every:
             raise DataError(f'training diverged in stage "{stage.name}": the loss is {loss}. Lower the learning rate')
         run.roll_back(stage, optimizer, f"the loss is {loss}")
-    elif stage.check_every and run.state.iteration % stage.check_every == 0:
+    elif _is_due(stage, run.state.iteration, run.settings):
         if run.check(stage):
             run.keep(optimizer)
         else:

@@ -78,7 +78,8 @@ class Stage:
         batch_size: images in a batch.
         optimizer: builds the optimizer.
         clip: largest gradient norm; longer gradients are shortened to it.
-        check_every: iterations between two calls of `Recipe.check`; 0: none.
+        check_every: iterations between two calls of `Recipe.check`, multiplied by `TrainSettings.scale` as the stage's
+            own; the last iteration is checked in any case. 0: none.
         roll_backs: how often a check may fail before training stops.
         images: draw from a subset of that many training images; 0 takes all. Two stages of one number draw from the
             same ones, and a smaller subset is part of a larger one.
