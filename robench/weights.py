@@ -68,6 +68,8 @@ def _check_training(cls: type[Defense], asked: dict[str, Any], trained: dict[str
         if name not in asked or name not in parameters:
             continue
         found = trained.get(name, parameters[name].default)
+        if found is None:  # the constructor fills it in
+            found = getattr(_build(cls, trained), name, None)
         if asked[name] not in (found, "auto"):
             raise UsageError(
                 f'defense "{cls.name}": the weights {path.name} were trained with {name}={found}, not {asked[name]}. '

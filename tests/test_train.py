@@ -32,11 +32,14 @@ from robench import DataError, Defense, UsageError, load_defense
 from robench.cli import main
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
+from robench.defenses.convnet import ConvNet
+from robench.defenses.convnet_at import ConvNetAT
+from robench.defenses.fortified import Fortified
 from robench.defenses.shortrun import ShortRun, auto_sigma
 from robench.registry import resolve
 from robench.rng import seeded
 from robench.train import TrainSettings, run, train
-from robench.train.named import TrainJob, train_named
+from robench.train.named import TrainJob, customary_bound, train_named
 from robench.weights import read_card, save_weights
 
 TOY = f"{Path(__file__).with_name('cli_toys.py')}:Trainable"
@@ -487,3 +490,42 @@ def test_retraining_over_an_old_run_starts_anew(trained: TrainJob) -> None:
     shutil.copy(trained.folder / "checkpoint.pt", trained.folder / "old.pt")
     _, card = train_named(trained)
     assert card["weights_digest"] == first
+
+
+# the bound of adversarial training
+
+
+@pytest.mark.parametrize(
+    ("cls", "dataset", "written", "bound"),
+    [
+        (ConvNetAT, "fashion_mnist", {}, 0.1),
+        (ConvNetAT, "mnist", {}, 0.3),
+        (ConvNetAT, "cifar10", {}, 8 / 255),
+        (ConvNetAT, "fashion_mnist", {"train_norm": "l2"}, 1.5),
+        (ConvNetAT, "cifar10", {"train_norm": "l2", "train_eps": None}, 0.5),
+        (Fortified, "svhn", {}, 8 / 255),
+        (ConvNetAT, "mnist", {"train_eps": 0.2}, None),
+        (ConvNet, "mnist", {}, None),
+    ],
+)
+def test_bound_of_training_is_the_customary_one(
+    cls: type[Defense], dataset: str, written: dict[str, Any], bound: float | None
+) -> None:
+    assert customary_bound(cls, dataset, written) == ({} if bound is None else {"train_eps": bound})
+
+
+def test_bound_of_training_has_to_be_given_where_none_is_customary() -> None:
+    with pytest.raises(UsageError, match=r'dataset "faces" in linf; give one: .*train_eps='):
+        customary_bound(ConvNetAT, "faces", {})
+
+
+def test_bound_of_training_stands_in_the_card(job: TrainJob) -> None:
+    """Without one, an l2 training takes the norm's own; weights then load under that bound and no other."""
+    l2 = dataclasses.replace(
+        job, defense="convnet_at(width=8, train_norm='l2')", settings=TrainSettings(scale=0.002, holdout=32)
+    )
+    path, card = train_named(l2)
+    assert (card["options"]["train_eps"], card["train_threat"]) == (1.5, "l2 eps=1.5")
+    assert load_defense("convnet_at(train_eps=1.5)", weights=path).needs_weights
+    with pytest.raises(UsageError, match=r"train_eps=1\.5, not 0.1"):
+        load_defense("convnet_at(train_eps=0.1)", weights=path)

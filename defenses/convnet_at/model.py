@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from robench.defenses.convnet import ConvNet
 from robench.errors import UsageError
@@ -11,6 +11,9 @@ from robench.threat import ThreatModel
 
 if TYPE_CHECKING:
     from robench.train.recipe import Recipe
+
+TRAIN_EPS: Final = {"linf": 0.1, "l2": 1.5}
+"""The bound of training by norm where neither a card nor `robench train` names one."""
 
 
 class ConvNetAT(ConvNet):
@@ -28,7 +31,7 @@ class ConvNetAT(ConvNet):
         channels: int = 1,
         width: int | None = None,
         side: int = 28,
-        train_eps: float = 0.1,
+        train_eps: float | None = None,
         train_norm: str = "linf",
     ) -> None:
         """Builds an untrained net.
@@ -37,14 +40,16 @@ class ConvNetAT(ConvNet):
             channels: image channels.
             width: channels of the first layer, as for `convnet`.
             side: height and width of the images.
-            train_eps: the bound of the training images; no part of a forward pass.
+            train_eps: the bound of the training images, in units of [0, 1]; no part of a forward pass. None: 0.1 in
+                linf and 1.5 in l2, as for Fashion-MNIST; `robench train` takes the customary bound of the dataset.
             train_norm: its norm, `linf` or `l2`.
 
         Raises:
             UsageError: an option is out of range.
         """
-        if train_norm not in ("linf", "l2"):
+        if train_norm not in TRAIN_EPS:
             raise UsageError(f'convnet_at: train_norm must be linf or l2; got "{train_norm}"')
+        train_eps = TRAIN_EPS[train_norm] if train_eps is None else train_eps
         if ThreatModel(train_norm, train_eps).eps == 0:
             raise UsageError(f"convnet_at: train_eps must be above 0; got {train_eps}")
         super().__init__(channels, width, side)

@@ -16,6 +16,8 @@ from .own import FortifiedDefense, TrainAttack
 
 LAYERS: Final = ("conv1", "conv2", "code")
 SMALLEST_SIDE: Final = 12
+TRAIN_EPS: Final = 0.1
+"""The bound of training where neither a card nor `robench train` names one."""
 
 
 def make_cnn(channels: int, num_classes: int = 10, side: int = 28, activation: Activation = "leaky_relu") -> nn.Module:
@@ -73,7 +75,7 @@ class Fortified(FortifiedDefense):
         lambda_adv: float = 2.0,
         stop_gradient: bool = False,
         train_attack: TrainAttack = "pgd",
-        train_eps: float = 0.1,
+        train_eps: float | None = None,
         augment: bool = False,
         num_classes: int = 10,
     ) -> None:
@@ -92,7 +94,8 @@ class Fortified(FortifiedDefense):
                 the other defaults the layer then grows faster than its autoencoder follows: on clean Fashion-MNIST the
                 loss of 2.3 rises to 41 and 48 (two seeds) within 20 steps, and is 1.2 and 1.5 after 60, else 0.8.
             train_attack: `pgd` or `fgsm`; names the recipe, too.
-            train_eps: linf bound of the training attack.
+            train_eps: linf bound of the training attack. None: 0.1, as for Fashion-MNIST; `robench train` takes the
+                bound that is customary for the dataset.
             augment: train on randomly shifted and mirrored images (photographs; never digits).
             num_classes: classes.
 
@@ -103,6 +106,7 @@ class Fortified(FortifiedDefense):
         check_dae(hidden, noise, activation)
         _check_options(layers, train_attack, side)
         layers = _in_order(layers)
+        train_eps = TRAIN_EPS if train_eps is None else train_eps
         if not (lambda_rec >= 0 and lambda_adv >= 0 and 0 < train_eps <= 1):
             raise UsageError(
                 "fortified: lambda_rec and lambda_adv must be at least 0, train_eps above 0 and at most 1; "

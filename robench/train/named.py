@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +13,11 @@ from robench.data import Dataset, load_dataset
 from robench.data_names import KNOWN, list_plugins
 from robench.defense import Defense, weights_digest
 from robench.errors import UsageError
+from robench.protocol import default_eps
 from robench.registry import parse_spec, resolve
 from robench.rng import seeded
 from robench.stats import wilson
+from robench.threat import parse_eps
 from robench.train.loop import train
 from robench.train.run import TrainSettings
 from robench.weights import round_to_half, save_weights, weights_stem
@@ -70,6 +73,7 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
     data = load_dataset(job.dataset, job.split, data_dir=job.data_dir)
     test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir, at_most=True)
     shape = cast("tuple[int, int, int]", tuple(data.x.shape[1:]))
+    written |= customary_bound(cls, job.dataset, written)
     options = {**cls.options_for(shape, len(data.class_names)), **written}
     with seeded(job.settings.seed, "weights"):
         defense = cls(**options)
@@ -83,6 +87,27 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
     path = job.folder / f"{weights_stem(cls, job.dataset, options)}.safetensors"
     save_weights(defense, path, card, half=half)
     return path, card
+
+
+def customary_bound(cls: type[Defense], dataset: str, written: dict[str, Any]) -> dict[str, Any]:
+    """The option `train_eps` of a defense that leaves it to the dataset (its default is None) where none is written.
+
+    Raises:
+        UsageError: the dataset has no customary bound.
+    """
+    parameters = inspect.signature(cls).parameters
+    if "train_eps" not in parameters or parameters["train_eps"].default is not None:
+        return {}
+    if written.get("train_eps") is not None:
+        return {}
+    norm = str(written.get("train_norm", "linf"))
+    try:
+        return {"train_eps": parse_eps(default_eps(dataset, norm))}
+    except UsageError:
+        raise UsageError(
+            f'no customary bound to train {cls.name} with on dataset "{dataset}" in {norm}; '
+            f"give one: --defense '{cls.name}(train_eps=...)'"
+        ) from None
 
 
 def find_trained(folder: Path, dataset: str) -> Path | None:
