@@ -294,6 +294,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     precision: Annotated[
         str, typer.Option(help="auto takes bfloat16 where the device has it; float32 does not.")
     ] = "auto",
+    lr_scale: Annotated[float, typer.Option(help="Multiplies the learning rate of every stage.")] = 1.0,
     split: Annotated[str, typer.Option(help="What to train on; of SVHN also extra, or both: train+extra.")] = "train",
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -316,6 +317,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
         first_stage,
         precision,
         split,
+        lr_scale,
     )
     path, card = train_command(request)
     if as_json:

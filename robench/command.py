@@ -26,6 +26,7 @@ from robench.store import RunStore
 from robench.threat import ThreatModel, parse_eps
 from robench.train import TrainSettings
 from robench.train.named import TrainJob, train_named
+from robench.train.run import CHECKPOINT
 
 FULL_N = 1000
 
@@ -267,6 +268,7 @@ class TrainRequest:
     first_stage: str = ""
     precision: str = "auto"
     split: str = "train"
+    lr_scale: float = 1.0
 
 
 def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
@@ -278,8 +280,7 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
     """
     if not request.scale > 0:
         raise UsageError(f"scale must be positive; got {request.scale}")
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", request.defense).strip("-")
-    folder = request.out or Path("runs") / "train" / f"{plain}-{request.dataset}-{request.seed}"
+    folder = request.out or Path("runs") / "train" / _train_folder(request)
     settings = TrainSettings(
         seed=request.seed,
         scale=request.scale,
@@ -288,6 +289,7 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
         init=request.init,
         first_stage=request.first_stage,
         precision=request.precision,
+        lr_scale=request.lr_scale,
     )
     job = TrainJob(
         request.defense,
@@ -298,15 +300,39 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
         split=request.split,
         settings=settings,
     )
+    before = _written_at(folder / CHECKPOINT)
     try:
         return train_named(job, resume=request.resume)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; continue with: {_train_again(request, folder)}") from None
+        resume = request.resume or _written_at(folder / CHECKPOINT) != before
+        told = "continue with" if resume else "nothing was saved yet; start again with"
+        raise Interrupted(f"interrupted; {told}: {_train_again(request, folder, resume=resume)}") from None
 
 
-def _train_again(request: TrainRequest, folder: Path) -> str:
+def _train_folder(request: TrainRequest) -> str:
+    """The folder's name: all that makes it another training, as far as it is not the default."""
+    parts = [
+        request.recipe or "",
+        request.split if request.split != "train" else "",
+        f"scale{request.scale:g}" if request.scale != 1 else "",
+        f"lr{request.lr_scale:g}" if request.lr_scale != 1 else "",
+        request.precision if request.precision != "auto" else "",
+        f"from {request.init}" if request.init is not None else "",
+        request.first_stage,
+    ]
+    first, *others = (re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-") for part in [request.defense, *parts])
+    return "-".join([first, request.dataset, *(part for part in others if part), str(request.seed)])
+
+
+def _written_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _train_again(request: TrainRequest, folder: Path, *, resume: bool) -> str:
     words = ["robench", "train", "--defense", request.defense, "--dataset", request.dataset, "--out", str(folder)]
-    words += ["--seed", str(request.seed), "--scale", repr(request.scale), "--device", request.device, "--resume"]
+    words += ["--seed", str(request.seed), "--scale", repr(request.scale), "--device", request.device]
+    words += ["--resume"] if resume else []
+    words += ["--lr-scale", repr(request.lr_scale)] if request.lr_scale != 1 else []
     words += ["--tensorboard"] if request.tensorboard else []
     words += ["--recipe", request.recipe] if request.recipe is not None else []
     words += ["--init", str(request.init)] if request.init is not None else []

@@ -30,12 +30,14 @@ from torch import Tensor
 import robench
 from robench import DataError, Defense, UsageError, load_defense
 from robench.cli import main
+from robench.command import TrainRequest, train_command
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
 from robench.defenses.convnet import ConvNet
 from robench.defenses.convnet_at import ConvNetAT
 from robench.defenses.fortified import Fortified
 from robench.defenses.shortrun import ShortRun, auto_sigma
+from robench.errors import Interrupted
 from robench.registry import resolve
 from robench.rng import seeded
 from robench.train import TrainSettings, run, train
@@ -308,6 +310,52 @@ def test_interrupted_process_exits_130_with_the_command_that_resumes(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["before the first checkpoint", "after it"])
+@pytest.mark.parametrize("stale", [False, True], ids=["new folder", "old checkpoint"])
+def test_interrupt_advises_resume_only_where_something_was_saved(
+    saved: bool, stale: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    if stale:
+        checkpoint.write_bytes(b"of another run")
+        os.utime(checkpoint, (0, 0))
+
+    def interrupt(job: TrainJob, *, resume: bool) -> None:
+        del resume
+        assert job.settings.lr_scale == 0.3
+        if saved:
+            checkpoint.write_bytes(b"of this run")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robench.command.train_named", interrupt)
+    request = TrainRequest("jem", "mnist", None, tmp_path, 0, 1.0, "cpu", False, None, lr_scale=0.3)
+    with pytest.raises(Interrupted) as caught:
+        train_command(request)
+    told = str(caught.value)
+    assert ("--resume" in told) == saved
+    assert ("nothing was saved yet" in told) != saved
+    assert "--lr-scale 0.3" in told
+
+
+def test_each_training_has_a_default_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+
+    def note(job: TrainJob, *, resume: bool) -> tuple[Path, dict[str, Any]]:
+        assert not resume
+        folders.append(job.folder)
+        return job.folder, {}
+
+    monkeypatch.setattr("robench.command.train_named", note)
+    plain = TrainRequest("jem(width=4)", "fashion_mnist", None, None, 3, 1.0, "cpu", False, None)
+    others: dict[str, Any] = {"recipe": "uniform", "scale": 0.5, "lr_scale": 0.3, "precision": "float32"}
+    others |= {"split": "train+extra", "init": Path("old/mnist.safetensors"), "first_stage": "joint", "seed": 4}
+    for request in (plain, *(dataclasses.replace(plain, **{name: value}) for name, value in others.items())):
+        train_command(request)
+    assert folders[0] == Path("runs/train/jem-width-4-fashion_mnist-3")
+    assert folders[1] == Path("runs/train/jem-width-4-fashion_mnist-uniform-3")
+    assert len(set(folders)) == len(folders)
+
+
 # what is refused
 
 
@@ -390,7 +438,9 @@ def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: py
     defense = make("toy")
     recipe = Shortened(defense, defense.recipe(), {"first": 9}, batch_size=3)
     monkeypatch.setattr(recipe, "watched_loss", lambda stage, x, y: stage.loss(x, y) * torch.nan)
-    with pytest.raises(DataError, match=r'^training diverged in stage "first": the loss is nan\. Lower .*$'):
+    with pytest.raises(
+        DataError, match=r'^training diverged in stage "first": the loss is nan\. Lower .* with --lr-scale.*$'
+    ):
         train(defense, recipe, images, tmp_path, TrainSettings(holdout=HOLDOUT))
 
 
@@ -405,6 +455,7 @@ def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: py
         (["--scale", "nan"], "scale must be positive"),
         (["--device", "tpu"], "device must be auto, cpu or cuda"),
         (["--precision", "float16"], 'training takes precision auto or float32; got "float16"'),
+        (["--lr-scale", "0"], "lr-scale must be positive and finite; got 0"),
         (["--resume"], "nothing to resume"),
         (["--init", "nowhere.safetensors"], "weights file nowhere.safetensors does not exist"),
         (["--first-stage", "third"], 'recipe "noise" has no stage "third"; its stages are: first, second'),
@@ -490,6 +541,17 @@ def test_retraining_over_an_old_run_starts_anew(trained: TrainJob) -> None:
     shutil.copy(trained.folder / "checkpoint.pt", trained.folder / "old.pt")
     _, card = train_named(trained)
     assert card["weights_digest"] == first
+
+
+def test_lr_scale_multiplies_every_rate_and_stands_in_the_card(job: TrainJob, tmp_path: Path) -> None:
+    cards = []
+    for lr_scale in (1.0, 0.5):
+        settings = TrainSettings(scale=0.02, lr_scale=lr_scale)
+        cards.append(train_named(dataclasses.replace(job, folder=tmp_path / str(lr_scale), settings=settings))[1])
+    full, half = ([stage["learning_rate"] for stage in card["stages"]] for card in cards)
+    assert half == [0.5 * rate for rate in full]
+    assert ("lr_scale" in cards[0], cards[1]["lr_scale"]) == (False, 0.5)
+    assert cards[0]["weights_digest"] != cards[1]["weights_digest"]
 
 
 # the bound of adversarial training

@@ -22,7 +22,7 @@ from robench.progress import Progress
 from robench.rng import reseed, seeded
 from robench.train.log import Log, open_log
 from robench.train.recipe import Recipe, Stage
-from robench.train.run import Run, TrainSettings
+from robench.train.run import SLOW_DOWN, Run, TrainSettings
 from robench.types import Images, Labels
 from robench.weights import load_weights, read_card
 
@@ -36,6 +36,7 @@ HISTORY: Final = (
     "seed",
     "split_seed",
     "scale",
+    "lr_scale",
     "precision",
     "held_out",
 )
@@ -130,7 +131,7 @@ def _train_stage(run: Run, stage: Stage, optimizer_state: dict[str, Any] | None,
         for iteration in range(first, iterations):
             x, y = run.batch(stage, iteration)
             reseed(settings.seed, stage.name, iteration)
-            rate = run.recipe.rate_share * stage.rate(int(iteration / settings.scale))
+            rate = settings.lr_scale * run.recipe.rate_share * stage.rate(int(iteration / settings.scale))
             loss = _update(stage, optimizer, x, y, rate)
             average += (loss - average) * max(0.02, 1 / (iteration - first + 1))
             run.state.iteration, run.state.step = iteration + 1, run.state.step + 1
@@ -181,7 +182,7 @@ def _look(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, loss: float)
     """
     if not _is_sane(loss):
         if not stage.check_every:
-            raise DataError(f'training diverged in stage "{stage.name}": the loss is {loss}. Lower the learning rate')
+            raise DataError(f'training diverged in stage "{stage.name}": the loss is {loss}. {SLOW_DOWN}')
         run.roll_back(stage, optimizer, f"the loss is {loss}")
     elif _is_due(stage, run.state.iteration, run.settings):
         if run.check(stage):
@@ -197,7 +198,7 @@ def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:
             "name": stage.name,
             "iterations": _iterations(stage, settings),
             "batch_size": stage.batch_size,
-            "learning_rate": stage.learning_rate,
+            "learning_rate": settings.lr_scale * stage.learning_rate,
             "flat": stage.flat,
             "optimizer": stage.optimizer.__name__,
         }
@@ -216,6 +217,7 @@ def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:
         "seed": settings.seed,
         "split_seed": run.split.seed,
         "scale": settings.scale,
+        **({"lr_scale": settings.lr_scale} if settings.lr_scale != 1 else {}),
         "precision": run.precision,
         "device": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
         "robench": robench.__version__,

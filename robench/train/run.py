@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from robench.types import Images, Labels
 
 CHECKPOINT: Final = "checkpoint.pt"
 CHECKPOINT_SECONDS = 60.0
+SLOW_DOWN: Final = "Lower the learning rate with --lr-scale, such as --lr-scale 0.3"
 ENTRIES: Final = {"identity", "state", "measured", "checks", "weights", "optimizer", "recipe", "good"}
 
 
@@ -45,6 +47,7 @@ class TrainSettings:
         init: weights to start from, instead of random ones.
         first_stage: the stage to begin with, for weights that are past the ones before; empty: the first.
         precision: `auto` takes bfloat16 where the device has it (see `autocast`), `float32` does not.
+        lr_scale: multiplies the learning rate of every stage.
     """
 
     seed: int = 0
@@ -55,13 +58,16 @@ class TrainSettings:
     init: Path | None = None
     first_stage: str = ""
     precision: str = "auto"
+    lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the precision.
+        """Checks the precision and the scale of the learning rate.
 
         Raises:
-            UsageError: it is neither `auto` nor `float32`.
+            UsageError: the one is neither `auto` nor `float32`, or the other is not positive and finite.
         """
+        if not 0 < self.lr_scale < math.inf:
+            raise UsageError(f"lr-scale must be positive and finite; got {self.lr_scale}")
         if self.precision not in ("auto", "float32"):
             raise UsageError(f'training takes precision auto or float32; got "{self.precision}"')
 
@@ -108,7 +114,8 @@ class Run:
         self.split = split_images(data, settings.seed, settings.holdout, settings.init)
         with training_precision(settings.precision):
             self.precision = "bfloat16" if mixes_precision(torch.device(settings.device).type) else "float32"
-        told = {name: value for name, value in asdict(settings).items() if name != "tensorboard"}
+        told = {name: value for name, value in asdict(settings).items() if name not in ("tensorboard", "lr_scale")}
+        told |= {"lr_scale": settings.lr_scale} if settings.lr_scale != 1 else {}
         told |= {"precision": self.precision, "split": (self.split.seed, len(self.split.held))}
         self.identity = f"{defense.name} {recipe.name} {data.name} {data.digest[:16]} {told}{variant}"
         held, kept = self.split.held, self.split.kept
@@ -164,7 +171,7 @@ class Run:
         if self.good is None or self.state.roll_backs > stage.roll_backs:
             raise DataError(
                 f'training diverged in stage "{stage.name}" ({reason}) after {self.state.roll_backs - 1} roll-backs. '
-                "Lower the learning rate"
+                f"{SLOW_DOWN}"
             )
         good = copy.deepcopy(self.good)
         self.defense.load_state_dict(good["weights"])
