@@ -296,11 +296,12 @@ def test_training_recovers_from_a_planted_divergence(
     recipe.cured, recipe.rate = False, 3e-3
     monkeypatch.setattr(jem_train, "LARGEST_GAP", 3.0)
     card = train(recipe.defense, recipe, images, tmp_path, SETTINGS)
-    fine = [check["fine"] for check in card["checks"]]
+    checks = [check for check in card["checks"] if "fine" in check]
+    fine = [check["fine"] for check in checks]
     assert fine == [False, True, True, True]
     assert card["roll_backs"] == 1
     assert card["sgld"] == {"steps": 5, "step_size": 1.0, "noise": pytest.approx(0.015)}
-    first, last = card["checks"][0], card["checks"][-1]
+    first, last = checks[0], checks[-1]
     assert abs(first["log_px_images"] - first["log_px_samples"]) > 3
     assert abs(last["log_px_images"] - last["log_px_samples"]) < 3
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from robench import DataError, Defense, UsageError, load_defense
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
+from robench.defenses.convnet import ConvNet
 from robench.defenses.convnet_at import ConvNetAT
 from robench.defenses.convnet_at.train import AdversarialRecipe
 from robench.defenses.fortified import Fortified
 from robench.defenses.fortified.train import FortifiedRecipe
+from robench.defenses.jem import JEM
 from robench.precision import training_precision
 from robench.rng import seeded
 from robench.threat import ThreatModel
@@ -231,6 +233,43 @@ def test_resume_is_bit_equal(
     card = train(again, recipe, images, tmp_path / "cut", SETTINGS, resume=True)
     assert weights_digest(again) == weights_digest(whole)
     assert card["checks"] == expected["checks"]
+
+
+class Seen(Watched):
+    """The same without checks; its looks draw random numbers."""
+
+    def __init__(self, defense: Mean, looks: bool = True) -> None:
+        super().__init__(defense, check_every=0)
+        self.looks = looks
+
+    def look(self, stage: Stage, x: Images, y: Labels) -> dict[str, float]:
+        """A draw, and the largest weight."""
+        assert not self.defense.training
+        assert len(x) == len(y) == 32
+        return {"drawn": torch.rand(1).item(), **self.measure(x, y)} if self.looks else super().look(stage, x, y)
+
+
+def test_a_stage_without_checks_is_looked_at_and_trained_as_if_not(images: Dataset, tmp_path: Path) -> None:
+    digests, cards = [], []
+    for looks in (True, False):
+        defense = Mean()
+        cards.append(train(defense, Seen(defense, looks), images, tmp_path / str(looks), SETTINGS))
+        digests.append(weights_digest(defense))
+    assert digests[0] == digests[1]
+    assert [row["iteration"] for row in cards[0]["checks"]] == [3, 6, 9]
+    assert not any("fine" in row for row in cards[0]["checks"])
+    assert "checks" not in cards[1]
+
+
+@pytest.mark.parametrize(
+    "make", [ConvNet(width=8).recipe, ConvNetAT(width=8).recipe, Fortified(hidden=8).recipe, JEM(width=4).recipe]
+)
+def test_a_look_leaves_the_recipe_as_it_was(make: Callable[[], Recipe], images: Dataset) -> None:
+    recipe = make()
+    before = str(recipe.state())
+    figures = recipe.look(recipe.stages()[0], images.x[:20], images.y[:20])
+    assert 0 <= figures["accuracy"] <= 1
+    assert str(recipe.state()) == before
 
 
 def test_tensorboard_writes_losses_and_figures(images: Dataset, tmp_path: Path) -> None:

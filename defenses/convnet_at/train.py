@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robench.precision import training_precision
 from robench.threat import ThreatModel
 from robench.train.adversarial import SLOWER, Inner, judge, measure_attacked, perturb
-from robench.train.recipe import Recipe, Stage, autocast
+from robench.train.recipe import Recipe, Stage, autocast, clean_accuracy
 from robench.types import Images, Labels, Logits
 
 from .model import ConvNetAT
@@ -103,6 +103,11 @@ class AdversarialRecipe(Recipe):
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy on clean images, after one step and after twenty: far apart, the net has overfitted to one step."""
         return measure_attacked(self.defense, x, y, self.threat)
+
+    def look(self, stage: Stage, x: Images, y: Labels) -> dict[str, float]:
+        """Accuracy on clean images; the attacks of `measure` would cost more than the iterations between."""
+        del stage
+        return clean_accuracy(self.defense, x, y)
 
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
         """Looks on a part of the held-out images whether the net has overfitted to its attack, or lost what it had."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from robench.threat import ThreatModel
 from robench.train.adversarial import SLOWER, Inner, judge, measure_attacked, perturb
-from robench.train.recipe import Recipe, Stage, autocast
+from robench.train.recipe import Recipe, Stage, autocast, clean_accuracy
 from robench.types import Images, Labels
 
 from .fortify import Trace, reconstruction_losses, upcast
@@ -112,6 +112,11 @@ class FortifiedRecipe(Recipe):
         image = torch.arange(len(x), device=x.device)[:, None, None, None]
         channel = torch.arange(x.shape[1], device=x.device)[:, None, None]
         return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+    def look(self, stage: Stage, x: Images, y: Labels) -> dict[str, float]:
+        """Accuracy on clean images; the attacks of `measure` would cost more than the iterations between."""
+        del stage
+        return clean_accuracy(self.defense, x, y)
 
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
         """Accuracy after one step and after twenty: whether the net has overfitted to its attack, or lost what it had.

@@ -7,6 +7,7 @@ same kind of device, as one that was not.
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from pathlib import Path
 from typing import Any, Final
@@ -41,6 +42,8 @@ HISTORY: Final = (
     "held_out",
 )
 """What a card says of the weights that training started from."""
+PARTS: Final = 5
+"""How many parts a stage without checks has at most; held-out images are looked at between them."""
 LOG = logging.getLogger("robench")
 
 
@@ -156,6 +159,11 @@ def _is_due(stage: Stage, iteration: int, settings: TrainSettings) -> bool:
     return iteration % every == 0 or iteration == _iterations(stage, settings)
 
 
+def _is_a_part_done(iteration: int, iterations: int) -> bool:
+    """Whether an iteration ends one of `PARTS` parts of a stage; the end itself is measured anyway."""
+    return iteration < iterations and iteration % math.ceil(iterations / PARTS) == 0
+
+
 def _update(stage: Stage, optimizer: torch.optim.Optimizer, x: Images, y: Labels, rate: float) -> float:
     """One step; a loss that is not finite is returned without a step."""
     for group in optimizer.param_groups:
@@ -175,7 +183,7 @@ def _is_sane(loss: float) -> bool:
 
 
 def _look(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, loss: float) -> None:
-    """Rolls back where the loss or a check that is due says so.
+    """Rolls back where the loss or a check that is due says so; a stage without checks is only looked at.
 
     Raises:
         DataError: the loss is not finite in a stage without checks, or there were too many roll-backs.
@@ -189,6 +197,8 @@ def _look(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, loss: float)
             run.keep(optimizer)
         else:
             run.roll_back(stage, optimizer, f"checked: {run.checks[-1]}")
+    elif not stage.check_every and _is_a_part_done(run.state.iteration, _iterations(stage, run.settings)):
+        run.look(stage)
 
 
 def _card(run: Run, stages: list[Stage], data: Dataset) -> dict[str, Any]:

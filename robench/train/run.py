@@ -30,6 +30,7 @@ from robench.types import Images, Labels
 
 CHECKPOINT: Final = "checkpoint.pt"
 CHECKPOINT_SECONDS = 60.0
+LOOKED_AT: Final = 256
 SLOW_DOWN: Final = "Lower the learning rate with --lr-scale, such as --lr-scale 0.3"
 ENTRIES: Final = {"identity", "state", "measured", "checks", "weights", "optimizer", "recipe", "good"}
 
@@ -94,7 +95,7 @@ class Run:
         split: which images are held out.
         precision: `bfloat16` where `autocast` runs passes in it, else `float32`.
         measured: the figures after each stage that is done.
-        checks: the figures of each check, in order.
+        checks: the figures of each check, in order, with `fine`; and of each look, without it.
         good: weights, optimizer and recipe of the last check that went well; None before the first of a stage.
     """
 
@@ -189,6 +190,16 @@ class Run:
         self.defense.train()
         self.checks.append({"stage": stage.name, "iteration": iteration, "fine": fine, **figures})
         return fine
+
+    def look(self, stage: Stage) -> None:
+        """Takes figures of a stage without checks on a part of the held-out images; training is as without them."""
+        self.defense.eval()
+        iteration = self.state.iteration
+        with seeded(self.settings.seed, stage.name, "look", iteration, device=self.settings.device):
+            figures = self.recipe.look(stage, self.x_held[:LOOKED_AT], self.y_held[:LOOKED_AT])
+        self.defense.train()
+        if figures:
+            self.checks.append({"stage": stage.name, "iteration": iteration, **figures})
 
     @contextmanager
     def checkpoints(self, optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
