@@ -105,14 +105,19 @@ class Shortened(Recipe):
     def check(self, stage: Stage, x: Tensor, y: Tensor) -> tuple[dict[str, float], bool]:
         return self.inner.check(stage, x, y)
 
+    def look(self, stage: Stage, x: Tensor, y: Tensor) -> dict[str, float]:
+        return self.inner.look(stage, x, y)
+
     def roll_back(self, stage: Stage) -> None:
         self.inner.roll_back(stage)
+        self.rate_share = self.inner.rate_share
 
     def state(self) -> dict[str, Any]:
         return self.inner.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.inner.load_state(state)
+        self.rate_share = self.inner.rate_share
 
     def facts(self) -> dict[str, object]:
         return self.inner.facts()
