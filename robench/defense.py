@@ -47,6 +47,7 @@ class Defense(nn.Module):
         detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
         origin: how `load_defense` made it; None if another did.
         told_constant: True once it was told that it is declared randomized and yet always answers the same.
+        told_shared: True once it was told that the images of a pass share a draw.
     """
 
     name: str = ""
@@ -63,6 +64,7 @@ class Defense(nn.Module):
     detection_scores: tuple[str, ...] = ()
     origin: Origin | None = None
     told_constant: bool = False
+    told_shared: bool = False
 
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""

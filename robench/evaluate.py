@@ -321,7 +321,8 @@ def check_images(x: Images, y: Labels, defense: Defense) -> None:
         )
     if not bool((y >= 0).all() and (y < defense.num_classes).all()):
         raise UsageError(
-            f'labels must be 0 to {defense.num_classes - 1} for defense "{defense.name}"; got {int(y.max())}'
+            f'labels must be 0 to {defense.num_classes - 1} for defense "{defense.name}"; '
+            f"got {int(y.min())} to {int(y.max())}"
         )
 
 

@@ -137,4 +137,4 @@ def checked_logits(defense: Defense, x: Images) -> Logits:
     if not bool(logits.isfinite().all()):
         rows = int((~logits.isfinite().all(1)).sum())
         raise PluginError(f'defense "{defense.name}": logits must be finite; {rows} of {len(x)} rows hold NaN or inf')
-    return logits
+    return logits if logits.is_floating_point() else logits.float()

@@ -251,7 +251,8 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
         for eps in spec.eps:
             claim, stored = f"robust accuracy at eps {eps:g}", result.answers(WORST, eps)
             claims.append((claim, stored, data.x))
-            if stored is None:
+            if stored is None or result.failed_at(eps):
+                claims[-1] = (claim, None, data.x)
                 continue
             x_adv = torch.from_numpy(result.images(WORST, eps))
             bounds = check_bounds(data.x, x_adv, ThreatModel(spec.norm, eps))

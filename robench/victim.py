@@ -347,7 +347,7 @@ class Victim:
         if not bool(logits.isfinite().all()):
             wrong = int((~logits.isfinite().all(1)).sum())
             raise PluginError(f"{who}: logits must be finite; {wrong} of {rows} rows of {forward} hold NaN or inf")
-        return logits
+        return logits if logits.is_floating_point() else logits.float()
 
     def _open(self, needed: Access, query: str) -> None:
         if ACCESS_LEVELS.index(needed) > ACCESS_LEVELS.index(self._access):

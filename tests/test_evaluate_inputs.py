@@ -11,6 +11,7 @@ import engine_toys
 import numpy as np
 import pytest
 from engine_toys import Broken, Linear, Noisy, Nudge, Prototypes, Still, grid_images
+from torch.nn import functional
 
 from robench.data import load_dataset
 from robench.errors import PluginError, UsageError
@@ -141,6 +142,21 @@ def test_two_attacks_of_one_name_are_refused() -> None:
     assert list(evaluate(Linear(), "fgsm,fgsm()", LINF, grid_images(2)).per_attack) == ["fgsm"]  # the same twice is one
 
 
+class Counted(Linear):
+    """Votes, in whole numbers."""
+
+    def forward(self, x: Images) -> Logits:
+        return functional.one_hot(super().forward(x).argmax(1), self.num_classes)
+
+
+@pytest.mark.parametrize("attack", ["square(queries=5)", "hopskipjump(queries=60)", "pgd(steps=2)"])
+def test_logits_may_be_whole_numbers(attack: str) -> None:
+    defense = Counted()
+    if attack.startswith("pgd"):
+        defense.adaptive_forward = lambda x, mode=None: Linear.forward(defense, x)  # type: ignore[method-assign]
+    assert evaluate(defense, attack, LINF, grid_images(4)).robust_accuracy is not None
+
+
 @pytest.mark.parametrize("name", ["clean", "worst", "robust_acc", "n"])
 def test_an_attack_named_like_a_column_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its figure would stand in the row as another's."""
@@ -180,7 +196,7 @@ def refused_data() -> dict[str, tuple[Any, str]]:
         "nan": ((x.where(x > 0.3, math.nan), y), r"must lie in \[0, 1\]"),
         "shape": ((x[:, :1], y), r"takes images of shape \(2, 3, 3\); the data has \(1, 3, 3\)"),
         "labels": ((x, y + 2), 'labels must be 0 to 2 for defense "linear"'),
-        "negative": ((x, y - 3), "labels must be 0 to 2"),
+        "negative": ((x, y - 3), "labels must be 0 to 2 .*got -3 to "),
         "count": ((x, y[:2]), "as many labels"),
         "name": ("fashion_mist", "Did you mean fashion_mnist"),
     }

@@ -172,7 +172,16 @@ class DroppedOut(LinearOffender):
 
 
 class Rarely(LinearOffender):
-    """Answers otherwise in a quarter of its calls."""
+    """Answers otherwise for a quarter of the images."""
+
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x) * torch.where(torch.rand(len(x), 1) < 0.75, 1.0, 0.5)
+
+
+class Together(LinearOffender):
+    """Answers otherwise in a quarter of its calls, for all images alike."""
 
     randomized = True
 
@@ -189,6 +198,22 @@ def test_engine_warns_once_of_dice_that_always_fall_alike(caplog: pytest.LogCapt
         evaluate_toy([attacks.Honest()], offender, **settings)
     (told,) = caplog.messages
     assert "declared randomized, but 10 calls agree; nn.Dropout is off in eval mode" in told
+
+
+def test_engine_warns_once_of_draws_that_a_pass_shares(caplog: pytest.LogCaptureFixture) -> None:
+    """EOT would repeat one draw: of a random resize, 59 % stayed right where draws of their own left 37 %."""
+    settings = {"eot": 2, "judge_repeats": 2, "unit_size": 4}
+    offender = Together()
+    for _ in range(2):
+        evaluate_toy([attacks.Honest()], offender, **settings)
+    (told,) = caplog.messages
+    assert "draws once for all images of a pass" in told
+    assert "batch_rows to at most the unit size, 4" in told
+    caplog.clear()
+    offender = Together()
+    offender.batch_rows = 4
+    evaluate_toy([attacks.Honest()], offender, **settings)
+    assert caplog.messages == []
 
 
 def test_engine_stops_when_the_defense_breaks_during_the_run(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from engine_toys import Bad, Blindfold, Linear, Noisy, OneCorner, Prototypes, gr
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
+from robench.registry import load_attack
 from robench.result import Evaluation
 from robench.threat import ThreatModel
 from robench.unit_table import WORST
@@ -145,5 +146,14 @@ def test_verify_of_a_run_whose_attacks_failed_does_not_hold(tmp_path: Path) -> N
     toys = engine_toys.__file__
     options = {"n": 10, "out": tmp_path / "run", "defense_spec": f"{toys}:Prototypes"}
     evaluate(Prototypes(), [Bad()], ThreatModel("linf", 0.05), "fashion_mnist", **options)
+    report = verify_run(tmp_path / "run")
+    assert report.failures == ["robust accuracy at eps 0.05 (an attack failed, so there is no claim)"]
+
+
+def test_verify_of_a_run_of_which_one_attack_failed_does_not_hold(tmp_path: Path) -> None:
+    """What the other one left is no worst case."""
+    options = {"n": 10, "out": tmp_path / "run", "defense_spec": f"{engine_toys.__file__}:Prototypes"}
+    result = evaluate(Prototypes(), [Bad(), load_attack("fgsm")], ThreatModel("linf", 0.05), "fashion_mnist", **options)
+    assert result.robust_accuracy is None
     report = verify_run(tmp_path / "run")
     assert report.failures == ["robust accuracy at eps 0.05 (an attack failed, so there is no claim)"]
