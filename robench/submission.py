@@ -111,7 +111,9 @@ def check_submission(
     judged = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
     report.lines += judged.lines
     report.failures += judged.failures
-    report.check("answers are drawn for each image", judged.shared <= MOST_SHARED, SHARED_ADVICE)
+    held = judged.shared <= MOST_SHARED
+    told = f"the judge's noise is {judged.shared:.2g} of that of single answers, at most {MOST_SHARED:g}"
+    report.check("answers are drawn for each image", held, told if held else f"{told}; {SHARED_ADVICE}")
     if redo is not None and redo.attack and report.holds:
         _attack_again(report, bundle, redo, device, data_dir)
     if redo is not None and redo.audit and report.holds:
