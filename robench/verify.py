@@ -214,14 +214,12 @@ def _load_defense(spec: RunSpec, folder: Path) -> Defense:
         raise UsageError(f"{folder} cannot be checked: {error}") from None
 
 
-def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> None:
-    spec = result.spec
-    device = Settings(device=device).resolve_device()
-    defense = _load_defense(spec, report.folder)
+def _check_form(report: Report, result: Evaluation, data: Dataset, defense: Defense) -> None:
+    """What shows without asking the defense: digests, labels, its name and kind, the protocol, the table."""
+    spec, clean = result.spec, result.answers(CLEAN)
     digest = weights_digest(defense)
     report.check("weights are those of the run", digest == spec.weights_digest, f"digest {digest[:16]}")
     report.check("images are those of the run", data.digest == spec.data_digest, f"digest {data.digest[:16]}")
-    clean = result.answers(CLEAN)
     if clean is not None:
         wrong = int((clean.labels != data.y.numpy()).sum()) if len(clean.labels) == len(data.y) else len(data.y)
         report.check("labels are those of the data", wrong == 0, f"{wrong} of {len(data.y)} differ")
@@ -233,6 +231,13 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
         report.check(f"the run is that of {spec.protocol}", not departure, departure or "attacks and settings")
     problem = _find_gap(result, data, defense)
     report.check("every image has its answers, clean and under each attack", not problem, problem or f"{spec.n} images")
+
+
+def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> None:
+    spec = result.spec
+    device = Settings(device=device).resolve_device()
+    defense = _load_defense(spec, report.folder)
+    _check_form(report, result, data, defense)
     if report.failures:
         return
     defense.to(device)
@@ -247,12 +252,13 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
         return Answers(votes.numpy(), data.y.numpy()), shared_noise(right)
 
     with seeded(spec.seed, "verify", device=device):
-        claims = [("clean accuracy", clean, data.x)]
+        claims = [("clean accuracy", result.answers(CLEAN), data.x)]
         for eps in spec.eps:
             claim, stored = f"robust accuracy at eps {eps:g}", result.answers(WORST, eps)
+            if stored is not None and result.failed_at(eps):
+                claim = f"what the attacks that did not fail left at eps {eps:g}, no robust accuracy"
             claims.append((claim, stored, data.x))
-            if stored is None or result.failed_at(eps):
-                claims[-1] = (claim, None, data.x)
+            if stored is None:
                 continue
             x_adv = torch.from_numpy(result.images(WORST, eps))
             bounds = check_bounds(data.x, x_adv, ThreatModel(spec.norm, eps))
