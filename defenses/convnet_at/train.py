@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from robench.precision import training_precision
 from robench.threat import ThreatModel
-from robench.train.adversarial import SLOWER, Inner, judge, measure_attacked, perturb
-from robench.train.recipe import Recipe, Stage, autocast, clean_accuracy
+from robench.train.adversarial import Inner, WatchedRecipe, measure_attacked, perturb
+from robench.train.recipe import Stage, autocast
 from robench.types import Images, Labels, Logits
 
 from .model import ConvNetAT
@@ -43,19 +43,19 @@ one step of 1.25 eps from a random start; it can overfit to itself, and then tak
 `pgd2`: a second step from the start. `trades`: Zhang et al. 2019 (arXiv 1901.08573), eq. 5 with beta 6."""
 
 
-class AdversarialRecipe(Recipe):
+class AdversarialRecipe(WatchedRecipe):
     """Clean images first, then adversarial ones of a third, two thirds and all of eps.
 
     At the whole eps from the start, a net may stay on the plateau where all classes are equally likely.
     """
+
+    defense: ConvNetAT
 
     def __init__(self, defense: ConvNetAT, name: str) -> None:
         """Keeps the net to train."""
         self.defense, self.name, self.variant = defense, name, VARIANTS[name]
         self.inner = self.variant.inner
         self.threat = ThreatModel(defense.train_norm, defense.train_eps)
-        self.best_accuracy = self.best_pgd = 0.0
-        self.overfitted = False
 
     def stages(self) -> list[Stage]:
         """Under one epoch of clean images, one of ramp, then about five of adversarial ones at the full bound."""
@@ -104,46 +104,25 @@ class AdversarialRecipe(Recipe):
         """Accuracy on clean images, after one step and after twenty: far apart, the net has overfitted to one step."""
         return measure_attacked(self.defense, x, y, self.threat)
 
-    def look(self, stage: Stage, x: Images, y: Labels) -> dict[str, float]:
-        """Accuracy on clean images; the attacks of `measure` would cost more than the iterations between."""
-        del stage
-        return clean_accuracy(self.defense, x, y)
-
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
         """Looks on a part of the held-out images whether the net has overfitted to its attack, or lost what it had."""
         del stage
         figures = self.measure(x[:256], y[:256])
-        found = judge(figures, self.best_accuracy, self.best_pgd)
-        self.overfitted = found == "overfitted"
-        if found == "fine":
-            self.best_accuracy = max(self.best_accuracy, figures["accuracy"])
-            self.best_pgd = max(self.best_pgd, figures["pgd20"])
-        return figures, found == "fine"
+        return figures, self.watch(figures)
 
-    def roll_back(self, stage: Stage) -> None:
-        """Takes one more inner step from now on, each shorter, after overfitting; else half the learning rate."""
-        del stage
-        if not self.overfitted:
-            self.rate_share *= SLOWER
-            return
+    def add_step(self) -> None:
+        """One more inner step, each shorter."""
         steps = self.inner.steps + 1
         self.inner = Inner(steps, max(0.25, 1.5 / steps), self.inner.start)
 
     def state(self) -> dict[str, float]:
-        """The inner steps and the share of the learning rate, which roll-backs change, and the best check's figures."""
-        return {
-            "steps": self.inner.steps,
-            "step": self.inner.step,
-            "rate_share": self.rate_share,
-            "best_accuracy": self.best_accuracy,
-            "best_pgd": self.best_pgd,
-        }
+        """The inner steps, which a roll-back changes, and what the watch goes by."""
+        return {"steps": self.inner.steps, "step": self.inner.step, **super().state()}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Takes up what `state` gave."""
         self.inner = Inner(int(state["steps"]), state["step"], self.inner.start)
-        self.rate_share = state["rate_share"]
-        self.best_accuracy, self.best_pgd = state["best_accuracy"], state["best_pgd"]
+        super().load_state(state)
 
     def facts(self) -> dict[str, object]:
         """The bound, and the inner maximisation that training ended with."""
@@ -151,7 +130,7 @@ class AdversarialRecipe(Recipe):
             "train_threat": str(self.threat),
             "inner_steps": self.inner.steps,
             "inner_step": round(self.inner.step, 4),
-            **({"rate_share": self.rate_share} if self.rate_share != 1 else {}),
+            **super().facts(),
         }
 
 

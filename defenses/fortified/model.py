@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from robench.errors import UsageError
 
 from .dae import LEAK, Activation, check_dae
 from .fortify import fortify
-from .own import FortifiedDefense, TrainAttack
+from .own import FortifiedDefense, TrainAttack, Training
 
 LAYERS: Final = ("conv1", "conv2", "code")
 SMALLEST_SIDE: Final = 12
@@ -104,18 +104,12 @@ class Fortified(FortifiedDefense):
         """
         super().__init__()
         check_dae(hidden, noise, activation)
-        _check_options(layers, train_attack, side)
+        _check_options(layers, side)
         layers = _in_order(layers)
         train_eps = TRAIN_EPS if train_eps is None else train_eps
-        if not (lambda_rec >= 0 and lambda_adv >= 0 and 0 < train_eps <= 1):
-            raise UsageError(
-                "fortified: lambda_rec and lambda_adv must be at least 0, train_eps above 0 and at most 1; "
-                f"got {lambda_rec}, {lambda_adv} and {train_eps}"
-            )
+        self.train_by(Training(train_eps, train_attack, lambda_rec, lambda_adv, stop_gradient, augment))
         self.num_classes = num_classes
         self.input_shape = (channels, side, side)
-        self.lambda_rec, self.lambda_adv, self.stop_gradient = lambda_rec, lambda_adv, stop_gradient
-        self.train_attack, self.train_eps, self.augment = train_attack, train_eps, augment
         self.randomized = bool(layers) and noise > 0
         self.detection_scores = ("reconstruction",) if layers else ()
         self.net = fortify(
@@ -156,13 +150,9 @@ class Fortified(FortifiedDefense):
         return "-".join(parts)
 
 
-def _check_options(layers: Sequence[str], train_attack: str, side: int) -> None:
+def _check_options(layers: Sequence[str], side: int) -> None:
     if isinstance(layers, str) or not set(layers) <= set(LAYERS):
         raise UsageError(f'fortified: layers must be a list out of {", ".join(LAYERS)}, such as ["code"]; got {layers}')
-    if train_attack not in get_args(TrainAttack):
-        raise UsageError(
-            f'fortified: train_attack must be one of {", ".join(get_args(TrainAttack))}; got "{train_attack}"'
-        )
     if side < SMALLEST_SIDE:
         raise UsageError(f"fortified: side must be at least {SMALLEST_SIDE}; got {side}")
 

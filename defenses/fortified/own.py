@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import torch
@@ -81,6 +81,11 @@ class FortifiedDefense(Defense):
     augment: bool
     how_to_choose = 'by fortify(..., training=Training(train_attack="fgsm"))'
 
+    def train_by(self, training: Training) -> None:
+        """Takes the options of training, each under its own name."""
+        for option in fields(training):
+            setattr(self, option.name, getattr(training, option.name))
+
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1] with fresh noise."""
         return self.net(x)
@@ -139,7 +144,4 @@ class OwnFortified(FortifiedDefense):
         self.net = net
         self.randomized = net.is_noisy()
         self.detection_scores = ("reconstruction",) if net.layers else ()
-        training = net.trained_by
-        self.train_attack, self.train_eps = training.train_attack, training.train_eps
-        self.lambda_rec, self.lambda_adv = training.lambda_rec, training.lambda_adv
-        self.stop_gradient, self.augment = training.stop_gradient, training.augment
+        self.train_by(net.trained_by)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench.threat import ThreatModel
-from robench.train.adversarial import SLOWER, Inner, judge, measure_attacked, perturb
-from robench.train.recipe import Recipe, Stage, autocast, clean_accuracy
+from robench.train.adversarial import Inner, WatchedRecipe, measure_attacked, perturb
+from robench.train.recipe import Stage, autocast
 from robench.types import Images, Labels
 
 from .fortify import Trace, reconstruction_losses, upcast
@@ -23,7 +23,7 @@ CHECK_EVERY: Final = 400
 PGD: Final = Inner(2, 0.75)
 
 
-class FortifiedRecipe(Recipe):
+class FortifiedRecipe(WatchedRecipe):
     """Cross-entropy of images and of adversarial ones, and both losses of reconstruction (arXiv 1804.02485, eq. 6).
 
     Adam at 1e-3 and batches of 128, as in the released code. `pgd`: two steps of 0.75 eps from a random start, through
@@ -32,12 +32,12 @@ class FortifiedRecipe(Recipe):
     net stays where all classes get the same answer.
     """
 
+    defense: FortifiedDefense
+
     def __init__(self, defense: FortifiedDefense) -> None:
         """Keeps the net to train."""
         self.defense, self.name = defense, str(defense.train_attack)
         self.more_steps = 0
-        self.best_accuracy = self.best_pgd = 0.0
-        self.overfitted = False
 
     def stages(self) -> list[Stage]:
         """Clean images, half the bound, the bound: two to three epochs of 60,000 images together."""
@@ -113,11 +113,6 @@ class FortifiedRecipe(Recipe):
         channel = torch.arange(x.shape[1], device=x.device)[:, None, None]
         return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
-    def look(self, stage: Stage, x: Images, y: Labels) -> dict[str, float]:
-        """Accuracy on clean images; the attacks of `measure` would cost more than the iterations between."""
-        del stage
-        return clean_accuracy(self.defense, x, y)
-
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
         """Accuracy after one step and after twenty: whether the net has overfitted to its attack, or lost what it had.
 
@@ -126,35 +121,20 @@ class FortifiedRecipe(Recipe):
         """
         del stage
         figures = self.measure(x, y)
-        judged = {**figures, "pgd20": figures["fgsm"]} if self.name == "fgsm" else figures
-        found = judge(judged, self.best_accuracy, 0.0 if self.name == "fgsm" else self.best_pgd)
-        self.overfitted = found == "overfitted"
-        if found == "fine":
-            self.best_accuracy = max(self.best_accuracy, figures["accuracy"])
-            self.best_pgd = max(self.best_pgd, figures["pgd20"])
-        return figures, found == "fine"
+        return figures, self.watch(figures, attacked=self.name != "fgsm")
 
-    def roll_back(self, stage: Stage) -> None:
-        """Takes one step more in the training attack from now on, after overfitting; else half the learning rate."""
-        del stage
-        if self.overfitted:
-            self.more_steps += 1
-        else:
-            self.rate_share *= SLOWER
+    def add_step(self) -> None:
+        """One more step."""
+        self.more_steps += 1
 
     def state(self) -> dict[str, float]:
-        """What roll-backs have changed, and the best check's figures."""
-        return {
-            "more_steps": self.more_steps,
-            "rate_share": self.rate_share,
-            "best_accuracy": self.best_accuracy,
-            "best_pgd": self.best_pgd,
-        }
+        """The steps that roll-backs have added, and what the watch goes by."""
+        return {"more_steps": self.more_steps, **super().state()}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Takes up what `state` gave."""
-        self.more_steps, self.rate_share = int(state["more_steps"]), state["rate_share"]
-        self.best_accuracy, self.best_pgd = state["best_accuracy"], state["best_pgd"]
+        self.more_steps = int(state["more_steps"])
+        super().load_state(state)
 
     def measure(self, x: Images, y: Labels) -> dict[str, float]:
         """Accuracy on clean images, after one step and after twenty of the white-box attack at `train_eps`."""
@@ -163,12 +143,11 @@ class FortifiedRecipe(Recipe):
     def facts(self) -> dict[str, object]:
         """The training attack as it ended."""
         eps, inner = self.defense.train_eps, self.inner
-        slower = {"rate_share": self.rate_share} if self.rate_share != 1 else {}
         if self.name == "fgsm":
             attack = f"one step of linf {eps:g} from the image, against the net's own answer"
-            return {"training_attack": attack, **slower}
+            return {"training_attack": attack, **super().facts()}
         steps = f"{inner.steps} steps of {inner.step:g} eps from a random start"
-        return {"training_attack": f"{steps}, linf {eps:g}", **slower}
+        return {"training_attack": f"{steps}, linf {eps:g}", **super().facts()}
 
 
 def total_loss(defense: FortifiedDefense, clean: Trace, adversarial: Trace, y: Labels) -> Tensor:

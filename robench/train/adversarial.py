@@ -12,6 +12,7 @@ from torch import Tensor
 from robench.defense import Defense
 from robench.registry import load_attack
 from robench.threat import ThreatModel
+from robench.train.recipe import Recipe, Stage, clean_accuracy
 from robench.types import Images, Labels
 from robench.victim import Victim
 
@@ -84,6 +85,68 @@ def judge(figures: Mapping[str, float], best_accuracy: float, best_pgd: float) -
         return "overfitted"
     kept = figures["pgd20"] >= floor and figures["accuracy"] >= best_accuracy - LARGEST_FALL
     return "fine" if kept else "fell"
+
+
+class WatchedRecipe(Recipe):
+    """A recipe of adversarial training: whether it overfits to its attack or loses what it had, and what then changes.
+
+    Attributes:
+        best_accuracy: clean accuracy at the best check that was fine, as a fraction; 0 before the first.
+        best_pgd: the same after twenty steps.
+        overfitted: whether the last check found that, so that a roll-back adds a step; a loss taken since says no.
+    """
+
+    defense: Defense
+    best_accuracy: float = 0.0
+    best_pgd: float = 0.0
+    overfitted: bool = False
+
+    def look(self, stage: Stage, x: Images, y: Labels) -> dict[str, float]:
+        """Accuracy on clean images; the attacks of `measure` would cost more than the iterations between."""
+        del stage
+        return clean_accuracy(self.defense, x, y)
+
+    def watch(self, figures: Mapping[str, float], *, attacked: bool = True) -> bool:
+        """Whether all is fine by the figures of `measure_attacked`; if so, they count for the best.
+
+        Args:
+            figures: those of this check.
+            attacked: False: by the clean accuracy alone, whatever the attacks leave.
+        """
+        if attacked:
+            found = judge(figures, self.best_accuracy, self.best_pgd)
+        else:
+            found = judge({**figures, "pgd20": figures["fgsm"]}, self.best_accuracy, 0.0)
+        self.overfitted = found == "overfitted"
+        if found == "fine":
+            self.best_accuracy = max(self.best_accuracy, figures["accuracy"])
+            self.best_pgd = max(self.best_pgd, figures["pgd20"])
+        return found == "fine"
+
+    def add_step(self) -> None:
+        """Makes the training attack stronger by a step."""
+        raise NotImplementedError
+
+    def roll_back(self, stage: Stage) -> None:
+        """Takes one more step in the training attack from now on, after overfitting; else half the learning rate."""
+        del stage
+        if self.overfitted:
+            self.add_step()
+        else:
+            self.rate_share *= SLOWER
+
+    def state(self) -> dict[str, float]:
+        """The share of the learning rate, which roll-backs change, and the best check's figures."""
+        return {"rate_share": self.rate_share, "best_accuracy": self.best_accuracy, "best_pgd": self.best_pgd}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Takes up what `state` gave."""
+        self.rate_share = state["rate_share"]
+        self.best_accuracy, self.best_pgd = state["best_accuracy"], state["best_pgd"]
+
+    def facts(self) -> dict[str, object]:
+        """The share of the learning rate, where a roll-back has changed it."""
+        return {"rate_share": self.rate_share} if self.rate_share != 1 else {}
 
 
 def measure_attacked(defense: Defense, x: Images, y: Labels, threat: ThreatModel) -> dict[str, float]:
