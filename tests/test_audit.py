@@ -125,7 +125,7 @@ class Declares(Optimises):
 @pytest.mark.parametrize(
     ("cls", "check", "verdict", "words"),
     [
-        (Softmax, "contract", "fail", "probabilities"),
+        (Softmax, "contract", "suspect", "probabilities"),
         (Crowd, "contract", "fail", "in a batch"),
         (Memory, "contract", "fail", "later"),
         (Prototypes, "contract", "pass", "own answer"),
@@ -244,6 +244,40 @@ def test_a_gradient_may_have_a_factor_but_not_another_one_everywhere(data: Datas
     assert erratic.verdict == "fail", erratic.reason
     (sound,) = look(Prototypes(), data, "finite_differences").findings
     assert sound.statistic == pytest.approx(0, abs=0.05)
+
+
+class Rounded(Prototypes):
+    """Rounds the pixels to black and white, and offers the identity in the place of that step."""
+
+    steps = 1
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward((self.steps * x).round() / self.steps)
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        self.check_mode(mode)
+        return super().forward(x)
+
+
+class Misled(Rounded):
+    """Offers the opposite direction, and has finer steps, which an attack passes."""
+
+    steps = 4
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        return -super().adaptive_forward(x, mode)
+
+
+def test_a_stand_in_for_a_step_is_no_masking_but_one_that_misleads_is(data: Dataset) -> None:
+    """It is no derivative of what is judged, on purpose; what it is worth, attacks without gradients tell."""
+    checks = ("finite_differences", "square", "noise")
+    found = look(Rounded(), data, *checks)
+    (finding, *_) = found.findings
+    assert (finding.verdict, "stands in" in finding.reason) == ("suspect", True), finding.reason
+    assert found.verdict == "suspect"
+    misled = look(Misled(), data, *checks)
+    assert misled.verdict == "masked"
+    assert "square" in misled.failed
 
 
 class Shaken(Prototypes):
@@ -572,6 +606,8 @@ def test_interrupt_says_how_to_go_on(
 def test_attack_that_fails_leaves_its_checks_not_run(data: Dataset) -> None:
     """Without any gradient the gradient attacks fail; what rests on them says so, and what finds it fails."""
     decoy = PLANTED["thermometer code"].make(Prototypes(), data.x, THREAT.eps)
-    found = look(decoy, data, "single_step", "zero_gradients", "unbounded")
+    found = look(decoy, data, "single_step", "zero_gradients", "unbounded", "square")
     verdicts = {finding.check: finding.verdict for finding in found.findings}
-    assert verdicts == {"single_step": "not run", "zero_gradients": "fail", "unbounded": "not run"}
+    assert verdicts.pop("zero_gradients") == "fail"
+    assert verdicts == dict.fromkeys(("single_step", "unbounded", "square"), "not run")
+    assert "no attack with gradients could be run to compare with; the score attack" in found.findings[-1].reason

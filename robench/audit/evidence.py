@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from robench.audit.effort import Effort
 from robench.data import Dataset
@@ -228,9 +229,17 @@ class Evidence:
         self, x: Images, y: Labels, loss: Loss, *, draws: int | None = None, purpose: str = "gradient"
     ) -> npt.NDArray[np.float64]:
         """The loss of each image, averaged over draws (default `local_draws`); one purpose meets one randomness."""
+        with torch.no_grad():
+            values = self.average(lambda images, labels: loss(self.defense(images), labels), x, y, draws, purpose)
+        return values.double().cpu().numpy()
+
+    def average(
+        self, ask: Callable[[Images, Labels], Tensor], x: Images, y: Labels, draws: int | None, purpose: str
+    ) -> Tensor:
+        """What `ask` gives of each image, averaged over draws (None: `local_draws`), on the randomness of a purpose."""
         count = (draws or self.effort.local_draws) if self.defense.randomized else 1
         size = self.defense.batch_rows or 512
-        with torch.no_grad(), seeded(self.seed, "audit", purpose, device=self.device):
+        with seeded(self.seed, "audit", purpose, device=self.device):
             rows = zip(x.repeat(count, 1, 1, 1).split(size), y.repeat(count).split(size), strict=True)
-            values = torch.cat([loss(self.defense(images), labels) for images, labels in rows])
-        return values.unflatten(0, (count, -1)).mean(0).double().cpu().numpy()
+            values = torch.cat([ask(images, labels) for images, labels in rows])
+        return values.unflatten(0, (count, -1)).mean(0)

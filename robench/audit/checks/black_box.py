@@ -34,7 +34,8 @@ def _judge(evidence: Evidence, name: str) -> Outcome:
         return not_run("the attack failed")
     white = white_box(evidence)
     if white is None:
-        white = evidence.clean  # gradient attacks break nothing where there are no gradients
+        cost = compare(evidence.clean, black)
+        return not_run(f"no attack with gradients could be run to compare with; {NAMES[name]} costs {cost}")
     if evidence.defense.randomized:  # the lower of two draws would be lower by chance
         said = "the accuracy under the strongest of FGSM and PGD (two losses) less that under"
         gap = compare(white, black)

@@ -56,7 +56,8 @@ def _judge_answers(evidence: Evidence) -> Outcome:
         return Outcome("fail", None, None, "some logits are not finite")
     sums = logits.sum(1)
     if bool((logits >= -1e-5).all() and (logits <= 1 + 1e-5).all() and ((sums - 1).abs() < 1e-4).all()):
-        return Outcome("fail", None, None, "the logits are probabilities: the loss of an attack saturates on them")
+        reason = "the logits are probabilities, on which a loss saturates; answer with logits, or their logarithm"
+        return Outcome("suspect", None, None, reason)
     if evidence.defense.randomized:
         again = _ask(evidence, x)
         if not torch.equal(logits, again):

@@ -25,13 +25,17 @@ def judge(evidence: Evidence) -> Outcome:
         try:
             grad = evidence.gradient(images, y, purpose=f"zero {name}").grad
         except (PluginError, RuntimeError) as error:
-            reason = f"the defense gives no gradient: {str(error).splitlines()[0]}"
+            reason = f"the defense gives no gradient, so that no attack with gradients was run: {_first_line(error)}"
             return Outcome("fail", 1.0, FAIL, reason)
         flat = grad.flatten(1)
         bad.append(~flat.isfinite().all(1) | (flat == 0).all(1))
     share, verdict = graded_share(torch.stack(bad).any(0).cpu().numpy(), SUSPECT, FAIL)
     reason = f"the gradient of cross-entropy is zero or not finite at {100 * share:.1f} % of the images"
     return Outcome(verdict, share, FAIL, reason)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 CHECK = Check(
