@@ -23,7 +23,7 @@ from robench.audit.checks import black_box
 from robench.audit.checks.base import graded_share
 from robench.audit.effort import REDUCED, USUAL, read_effort
 from robench.audit.evidence import Evidence
-from robench.audit.statistics import compare
+from robench.audit.statistics import compare, compare_both_ways
 from robench.bundle import check_audit
 from robench.check_names import QUESTIONS, Verdict, overall
 from robench.cli import main
@@ -345,7 +345,12 @@ def test_compare_of_shares_is_students_paired_test() -> None:
 
     rng = np.random.Generator(np.random.PCG64(1))
     first, second = rng.random(30), rng.random(30)
-    assert compare(first, second).p == pytest.approx(ttest_rel(first, second, alternative="greater").pvalue)
+    gap, test = compare(first, second), ttest_rel(first, second)
+    assert gap.p == pytest.approx(ttest_rel(first, second, alternative="greater").pvalue)
+    interval = test.confidence_interval()
+    assert (gap.low, gap.high) == pytest.approx((interval.low, interval.high))  # no wider than the test that judges
+    for both in (compare_both_ways(first, second), compare_both_ways(second, first)):
+        assert (both.p, both.mean) == pytest.approx((test.pvalue, abs(gap.mean)))
 
 
 def test_equal_answers_are_no_gap_and_few_images_say_so() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -71,15 +71,22 @@ def compare(larger: npt.NDArray[np.float64], smaller: npt.NDArray[np.float64]) -
     """Tests whether `larger` exceeds `smaller` on the same images, one value in [0, 1] for each.
 
     Where all values are 0 or 1 the exact McNemar test of the images that differ, else Student's paired test. The
-    interval is Student's, with one pair in either direction added, so that it has a width where all pairs agree.
+    interval is Student's, so that it agrees with that test; where the test is McNemar's, or all pairs differ by the
+    same, it is with one pair in either direction added, which gives it a width where all pairs agree.
     """
     gaps = larger - smaller
     n = len(gaps)
-    padded = np.concatenate([gaps, (-1.0, 1.0)]) if n else np.zeros(2)
-    half = float(t.ppf(0.975, max(n - 1, 1))) * float(padded.std(ddof=1)) / math.sqrt(len(padded))
-    mean = float(gaps.mean()) if n else 0.0
     p, error = _test(gaps)
+    padded = np.concatenate([gaps, (-1.0, 1.0)])
+    half = float(t.ppf(0.975, max(n - 1, 1))) * (error or float(padded.std(ddof=1)) / math.sqrt(len(padded)))
+    mean = float(gaps.mean()) if n else 0.0
     return Gap(mean, mean - half, mean + half, p, n, error)
+
+
+def compare_both_ways(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> Gap:
+    """As `compare`, in the direction in which they differ, unnamed before: the level is that of two sides."""
+    gap = max(compare(one, other), compare(other, one), key=lambda gap: gap.mean)
+    return replace(gap, p=min(2 * gap.p, 1.0))
 
 
 def _test(gaps: npt.NDArray[np.float64]) -> tuple[float, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from robench.audit.checks.base import Check, Outcome, not_run
 from robench.audit.evidence import Evidence
-from robench.audit.statistics import compare
+from robench.audit.statistics import compare_both_ways
 
 TOLERANCE = 0.05
 
@@ -14,11 +14,9 @@ def judge(evidence: Evidence) -> Outcome:
     after = evidence.right("nothing")
     if after is None:
         return not_run("the attack with bound 0 failed")
-    gap = compare(evidence.clean, after)
-    opposite = compare(after, evidence.clean)
-    worse = gap if gap.mean >= opposite.mean else opposite
-    reason = f"an attack with bound 0 moves the accuracy by {worse}, where it may not move it beyond noise"
-    return Outcome(worse.verdict(TOLERANCE), worse.mean, TOLERANCE, reason)
+    gap = compare_both_ways(evidence.clean, after)
+    reason = f"an attack with bound 0 moves the accuracy by {gap}, where it may not move it beyond noise"
+    return Outcome(gap.verdict(TOLERANCE), gap.mean, TOLERANCE, reason)
 
 
 CHECK = Check(
