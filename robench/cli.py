@@ -128,7 +128,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
         int | None,
         typer.Option(
             help="Fresh answers behind each verdict on a randomized defense; default 20, fewer as for n, and 100 in "
-            "standard and thorough."
+            "standard, thorough and blackbox."
         ),
     ] = None,
     unit_size: Annotated[int | None, typer.Option(help="Images of one work unit; default 128.")] = None,

@@ -66,9 +66,11 @@ class RunRequest:
         spec, n = result.spec, FULL_N
         if spec.n < FULL_N:
             n = self._most_images(spec)
-        if spec.n >= n and spec.protocol.startswith(("standard", "thorough")):
+        name = spec.protocol.rpartition("-")[0]
+        if spec.n >= n and name in ("standard", "thorough", "blackbox"):
             return ""
-        words = ["robench", "run", "--defense", spec.defense, "--protocol", "standard", "--dataset", spec.dataset]
+        full = "blackbox" if name == "blackbox" else "standard"
+        words = ["robench", "run", "--defense", spec.defense, "--protocol", full, "--dataset", spec.dataset]
         words += ["--norm", spec.norm, "--eps", eps_text(spec), "--n", str(n), "--seed", str(spec.seed)]
         if "weights" in spec.defense_options:
             words += ["--weights", str(spec.defense_options["weights"])]

@@ -166,9 +166,9 @@ def rank_rows(rows: Sequence[Row]) -> list[Row]:
     """Orders rows by the lower end of the robust interval and ranks them; equal ends share a rank.
 
     Each protocol has its own ranks, since a weaker one leaves more accuracy standing; the protocols come in reverse
-    order of their names (thorough, standard, quick, free lists). Rows whose audit says `masked` rank below all others
-    of their protocol. Rows that miss a number come last and have no rank. The order depends on the rows alone, not on
-    how they came.
+    order of their names (thorough, standard, quick, blackbox, free lists). Rows whose audit says `masked` rank below
+    all others of their protocol. Rows that miss a number come last and have no rank. The order depends on the rows
+    alone, not on how they came.
     """
     complete = sorted(
         (row for row in rows if is_complete(row)),

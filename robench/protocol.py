@@ -20,7 +20,7 @@ class Protocol:
         judge_repeats: fresh answers behind each verdict on a randomized defense.
         sources: built-in defenses from which adversarial images are transferred, as far as they have weights for the
             dataset and are not the defense itself.
-        full: whether its figure may stand on a board of others; that of a first look may not.
+        full: whether its figure may stand on a board of others; not of a first look, nor without gradients.
     """
 
     name: str
@@ -62,10 +62,16 @@ _THOROUGH: Final = {
     "l1": ("pgd(steps=200, restarts=10)", "fmn(steps=1000)"),
     "l0": ("fmn(steps=1000)", "pointwise(restarts=10)"),
 }
+_BLACKBOX: Final = {
+    "linf": ("noise", "square", "hopskipjump"),
+    "l2": ("noise", "square", "hopskipjump"),
+    "l0": ("noise", "pointwise"),
+}
 PROTOCOLS: Final[dict[str, Protocol]] = {
     protocol.name: protocol
     for protocol in (
         Protocol("quick-1", dict.fromkeys(("linf", "l2"), ("fgsm", "pgd")), cascade=False, full=False),
+        Protocol("blackbox-1", _BLACKBOX, judge_repeats=100, sources=("convnet", "convnet_at"), full=False),
         Protocol("standard-1", _STANDARD, judge_repeats=100),
         Protocol("thorough-1", _THOROUGH, judge_repeats=100, sources=("convnet", "convnet_at", "shortrun")),
     )

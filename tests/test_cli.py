@@ -184,7 +184,7 @@ def test_no_command_prints_the_help_as_it_is(call: Call, group: list[str]) -> No
     ("words", "part"),
     [
         (("--attack", "standrd"), 'did you mean "standard"? There are: '),
-        (("--attack", "standrd"), "; protocols: quick-1, standard-1, thorough-1"),
+        (("--attack", "standrd"), "; protocols: quick-1, blackbox-1, standard-1, thorough-1"),
         (("--attack", "pdg"), 'did you mean "pgd"?'),
         (("--protocol", "thorogh"), 'did you mean "thorough"?'),
         (("--protocol", "pgd"), "it is an attack: --attack pgd"),

@@ -16,6 +16,7 @@ from robench.protocol import PROTOCOLS, Protocol, default_eps, find_protocol, ge
 from robench.registry import load_attack
 from robench.testing import LinearToy
 from robench.threat import ThreatModel
+from robench.types import Images, Logits
 
 LINF = ThreatModel("linf", 0.02)
 LISTED = [(name, norm, spec) for name, one in PROTOCOLS.items() for norm in one.attacks for spec in one.attacks[norm]]
@@ -67,6 +68,24 @@ def test_a_stronger_protocol_has_all_that_the_weaker_one_has() -> None:
     assert set(standard.attacks) == set(thorough.attacks)
     assert (standard.cascade, thorough.cascade, get_protocol("quick").cascade) == (True, True, False)
     assert min(one.judge_repeats for one in (standard, thorough)) == 100
+
+
+class Opaque(Linear):
+    """A linear classifier that gives no gradient."""
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x.detach())
+
+
+def test_blackbox_asks_for_no_gradient_and_breaks_what_has_none() -> None:
+    protocol = get_protocol("blackbox")
+    for norm in protocol.attacks:
+        assert all(load_attack(spec).access != "gradient" for spec in protocol.attacks_for(norm))
+    x, y = grid_images(6)
+    found = evaluate(Opaque(), "blackbox", ThreatModel("linf", 0.3), (x, y), judge_repeats=1)
+    assert found.complete
+    assert found.spec.protocol == "blackbox-1"
+    assert found.robust_accuracy.value < found.clean_accuracy.value
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)

@@ -34,6 +34,11 @@ def print_run(result: Evaluation, request: RunRequest, audits: Mapping[Path, Aud
         console.print(f"failed  {key}: {reason}")
     for folder, audit in (audits or {}).items():
         _print_audit(console, audit, folder)
+    if result.spec.protocol.startswith("blackbox"):
+        console.print(
+            "No attack asked for a gradient: where the defense has one, its robust accuracy may be far below this. "
+            "See --protocol standard"
+        )
     full = request.full_command(result)
     if full:
         console.print(
