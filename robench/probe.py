@@ -9,6 +9,7 @@ import torch
 
 from robench.defense import Defense
 from robench.errors import PluginError
+from robench.hidden import refuse_hidden_networks
 from robench.judge import checked_logits
 from robench.registry import plugin_errors
 from robench.rng import seeded
@@ -32,15 +33,16 @@ def check_answers(work: UnitWork) -> None:
     One that is declared randomized and yet always answers the same gets a warning.
 
     Raises:
-        PluginError: training mode, an error of its own or a call of exit(), logits of the wrong shape, not finite, or
-            of a deterministic defense random or dependent on the other images of the batch, or images, weights or
-            buffers changed in place.
+        PluginError: training mode, a network that is no sub-module, an error of its own or a call of exit(), logits of
+            the wrong shape, not finite, or of a deterministic defense random or dependent on the other images of the
+            batch, or images, weights or buffers changed in place.
     """
     defense, spec = work.defense, work.spec
     if defense.training:
         raise PluginError(f'defense "{defense.name}" is in training mode; call its freeze() (or eval()) first')
     few = work.x[:4].to(spec.device)
     defense.to(spec.device)
+    refuse_hidden_networks(defense, few[:1], spec.seed)
     errors = plugin_errors(f'defense "{defense.name}": forward')
     with torch.no_grad(), seeded(spec.seed, "check", device=spec.device), errors:
         logits = checked_logits(defense, few)

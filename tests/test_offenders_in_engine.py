@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,44 @@ class Unnamed(LinearOffender):
     name = ""
 
 
+def layer() -> nn.Module:
+    """Passes a fifth of the values on in training mode, and all in eval mode."""
+    return nn.Sequential(nn.Identity(), nn.BatchNorm2d(1), nn.Dropout(0.8))
+
+
+class ListedNet(LinearOffender):
+    """Half of it is in a plain list, which `freeze` passes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = {"first": [layer()]}
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(self.parts["first"][0](x))
+
+
+class EnclosedNet(ListedNet):
+    """The same in a closure, and declared randomized."""
+
+    randomized = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = layer()
+        self.parts = {"first": [partial(lambda x: net(-x))]}  # type: ignore[list-item]
+
+
+class AttackersNet(ListedNet):
+    """The same in the stand-in alone."""
+
+    def forward(self, x: Images) -> Logits:
+        return LinearToy.forward(self, x)
+
+    def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
+        del mode
+        return ListedNet.forward(self, x)
+
+
 @pytest.mark.parametrize(
     ("offender", "message"),
     [
@@ -149,12 +188,41 @@ class Unnamed(LinearOffender):
         (SecretDice, "declared deterministic"),
         (BatchNormed, "another answer in a batch with other images, by .* track_running_stats=False"),
         (Unnamed, "name is empty"),
+        (ListedNet, r"forward calls a network .*, Sequential \(self.parts\['first'\]\[0\]\).* nn.ModuleList"),
+        (EnclosedNet, r"forward calls .*, Sequential \(net in the closure of self.parts\['first'\]\[0\]\)"),
+        (
+            AttackersNet,
+            r"adaptive_forward \(full\) calls .* training mode, off the device and out of the weights digest",
+        ),
     ],
 )
 def test_engine_refuses_a_defense_before_any_work(offender: type[LinearOffender], message: str, tmp_path: Path) -> None:
     with pytest.raises(PluginError, match=message):
         evaluate_toy(["pgd"], offender(), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_audit_refuses_a_hidden_network_whatever_it_checks() -> None:
+    toy = ListedNet()
+    with pytest.raises(PluginError, match="forward calls a network that is none of its sub-modules"):
+        robench.audit(toy, LINF, toy.examples(12), checks="zero_gradients", device="cpu")
+
+
+class Restacked(LinearOffender):
+    """Keeps a list of its own layers, and makes a container around them and layers without weights at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(1, 1, 1)
+        self.layers = [self.scale]
+        self.freeze()
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(nn.Sequential(*self.layers, nn.Hardtanh(-9, 9))(x))
+
+
+def test_engine_lets_a_defense_call_its_own_layers_in_whatever_it_makes() -> None:
+    assert evaluate_toy([attacks.Honest()], Restacked()).complete
 
 
 class DroppedOut(LinearOffender):

@@ -22,6 +22,7 @@ from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import PluginError, UsageError
 from robench.evaluate import Data, check_images, load_images
+from robench.hidden import refuse_hidden_networks
 from robench.lineup import check_defense
 from robench.precision import full_float32
 from robench.settings import Settings
@@ -77,7 +78,8 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
     Raises:
         UsageError: no defense, an unknown check or name, several bounds, a norm without checks, a setting of the wrong
             kind or out of range, data that does not fit.
-        PluginError: the defense broke the contract so that nothing can be measured.
+        PluginError: the defense broke the contract so that nothing can be measured, or calls a network that is none of
+            its sub-modules.
     """
     started = time.monotonic()
     check_defense(defense)
@@ -102,6 +104,7 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
     )
     try:
         defense.to(evidence.device)
+        refuse_hidden_networks(defense, evidence.x[:1], settings.seed)
         _run_all(chosen, evidence)
         findings = tuple(_judge(check, evidence) for check in chosen)
     finally:
