@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from robench.errors import PluginError, UsageError
+from robench.plain import Values, plain_tensors
 from robench.types import Images, Labels, Logits, PerExample
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Defense(nn.Module):
         origin: how `load_defense` made it; None if another did.
         told_constant: True once it was told that it is declared randomized and yet always answers the same.
         told_shared: True once it was told that the images of a pass share a draw.
+        passing: paths of plain tensors that passes leave behind, so that they are no weights; see `robench.plain`.
     """
 
     name: str = ""
@@ -65,6 +67,7 @@ class Defense(nn.Module):
     origin: Origin | None = None
     told_constant: bool = False
     told_shared: bool = False
+    passing: frozenset[str] = frozenset()
 
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""
@@ -272,25 +275,50 @@ def wrap(
 
 
 def weights_digest(defense: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of all weights and buffers, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in _tensors(defense):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
+    """SHA-256 over the names, shapes, dtypes and bytes of all weights and buffers, in the order of their names.
+
+    After them come tensors and arrays in plain attributes, where there are any; see `robench.plain`.
+    """
+    return _digest([*_saved(defense), *plain_tensors(defense)])
+
+
+def state_digest(module: nn.Module) -> str:
+    """The digest of the state_dict alone, which is what a weights file holds."""
+    return _digest(_saved(module))
+
+
+def bears_digest(defense: nn.Module, digest: str) -> bool:
+    """Whether a run's digest is that of a defense; earlier runs had that of the state_dict alone."""
+    return digest in (weights_digest(defense), state_digest(defense))
+
+
+def has_tensors(defense: nn.Module) -> bool:
+    """Whether a defense has anything that its digest can tell."""
+    return next(iter([*_saved(defense), *plain_tensors(defense)]), None) is not None
 
 
 def tensor_digests(defense: nn.Module) -> dict[str, str]:
-    """SHA-256 of the bytes of each weight and buffer, by name: tells which one changed."""
-    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in _tensors(defense)}
+    """SHA-256 of the bytes of each weight, buffer and plain tensor, by name: tells which one changed."""
+    return {name: hashlib.sha256(_bytes(one)).hexdigest() for name, one in (*_saved(defense), *plain_tensors(defense))}
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights and buffers, on the CPU, in the order of their names."""
+def _saved(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights and buffers of the state_dict, in the order of their names."""
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, torch.Tensor):
-            yield name, value.detach().cpu().contiguous()
+            yield name, value.detach()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def _digest(values: Iterable[tuple[str, Values]]) -> str:
+    digest = hashlib.sha256()
+    for name, value in values:
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(value: Values) -> bytes:
+    if not isinstance(value, torch.Tensor):
+        return value.tobytes()
+    flat = value.cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from robench.bundle import AUDIT, bundle_folder, check_audit, read_bundle, write_bundle
 from robench.check_names import QUESTIONS
-from robench.defense import Defense, weights_digest
+from robench.defense import Defense, bears_digest
 from robench.errors import RobenchError, UsageError
 from robench.files import write_atomic
 from robench.leaderboard import (
@@ -208,7 +208,7 @@ def _defense_of(spec: RunSpec) -> Defense | None:
     if not spec.defense:
         return None
     defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)
-    if weights_digest(defense) != spec.weights_digest:
+    if not bears_digest(defense, spec.weights_digest):
         raise UsageError(f'the weights of "{spec.defense}" are no longer those of the run. Run it again')
     return defense
 

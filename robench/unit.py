@@ -18,6 +18,7 @@ from robench.batches import own_batches
 from robench.defense import Defense, tensor_digests
 from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
+from robench.plain import note_passing
 from robench.plan import AttackEntry, RunSpec, Unit
 from robench.precision import full_float32
 from robench.rng import check_unseeded, seeded
@@ -47,7 +48,7 @@ class UnitWork:
             turn out not to be needed.
         failures: tracebacks of attacks that failed in this unit, by key; filled by `run_unit`.
         passes: of attacks so far, in all units.
-        tensors: digest of each weight and buffer of the defense before any work.
+        tensors: digest of each weight, buffer and plain tensor of the defense before any work.
     """
 
     spec: RunSpec
@@ -81,12 +82,16 @@ class UnitWork:
         Raises:
             PluginError: it has not; names the first that changed.
         """
+        note_passing(self.defense, self.tensors)
         after = tensor_digests(self.defense)
         changed = [name for name in sorted({*self.tensors, *after}) if self.tensors.get(name) != after.get(name)]
         if changed:
+            advice = "BatchNorm left in train mode? Call eval()"
+            if changed[0] not in self.defense.state_dict():
+                advice = "If a pass leaves it behind, and it is no weight: None before the run, or a local variable"
             raise PluginError(
                 f'defense "{self.defense.name}": its weights or buffers changed during the run (first '
-                f'"{changed[0]}"); nothing counts. BatchNorm left in train mode? Call eval()'
+                f'"{changed[0]}"); nothing counts. {advice}'
             )
 
 

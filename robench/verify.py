@@ -13,12 +13,13 @@ import torch
 
 from robench.bundle import MANIFEST, read_bundle
 from robench.data import Dataset, load_dataset
-from robench.defense import Defense, weights_digest
+from robench.defense import Defense, bears_digest, has_tensors, weights_digest
 from robench.errors import DataError, PluginError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge_in_units
 from robench.leaderboard import Row, board_name, find_changed, read_rows
 from robench.lineup import find_departure, plan_attacks
+from robench.plain import plain_tensors
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS, find_protocol
 from robench.publish import EVIDENCE, all_rows, find_misplaced
@@ -217,8 +218,7 @@ def _load_defense(spec: RunSpec, folder: Path) -> Defense:
 def _check_form(report: Report, result: Evaluation, data: Dataset, defense: Defense) -> None:
     """What shows without asking the defense: digests, labels, its name and kind, the protocol, the table."""
     spec, clean = result.spec, result.answers(CLEAN)
-    digest = weights_digest(defense)
-    report.check("weights are those of the run", digest == spec.weights_digest, f"digest {digest[:16]}")
+    _check_weights(report, spec, defense)
     report.check("images are those of the run", data.digest == spec.data_digest, f"digest {data.digest[:16]}")
     if clean is not None:
         wrong = int((clean.labels != data.y.numpy()).sum()) if len(clean.labels) == len(data.y) else len(data.y)
@@ -231,6 +231,18 @@ def _check_form(report: Report, result: Evaluation, data: Dataset, defense: Defe
         report.check(f"the run is that of {spec.protocol}", not departure, departure or "attacks and settings")
     problem = _find_gap(result, data, defense)
     report.check("every image has its answers, clean and under each attack", not problem, problem or f"{spec.n} images")
+
+
+def _check_weights(report: Report, spec: RunSpec, defense: Defense) -> None:
+    """Compares the digests of the weights, and notes what it cannot tell."""
+    digest, same = weights_digest(defense), bears_digest(defense, spec.weights_digest)
+    if same and not has_tensors(defense):
+        report.notes.append("the weights: the defense has none that robench can see, so there is nothing to compare")
+        return
+    report.check("weights are those of the run", same, f"digest {(spec.weights_digest if same else digest)[:16]}")
+    if same and digest != spec.weights_digest:
+        paths = ", ".join(path for path, _ in plain_tensors(defense))
+        report.notes.append(f"tensors outside the state_dict ({paths}): the digest of an earlier run lacks them")
 
 
 def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> None:

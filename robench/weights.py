@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from robench.data_names import KNOWN, list_plugins
-from robench.defense import Defense, weights_digest
+from robench.defense import Defense, state_digest
 from robench.errors import DataError, PluginError, UsageError
 from robench.files import write_atomic
 
@@ -49,7 +49,7 @@ def build_and_load(cls: type[D], dataset: str | None, weights: str | Path | None
         _check_training(cls, options, card.get("options", {}), path)
     defense = _build(cls, {**card.get("options", {}), **options})
     load_weights(defense, path)
-    if card.get("weights_digest", weights_digest(defense)) != weights_digest(defense):
+    if card.get("weights_digest", state_digest(defense)) != state_digest(defense):
         raise DataError(
             f"weights file {path} is damaged, or not that of its card: its weights do not have the digest that "
             f"{path.with_suffix('.json').name} names. Get both again"

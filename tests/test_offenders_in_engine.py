@@ -332,3 +332,34 @@ def test_engine_refuses_an_attack_that_does_not_serve_the_norm(norm: str) -> Non
     threat = ThreatModel(norm, 1)
     with pytest.raises(UsageError, match=f"supports linf, l2; the threat model is {norm}"):
         robench.evaluate(toy, attacks.Honest(), threat, toy.examples(4))
+
+
+class LooseCount(LinearOffender):
+    """Counts its calls in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = [torch.zeros(1)]
+
+    def forward(self, x: Images) -> Logits:
+        self.state[0] = self.state[0] + 1
+        return super().forward(x)
+
+
+class Remembers(LinearOffender):
+    """Leaves its last images behind, and changes no answer."""
+
+    last: Images | None = None
+
+    def forward(self, x: Images) -> Logits:
+        self.last = x
+        return super().forward(x)
+
+
+def test_engine_watches_tensors_outside_the_state_dict_but_not_what_a_pass_leaves_behind() -> None:
+    with pytest.raises(PluginError, match=r'changed during the run \(first "state\[0\]"\).*None before the run'):
+        evaluate_toy([attacks.Honest()], LooseCount())
+    defense = Remembers()
+    first, second = (evaluate_toy([attacks.Honest()], defense) for _ in range(2))
+    assert defense.last is not None
+    assert first.spec == second.spec

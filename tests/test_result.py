@@ -8,7 +8,7 @@ from pathlib import Path
 import engine_toys
 import numpy as np
 import pytest
-from engine_toys import Bad, Blindfold, Linear, Noisy, OneCorner, Prototypes, grid_images, some_wrong
+from engine_toys import Bad, Blindfold, Linear, Noisy, OneCorner, Prototypes, Thresholds, grid_images, some_wrong
 
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
@@ -127,6 +127,15 @@ def test_verify_confirms_a_run_and_finds_a_changed_one(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("Prototypes", "Blindfold"))
     with pytest.raises(DataError, match=r"run\.json is damaged"):
         verify_run(tmp_path / "Prototypes")
+
+
+def test_verify_says_where_there_are_no_weights_to_compare(tmp_path: Path) -> None:
+    spec = f"{engine_toys.__file__}:Thresholds"
+    evaluate(Thresholds().eval(), "noise", LINF, "fashion_mnist", n=4, out=tmp_path / "run", defense_spec=spec)
+    report = verify_run(tmp_path / "run")
+    assert report.holds, report.failures
+    assert not [line for line in report.lines if "weights" in line]
+    assert str(report).count("not checked: the weights: the defense has none that robench can see") == 1
 
 
 def test_verify_knows_that_the_images_of_a_pass_may_share_draws(tmp_path: Path) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
+from engine_toys import Linear
+from torch import nn
+from torch.nn.utils import prune
 
 from robench import DataError, RobenchError, UsageError, load_defense
-from robench.defense import weights_digest
+from robench.defense import state_digest, tensor_digests, weights_digest
 from robench.defenses.shortrun import ShortRun
+from robench.plain import plain_tensors
 from robench.rng import seeded
 from robench.weights import load_weights, read_card, save_weights
 
@@ -77,6 +83,41 @@ def test_torch_file_of_plain_tensors_is_read(tmp_path: Path) -> None:
         copy = ShortRun()
     load_weights(copy, tmp_path / "model.pt")
     assert weights_digest(copy) == weights_digest(original.float())
+
+
+class Outside(Linear):
+    """Keeps tensors and an array where no state_dict finds them; `_flat_weights` of nn.RNN are its parameters again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = {"rows": [torch.zeros(2), (np.zeros(3), 5)], "again": self.weight}
+        self.teacher = [nn.Linear(2, 2)]
+        self.rnn = nn.RNN(2, 2)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+
+def test_digest_has_plain_tensors_and_stays_what_it_was_without() -> None:
+    defense = Outside()
+    held = [path for path, _ in plain_tensors(defense)]
+    assert held == ["bank['rows'][0]", "bank['rows'][1][0]", "scale", "teacher[0].bias", "teacher[0].weight"]
+    assert {"weight", *held} <= tensor_digests(defense).keys()
+    digests = [weights_digest(defense)]
+    for _, value in plain_tensors(defense):
+        value.fill(7) if isinstance(value, np.ndarray) else value.detach().fill_(7)
+        digests.append(weights_digest(defense))
+    assert len(set(digests)) == 6
+    assert weights_digest(Linear()) == state_digest(Linear())
+    assert state_digest(defense) not in digests
+
+
+def test_digest_leaves_out_what_hooks_of_torch_compute_at_each_pass() -> None:
+    with warnings.catch_warnings(action="ignore"):  # weight_norm is the elder of torch.nn.utils.parametrizations
+        layers = nn.Sequential(
+            nn.utils.weight_norm(nn.Linear(2, 2)),
+            nn.utils.spectral_norm(nn.Linear(2, 2)),
+            prune.random_unstructured(nn.Linear(2, 2), "weight", 1),
+        )
+    assert list(plain_tensors(layers)) == []
 
 
 def test_load_defense_takes_options_from_the_card_and_overrides_them(saved: Path) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 import pytest
 import torch
 
-from robench.defense import Defense, weights_digest
+from robench.defense import Defense, state_digest
 from robench.errors import UsageError
 from robench.losses import margin
 from robench.rng import seeded
@@ -246,6 +246,6 @@ class DefenseContract:
         path = tmp_path / "weights.safetensors"
         save_weights(defense, path, {})
         load_weights(other, path)
-        assert weights_digest(other) == weights_digest(defense), "the weights that come back are not those written"
+        assert state_digest(other) == state_digest(defense), "the weights that come back are not those written"
         x = self._images(defense)
         assert torch.equal(self._answer(other, x), self._answer(defense, x)), "the same weights give other logits"

@@ -11,7 +11,7 @@ import torch
 
 from robench.data import Dataset, load_dataset
 from robench.data_names import KNOWN, list_plugins
-from robench.defense import Defense, weights_digest
+from robench.defense import Defense, state_digest
 from robench.errors import UsageError
 from robench.protocol import default_eps
 from robench.registry import parse_spec, resolve
@@ -83,7 +83,7 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
     card["options"] = options
     card["test"], half = round_if_harmless(defense, test, job.settings)
     card["stored_as"] = "float16" if half else "float32"
-    card["weights_digest"] = weights_digest(defense)
+    card["weights_digest"] = state_digest(defense)
     path = job.folder / f"{weights_stem(cls, job.dataset, options)}.safetensors"
     save_weights(defense, path, card, half=half)
     return path, card
