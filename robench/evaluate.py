@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from robench.registry import describe_error
 from robench.result import Evaluation
 from robench.runners import Limits, Task, run_here, run_in_processes, threads_for
 from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings, make_settings
+from robench.source import digest_source, find_edits
 from robench.store import RunStore
 from robench.threat import ThreatModel, as_threats
 from robench.types import Images, Labels
@@ -76,7 +77,8 @@ def evaluate(
     work = prepare(defense, attacks, threat, data, chosen)
     if chosen.workers > 1:
         check_loadable(work.spec, chosen)
-    store = _store_for(work.spec, chosen)
+    source = digest_source(defense, work.spec.defense)
+    store = _store_for(work.spec, chosen, source)
     defense.to(work.spec.device)
     try:
         with store.locked() if store is not None else contextlib.nullcontext():
@@ -91,6 +93,7 @@ def evaluate(
     else:
         created = RunStore.today()
         result = Evaluation(work.spec, tables, folder=None, created=created, seconds=seconds, failures=work.failures)
+        result.source = source
     for key, reason in result.reasons.items():
         LOG.warning("%s: attack %s failed, so the robust accuracy is not known: %s", defense.name, key, reason)
     return result
@@ -339,24 +342,30 @@ def check_loadable(spec: RunSpec, settings: Settings) -> None:
         )
 
 
-def _store_for(spec: RunSpec, settings: Settings) -> RunStore | None:
+def _store_for(spec: RunSpec, settings: Settings, source: Mapping[str, str]) -> RunStore | None:
     if settings.out is not None:
-        return open_store(spec, as_place(settings.out), resume=settings.resume)
+        return open_store(spec, as_place(settings.out), source, resume=settings.resume)
     if settings.resume:
         raise UsageError("resume needs the run's folder; give it as out")
     return None
 
 
-def open_store(spec: RunSpec, folder: Place, *, resume: bool) -> RunStore:
-    """Starts a run folder, or opens the one that is there.
+def open_store(spec: RunSpec, folder: Place, source: Mapping[str, str], *, resume: bool) -> RunStore:
+    """Starts a run folder, or opens the one that is there; `source` is what `digest_source` says of the defense.
 
     Raises:
-        UsageError: there is one and none is expected, none where one is, or one of another spec.
+        UsageError: there is one and none is expected, none where one is, or one of another spec or other code.
     """
     if not resume:
-        return RunStore.create(folder, spec)
+        return RunStore.create(folder, spec, source=source)
     store = RunStore.open(folder)
     differing = store.spec.differences(spec)
     if differing:
         raise UsageError(f"{folder} holds a run of another spec: {'; '.join(differing[:3])}. Choose another --out")
+    changed = find_edits(store.source, source)
+    if changed:
+        raise UsageError(
+            f"{folder} holds a run that was begun with other code of the defense: {', '.join(changed[:3])} changed "
+            "since, and its units would be of two defenses. Choose another --out, or undo the change"
+        )
     return store

@@ -266,6 +266,7 @@ def _import_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    vars(module)["robench_source"] = hashlib.sha256(path.read_bytes()).hexdigest()  # see robench.source
     sys.modules[key] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)

@@ -60,7 +60,7 @@ class Evaluation:
         import pyarrow as pa
 
         self.spec, self.folder, self.created, self.seconds = spec, folder, created, seconds
-        self.failures = dict(failures or {})
+        self.failures, self.source = dict(failures or {}), dict[str, str]()
         self.notes = tuple(f"unit {number}: {note}" for number, unit in enumerate(units) for note in notes_of(unit))
         self._held = [unit for unit in units if X_ADV in unit.column_names]
         self.units = pa.concat_tables([_without_images(unit) for unit in units])
@@ -84,11 +84,13 @@ class Evaluation:
         seconds = sum(store.timings().values()) or None
         failures = store.failures()
         try:
-            return cls(
+            result = cls(
                 store.spec, units, folder=store.folder, created=store.created, seconds=seconds, failures=failures
             )
         except (ValueError, IndexError) as error:  # counts of votes that differ, labels beyond the classes
             raise DataError(f"{folder}: the units' tables do not fit together: {error}") from None
+        result.source = store.source
+        return result
 
     def __str__(self) -> str:
         spec = self.spec
@@ -120,7 +122,7 @@ class Evaluation:
         if target is None:
             raise DataError("this evaluation has no run folder; give one: save(folder)")
         if target != self.folder:
-            store = RunStore.create(target, self.spec, self.created)
+            store = RunStore.create(target, self.spec, self.created, self.source)
             for unit, table in zip(plan_units(self.spec), self._whole_units(), strict=True):
                 store.write(unit, table)
             self.folder = target

@@ -1,6 +1,7 @@
 """The run folder: the spec, one atomic file per finished unit, and what failed.
 
-run.json                          schema version, spec, day of creation, and their digest
+run.json                          schema version, spec, day of creation, digests of the defense's code if it is not
+                                  robench's, and the digest of it all
 .lock                             held while a process works on the run
 damaged/                          units that were found damaged and done again
 units/00003-<sha256>.parquet      the per-example table of unit 3 with its adversarial images; the name carries the
@@ -41,15 +42,23 @@ TIMINGS_EVERY_S: Final = 5.0
 class RunStore:
     """A run folder that is open for reading and writing."""
 
-    def __init__(self, folder: Place, spec: RunSpec, created: str) -> None:
+    def __init__(self, folder: Place, spec: RunSpec, created: str, source: Mapping[str, str]) -> None:
         """Use `create` or `open`."""
-        self.folder, self.spec, self.created = folder, spec, created
+        self.folder, self.spec, self.created, self.source = folder, spec, created, dict(source)
         self._new_timings: dict[str, float] = {}
         self._timings_written = time.monotonic()
 
     @classmethod
-    def create(cls, folder: Place, spec: RunSpec, created: str | None = None) -> RunStore:
-        """Starts a run folder; `created` is the day of the run, None for today.
+    def create(
+        cls, folder: Place, spec: RunSpec, created: str | None = None, source: Mapping[str, str] | None = None
+    ) -> RunStore:
+        """Starts a run folder.
+
+        Args:
+            folder: where.
+            spec: the run's.
+            created: the day of the run; None: today.
+            source: digests of the defense's code; see `robench.source`.
 
         Raises:
             UsageError: it holds a run already, or cannot be written.
@@ -63,8 +72,10 @@ class RunStore:
         make_folder(folder / UNIT_FOLDER)
         created = created or cls.today()
         content = {"schema": SCHEMA, "created": created, "spec": spec.to_json()}
+        if source:
+            content["source"] = dict(source)
         write_atomic(folder / SPEC_FILE, _json({**content, "digest": _digest(content)}))
-        return cls(folder, spec, created)
+        return cls(folder, spec, created, source or {})
 
     @staticmethod
     def today() -> str:
@@ -94,7 +105,7 @@ class RunStore:
             raise DataError(f"{path} has schema {schema}; this version of robench reads {SCHEMA}. {todo}")
         if content.pop("digest", None) not in (None, _digest(content)):  # None: written before there was one
             raise DataError(f"{path} is damaged: its content does not have the digest that it names. Run it again")
-        return cls(folder, RunSpec.from_json(spec), created)
+        return cls(folder, RunSpec.from_json(spec), created, content.get("source", {}))
 
     def finished(self) -> dict[int, Place]:
         """The files of finished units, by unit number; lists the folder, 100,000 units in about a second."""

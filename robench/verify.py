@@ -27,6 +27,7 @@ from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
+from robench.source import digest_source, find_edits
 from robench.stats import INDEPENDENT, SharedNoise, answers_differ, majorities_differ, shared_noise
 from robench.store import RESULT_FILE, ROW_FILE
 from robench.threat import ThreatModel
@@ -229,6 +230,9 @@ def _check_form(report: Report, result: Evaluation, data: Dataset, defense: Defe
     if spec.protocol:
         departure = _departure(spec, defense)
         report.check(f"the run is that of {spec.protocol}", not departure, departure or "attacks and settings")
+    changed = ", ".join(find_edits(result.source, digest_source(defense, spec.defense)))
+    if changed:
+        report.notes.append(f"the code of the defense: {changed} changed since the run; the answers below tell")
     problem = _find_gap(result, data, defense)
     report.check("every image has its answers, clean and under each attack", not problem, problem or f"{spec.n} images")
 

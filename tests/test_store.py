@@ -20,9 +20,12 @@ from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
 from robench.files import write_atomic
 from robench.plan import SCHEMA, RunSpec, plan_units
+from robench.registry import load_defense
 from robench.result import Evaluation
+from robench.source import digest_source
 from robench.store import RunStore
 from robench.threat import ThreatModel
+from robench.verify import verify_run
 
 LINF = ThreatModel("linf", 0.1)
 
@@ -310,6 +313,44 @@ def test_resume_with_other_weights_is_refused(folder: Path) -> None:
             Noisy(gain=1.0), "fgsm,pgd(steps=2)", LINF, grid_images(8), unit_size=3, judge_repeats=2, eot=1,
             out=folder, resume=True,
         )  # fmt: skip
+
+
+def test_resume_of_an_object_with_other_options_is_refused(folder: Path) -> None:
+    """The standard deviation of its noise is no weight."""
+    with pytest.raises(UsageError, match="begun with other code of the defense: its options changed since"):
+        evaluate(
+            Noisy(sigma=1.0), "fgsm,pgd(steps=2)", LINF, grid_images(8), unit_size=3, judge_repeats=2, eot=1,
+            out=folder, resume=True,
+        )  # fmt: skip
+
+
+def test_resume_by_edited_code_is_refused_and_verify_tells_of_the_edit(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text("from engine_toys import Prototypes\n\n\nclass Mine(Prototypes):\n    name = 'mine'\n")
+    known = set(sys.modules)
+
+    def run(**given: Any) -> Evaluation:
+        for name in [name for name in sys.modules if name not in known and name.startswith("robench_file_")]:
+            del sys.modules[name]  # as in a process of its own
+        defense = load_defense(f"{code}:Mine")
+        return evaluate(defense, "fgsm", LINF, "fashion_mnist", n=4, unit_size=2, out=tmp_path / "run", **given)
+
+    assert run().source.keys() == {"mine.py", "engine_toys.py"}
+    assert verify_run(tmp_path / "run").notes == []
+    RunStore.open(tmp_path / "run").finished()[1].unlink()
+    run(resume=True)
+    code.write_text(code.read_text() + "\n# more\n")
+    with pytest.raises(
+        UsageError, match=r"begun with other code of the defense: mine.py changed since.* another --out"
+    ):
+        run(resume=True)
+    report = verify_run(tmp_path / "run")
+    assert report.holds, report.failures
+    assert report.notes == ["the code of the defense: mine.py changed since the run; the answers below tell"]
+
+
+def test_code_of_robench_is_told_by_its_version() -> None:
+    assert digest_source(load_defense("convnet"), "convnet") == {}
 
 
 def test_a_folder_with_a_run_is_not_overwritten(folder: Path) -> None:

@@ -26,6 +26,7 @@ from robench.result import Evaluation
 from robench.rng import seeded
 from robench.runners.task import Hear
 from robench.settings import make_settings
+from robench.source import digest_source, find_edits
 from robench.store import SPEC_FILE, RunStore
 from robench.threat import ThreatModel
 from robench.unit import UnitWork, run_unit
@@ -149,8 +150,8 @@ def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
     threats = [ThreatModel(request.norm, eps) for eps in request.eps]
     work = prepare(defense, list(request.attacks), threats, data, started)
     folder = as_place(request.folder)
-    exists = (folder / SPEC_FILE).exists()
-    store = None if request.dry and not exists else open_store(work.spec, folder, resume=exists)
+    exists, source = (folder / SPEC_FILE).exists(), digest_source(defense, work.spec.defense)
+    store = None if request.dry and not exists else open_store(work.spec, folder, source, resume=exists)
     units, notes = plan_units(work.spec), list[str]()
     if store is not None and not request.dry:
         with store.locked(shared=True):
@@ -263,6 +264,9 @@ def _prepare(folder: str, data_dir: str) -> tuple[UnitWork, RunStore]:
     data = _dataset(spec.dataset, spec.n, spec.seed, data_dir)
     if (weights_digest(defense), data.digest) != (spec.weights_digest, spec.data_digest):
         raise PluginError(f'a worker loads other weights or images by "{spec.defense}" and "{spec.dataset}"')
+    changed = find_edits(store.source, digest_source(defense, spec.defense))
+    if changed:
+        raise PluginError(f'a worker loads other code by "{spec.defense}": {", ".join(changed)} changed since')
     attacks = {entry.key: load_attack(entry.spec) for entry in spec.attacks}
     return UnitWork(spec, defense.to(spec.device), attacks, data.x, data.y, data.index), store
 
