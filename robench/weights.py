@@ -6,6 +6,7 @@ import inspect
 import json
 import shlex
 import warnings
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,6 +19,8 @@ from robench.errors import DataError, PluginError, UsageError
 from robench.files import write_atomic
 
 D = TypeVar("D", bound=Defense)
+WRAPPERS: Final = ("module.", "_orig_mod.")
+"""What nn.DataParallel and torch.compile put before every name."""
 DEFAULT_DATASET: Final = "fashion_mnist"
 """Whose weights are read where no dataset is named."""
 
@@ -151,6 +154,8 @@ def read_card(path: Path) -> dict[str, Any]:
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Reads weights into a module: safetensors, or a torch file under `weights_only=True`.
 
+    Names that nn.DataParallel or torch.compile has put a prefix before (`module.`, `_orig_mod.`) are read without it.
+
     Raises:
         UsageError: the file does not exist or may not be read.
         DataError: it is cut off, a pickle of other things, or its names or shapes differ from the module's.
@@ -158,7 +163,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"weights file {path} does not exist")
-    state = _read_state(path)
+    state = _unwrap(_read_state(path), module.state_dict().keys())
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     came = {name: tuple(value.shape) for name, value in state.items()}
     differing = sorted(name for name in wanted.keys() | came.keys() if wanted.get(name) != came.get(name))
@@ -167,11 +172,32 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         raise DataError(
             f"weights file {path} does not fit: {len(differing)} of {len(wanted)} tensors differ, first "
             f'"{first}": expected {wanted.get(first, "none")}, got {came.get(first, "none")}. '
-            "Check the dataset, the preset and the options"
+            f"{_advise_on_names(came.keys(), wanted.keys()) or 'Check the dataset, the preset and the options'}"
         )
     module.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     )
+
+
+def _unwrap(state: dict[str, torch.Tensor], wanted: Set[str]) -> dict[str, torch.Tensor]:
+    """Takes the prefixes of wrappers off the names, where every name has them and the module wants none of these."""
+    for prefix in WRAPPERS * 2:  # one may be around the other
+        if state and not state.keys() & wanted and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _advise_on_names(came: Set[str], wanted: Set[str]) -> str:
+    """What to do where a prefix before every name of the file, or one that they lack, is the difference; else empty."""
+    first, least = min(came, default=""), min(wanted, default="")
+    prefix = first.removesuffix(least)
+    if prefix.endswith(".") and {prefix + name for name in wanted} == came:
+        renamed = f'{{name.removeprefix("{prefix}"): value for name, value in state.items()}}'
+        return f'Its names have the prefix "{prefix}", which those of the defense lack: save {renamed}'
+    longer = sorted(name.removesuffix(first) for name in wanted if first and name.endswith(f".{first}"))
+    prefix = next((each for each in longer if {each + name for name in came} <= wanted), "")
+    renamed = f'{{"{prefix}" + name: value for name, value in state.items()}}'
+    return f'Its names lack the prefix "{prefix}" of the defense: save {renamed}, or its state_dict' if prefix else ""
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:

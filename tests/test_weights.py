@@ -85,6 +85,27 @@ def test_torch_file_of_plain_tensors_is_read(tmp_path: Path) -> None:
     assert weights_digest(copy) == weights_digest(original.float())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_are_read_without_what_a_wrapper_put_before_them(prefix: str, tmp_path: Path) -> None:
+    torch.save({prefix + name: value for name, value in Linear(gain=5).state_dict().items()}, tmp_path / "w.pt")
+    defense = Linear()
+    load_weights(defense, tmp_path / "w.pt")
+    assert weights_digest(defense) == weights_digest(Linear(gain=5))
+
+
+def test_names_that_differ_by_a_prefix_are_refused_with_how_to_rename_them(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    torch.save(net.state_dict(), tmp_path / "bare.pt")
+    torch.save({f"model.{name}": value for name, value in net.state_dict().items()}, tmp_path / "model.pt")
+    with pytest.raises(
+        DataError, match=r'have the prefix "model\.", .*: save {name.removeprefix\("model\."\): value for'
+    ):
+        load_weights(net, tmp_path / "model.pt")
+    holder = nn.ModuleDict({"net": net, "more": nn.Linear(1, 1)})
+    with pytest.raises(DataError, match=r'lack the prefix "net\." of the defense: save {"net\." \+ name: value for'):
+        load_weights(holder, tmp_path / "bare.pt")
+
+
 class Outside(Linear):
     """Keeps tensors and an array where no state_dict finds them; `_flat_weights` of nn.RNN are its parameters again."""
 
