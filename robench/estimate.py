@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from robench.shares import in_percent
 from robench.stats import majority_right, mean_interval, wilson
 
 TRIES = (2, 5, 10, 20, 50, 100)
@@ -28,7 +29,7 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return f"{in_percent(self.value):.1f} % [{in_percent(self.low):.1f}, {in_percent(self.high):.1f}]"
 
     def to_json(self) -> dict[str, float]:
         """As JSON types, rounded to what the interval can carry."""

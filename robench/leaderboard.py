@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from robench.data_names import KNOWN
 from robench.errors import DataError, UsageError
 from robench.files import write_atomic
+from robench.shares import in_percent, write_share
 from robench.threat import format_eps
 from robench.unit_table import WORST
 
@@ -129,7 +130,7 @@ def _options(defense: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else write_share(value)
 
 
 def estimate_cells(kind: str, estimate: Estimate | None) -> Row:
@@ -324,7 +325,7 @@ def percent(row: Row, kind: str) -> tuple[float, float, float] | None:
     cells = [row[f"{kind}_{end}"] for end in ("acc", "low", "high")]
     if not all(cells):
         return None
-    value, low, high = (100 * float(cell) for cell in cells)
+    value, low, high = (in_percent(float(cell)) for cell in cells)
     return value, low, high
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robench.errors import UsageError
+from robench.shares import in_percent
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Figure:
     def __str__(self) -> str:
         largest = max(abs(self.low), abs(self.value), abs(self.high))
         digits = 1 if largest >= 10 else 2 if largest >= 1 else 3
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        value, low, high = (in_percent(one / 100) if digits == 1 else one for one in (self.value, self.low, self.high))
+        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 @dataclass(frozen=True)

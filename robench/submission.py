@@ -27,6 +27,7 @@ from robench.protocol import PROTOCOLS
 from robench.publish import EVIDENCE, audit_fits
 from robench.registry import builtin_names, load_defense, parse_spec
 from robench.settings import RANDOMIZED_EOT
+from robench.shares import in_percent
 from robench.stats import most_by_chance, paired_interval, smallest_shown
 from robench.threat import ThreatModel
 from robench.unit_table import WORST
@@ -196,7 +197,7 @@ def _attack_again(report: Report, bundle: Bundle, redo: Redo, device: str, data_
         return
     before, now = claimed.right[rows] / claimed.repeats, found.right / found.repeats
     held, power = _compare(before, now, randomized=spec.randomized)
-    shares = f"{100 * before.mean():.1f} %, now {100 * now.mean():.1f} %"
+    shares = f"{in_percent(before.mean()):.1f} %, now {in_percent(now.mean()):.1f} %"
     report.check(claim, held, f"on {len(rows)} images {shares}, seed {seed}; {power}")
 
 

@@ -27,6 +27,7 @@ from robench.registry import builtin_names, load_defense, parse_spec
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
+from robench.shares import in_percent
 from robench.source import digest_source, find_edits
 from robench.stats import INDEPENDENT, SharedNoise, answers_differ, majorities_differ, shared_noise
 from robench.store import RESULT_FILE, ROW_FILE
@@ -365,4 +366,4 @@ def _compare(
 
 
 def _text(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.2f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{in_percent(estimate.value):.2f} % [{in_percent(estimate.low):.1f}, {in_percent(estimate.high):.1f}]"

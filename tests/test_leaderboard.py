@@ -15,9 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robench.errors import DataError, UsageError
+from robench.estimate import Estimate
 from robench.evaluate import evaluate
-from robench.leaderboard import HEAD, TAIL, Row, add_row, board_name, rank_rows, read_rows, row_csv, rows_csv
+from robench.leaderboard import (
+    HEAD,
+    TAIL,
+    Row,
+    add_row,
+    board_name,
+    estimate_cells,
+    percent,
+    rank_rows,
+    read_rows,
+    row_csv,
+    rows_csv,
+)
 from robench.result import Evaluation
+from robench.stats import wilson
 from robench.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.1)
@@ -90,6 +104,16 @@ def test_row_is_what_the_run_found(result: Evaluation) -> None:
     assert result.spec.weights_digest.startswith(row["weights_digest"])
     assert result.spec.data_digest.startswith(row["data_digest"])
     assert len(row["weights_digest"]) == len(row["data_digest"]) == len(row["evidence"]) == 16
+
+
+def test_terminal_and_page_show_the_same_digits_of_every_count() -> None:
+    """The page knows the four decimals of the CSV alone: the terminal rounds no other way."""
+    for n in (100, 128, 1000):
+        for right in range(n + 1):
+            estimate = Estimate(right / n, *wilson(right, n))
+            shown = percent(estimate_cells("robust", estimate), "robust")
+            assert shown is not None
+            assert str(estimate) == "{:.1f} % [{:.1f}, {:.1f}]".format(*shown)
 
 
 def test_each_bound_has_a_row_of_its_own(tmp_path: Path) -> None:

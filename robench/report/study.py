@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robench.leaderboard import csv_line, estimate_cells
+from robench.shares import in_percent
 from robench.study import audit_name
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def figures_table(result: StudyResult) -> Table:
     for state in result.runs:
         run, found = state.run, state.figures
         for eps in run.eps:
-            clean = f"{100 * found.clean.value:.1f} %" if found is not None else ""
+            clean = f"{in_percent(found.clean.value):.1f} %" if found is not None else ""
             robust = found.robust[eps] if found is not None else None
             seed = f" seed {run.seed}" if run.seed else ""
             cells = (run.defense.rpartition("/")[2], run.dataset + seed, f"{run.norm} {eps:.4g}")
