@@ -7,6 +7,7 @@ import json
 import shlex
 import warnings
 from collections.abc import Set
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -188,16 +189,30 @@ def _unwrap(state: dict[str, torch.Tensor], wanted: Set[str]) -> dict[str, torch
 
 
 def _advise_on_names(came: Set[str], wanted: Set[str]) -> str:
-    """What to do where a prefix before every name of the file, or one that they lack, is the difference; else empty."""
-    first, least = min(came, default=""), min(wanted, default="")
-    prefix = first.removesuffix(least)
-    if prefix.endswith(".") and {prefix + name for name in wanted} == came:
-        renamed = f'{{name.removeprefix("{prefix}"): value for name, value in state.items()}}'
-        return f'Its names have the prefix "{prefix}", which those of the defense lack: save {renamed}'
-    longer = sorted(name.removesuffix(first) for name in wanted if first and name.endswith(f".{first}"))
-    prefix = next((each for each in longer if {each + name for name in came} <= wanted), "")
-    renamed = f'{{"{prefix}" + name: value for name, value in state.items()}}'
-    return f'Its names lack the prefix "{prefix}" of the defense: save {renamed}, or its state_dict' if prefix else ""
+    """What to do where the names of the file and of the defense differ by what they begin with; else empty."""
+    old, new = _find_beginning(came), _find_beginning(wanted)
+    whole = {new + name.removeprefix(old) for name in came} == wanted
+    while old and new and old.split(".")[-2] == new.split(".")[-2]:  # both end with a dot
+        old, new = (each.rpartition(f"{each.split('.')[-2]}.")[0] for each in (old, new))
+    if not whole:  # the defense may have more than the file
+        first = min(came, default="")
+        longer = sorted(name.removesuffix(first) for name in wanted if first and name.endswith(f".{first}"))
+        old, new = "", next((each for each in longer if {each + name for name in came} <= wanted), "")
+    if old == new:
+        return ""
+    bare = f'name.removeprefix("{old}")' if old else "name"
+    renamed = f'"{new}" + {bare}' if new else bare
+    return (
+        f'Its names begin with "{old}" where those of the defense begin with "{new}": '
+        f"save {{{renamed}: value for name, value in state.items()}}"
+    )
+
+
+def _find_beginning(names: Set[str]) -> str:
+    """The parts that all names begin with, such as `model.`, but for the last part of each; empty if none."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return "".join(f"{column[0]}." for column in shared)
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:

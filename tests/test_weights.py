@@ -93,17 +93,25 @@ def test_names_are_read_without_what_a_wrapper_put_before_them(prefix: str, tmp_
     assert weights_digest(defense) == weights_digest(Linear(gain=5))
 
 
-def test_names_that_differ_by_a_prefix_are_refused_with_how_to_rename_them(tmp_path: Path) -> None:
-    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    torch.save(net.state_dict(), tmp_path / "bare.pt")
-    torch.save({f"model.{name}": value for name, value in net.state_dict().items()}, tmp_path / "model.pt")
-    with pytest.raises(
-        DataError, match=r'have the prefix "model\.", .*: save {name.removeprefix\("model\."\): value for'
-    ):
-        load_weights(net, tmp_path / "model.pt")
-    holder = nn.ModuleDict({"net": net, "more": nn.Linear(1, 1)})
-    with pytest.raises(DataError, match=r'lack the prefix "net\." of the defense: save {"net\." \+ name: value for'):
-        load_weights(holder, tmp_path / "bare.pt")
+@pytest.mark.parametrize(
+    ("mine", "theirs", "more", "advice"),
+    [
+        ("", "model.", False, 'with "model." where .* with "": save {name.removeprefix("model."): value for'),
+        ("net.", "model.", False, 'with "model." where .* with "net.": save {"net." + name.removeprefix("model."):'),
+        ("net.body.", "body.", False, 'with "" where .* with "net.": save {"net." + name: value for'),
+        ("net.", "", True, 'with "" where .* with "net.": save {"net." + name: value for'),
+        ("net.", "other.", True, "Check the dataset, the preset and the options"),
+    ],
+)
+def test_names_that_differ_by_a_prefix_are_refused_with_how_to_rename_them(
+    mine: str, theirs: str, more: bool, advice: str, tmp_path: Path
+) -> None:
+    net: nn.Module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    torch.save({theirs + name: value for name, value in net.state_dict().items()}, tmp_path / "w.pt")
+    for part in reversed(mine.split(".")[:-1]):
+        net = nn.ModuleDict({part: net, **({"more": nn.Linear(1, 1)} if more else {})})
+    with pytest.raises(DataError, match=re.escape(advice).replace(r"\.\*", ".*")):
+        load_weights(net, tmp_path / "w.pt")
 
 
 class Outside(Linear):
