@@ -50,6 +50,7 @@ class Defense(nn.Module):
         told_constant: True once it was told that it is declared randomized and yet always answers the same.
         told_shared: True once it was told that the images of a pass share a draw.
         passing: paths of plain tensors that passes leave behind, so that they are no weights; see `robench.plain`.
+        told_guess: digest of the data on which it was told that guessing would do as well; empty if it was not.
     """
 
     name: str = ""
@@ -68,6 +69,7 @@ class Defense(nn.Module):
     told_constant: bool = False
     told_shared: bool = False
     passing: frozenset[str] = frozenset()
+    told_guess: str = ""
 
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""

@@ -10,6 +10,9 @@ import numpy.typing as npt
 from robench.shares import in_percent
 from robench.stats import majority_right, mean_interval, wilson
 
+GUESS_CAUSES = (
+    "Are labels shifted, classes in another order, pixels wanted in another range than [0, 1], or weights not loaded?"
+)
 TRIES = (2, 5, 10, 20, 50, 100)
 """The N of `best_of[N]`, as far as there are draws."""
 
@@ -85,3 +88,19 @@ class Answers:
         for step in range(tries):
             fractions *= np.clip(self.right - step, 0, None) / (self.repeats - step)
         return fractions
+
+
+def tell_guess(clean: Answers | None) -> str:
+    """Says of answers on clean images that guessing would do as well, as far as the images tell; empty if it would not.
+
+    That is where the interval reaches down to chance and not half the way up from there (a few images may do that to a
+    good classifier), or lies whole below 2 / (classes + 1), which is a guess at twice the odds.
+    """
+    if clean is None:
+        return ""
+    accuracy, classes = clean.accuracy(), clean.votes.shape[1]
+    chance = 1 / classes
+    reaches = accuracy.low <= chance and accuracy.high < (1 + chance) / 2
+    if not (reaches or accuracy.high < 2 / (classes + 1)):
+        return ""
+    return f"clean accuracy {accuracy} is about that of guessing among {classes} classes. {GUESS_CAUSES}"

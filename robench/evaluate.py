@@ -25,6 +25,7 @@ from robench.batches import is_out_of_memory
 from robench.data import Dataset, digest_data, load_dataset
 from robench.defense import Defense, weights_digest
 from robench.errors import PluginError, RobenchError, UsageError
+from robench.estimate import tell_guess
 from robench.files import Place, as_place
 from robench.lineup import Attacks, check_attacks, check_defense, find_departure, named_protocol, plan_attacks
 from robench.memory import give_back_memory
@@ -42,6 +43,7 @@ from robench.store import RunStore
 from robench.threat import ThreatModel, as_threats
 from robench.types import Images, Labels
 from robench.unit import UnitWork, run_unit
+from robench.unit_table import CLEAN
 
 LOG = logging.getLogger("robench")
 Data = str | tuple[Any, Any] | Dataset
@@ -94,9 +96,18 @@ def evaluate(
         created = RunStore.today()
         result = Evaluation(work.spec, tables, folder=None, created=created, seconds=seconds, failures=work.failures)
         result.source = source
+    _warn_of_guesses(defense, result)
     for key, reason in result.reasons.items():
         LOG.warning("%s: attack %s failed, so the robust accuracy is not known: %s", defense.name, key, reason)
     return result
+
+
+def _warn_of_guesses(defense: Defense, result: Evaluation) -> None:
+    """Warns, once for each data, of a clean accuracy that guessing would reach; the runs of an audit are many."""
+    told = tell_guess(result.answers(CLEAN))
+    if told and defense.told_guess != result.spec.data_digest:
+        defense.told_guess = result.spec.data_digest
+        LOG.warning("%s: %s", defense.name, told)
 
 
 def prepare(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from robench.errors import DataError
-from robench.estimate import TRIES, Answers, Estimate
+from robench.estimate import TRIES, Answers, Estimate, tell_guess
 from robench.files import Place, as_place
 from robench.plan import RunSpec, plan_units
 from robench.store import RESULT_FILE, ROW_FILE, RunStore
@@ -34,7 +34,7 @@ class Evaluation:
         seconds: wall time of all units, where known.
         failures: tracebacks of attacks that failed, by attack (of a stored run, by file name).
         units: the units' tables, joined, as Arrow, without the adversarial images.
-        notes: what a reader of the figures has to know of how units came about.
+        notes: what a reader of the figures has to know: how units came about, and of a clean accuracy near chance.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Evaluation:
         with np.errstate(invalid="ignore", divide="ignore"):
             frame["accuracy"] = np.where(repeats > 0, right / np.maximum(repeats, 1), np.nan)
         self.table = frame
+        self.notes += tuple(filter(None, [tell_guess(self.answers(CLEAN))]))
 
     @classmethod
     def load(cls, folder: str | Place) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from robench.check_names import QUESTIONS, Verdict, overall
 from robench.cli import main
 from robench.data import Dataset, load_dataset
 from robench.errors import DataError
-from robench.report.audit import render_audit
+from robench.report.audit import render_audit, tell_verdict
 from robench.testing.decoys import PLANTED
 from robench.types import Images, Logits
 
@@ -594,6 +595,15 @@ def test_page_escapes_what_comes_from_outside(data: Dataset) -> None:
     page = render_audit(look(hostile, data, "zero_gradients"))
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_an_audit_of_shifted_labels_has_a_note(data: Dataset) -> None:
+    found = audit(Prototypes(), THREAT, (data.x[:32], (data.y[:32] + 1) % 10), checks="zero_gradients")
+    (note,) = found.to_json()["notes"]
+    assert "about that of guessing" in note
+    assert note in tell_verdict(found)
+    assert html.escape(note) in render_audit(found)
+    assert "notes" not in look(Prototypes(), data, "zero_gradients").to_json()
 
 
 def test_interrupt_says_how_to_go_on(

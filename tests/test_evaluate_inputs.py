@@ -13,7 +13,7 @@ import pytest
 from engine_toys import Broken, Linear, Noisy, Nudge, Prototypes, Still, grid_images
 from torch.nn import functional
 
-from robench.data import load_dataset
+from robench.data import load_data, load_dataset
 from robench.errors import PluginError, UsageError
 from robench.evaluate import check_loadable, evaluate
 from robench.origin import find_origin
@@ -40,6 +40,18 @@ def test_data_as_a_name_a_dataset_and_a_pair() -> None:
     assert (pair.spec.dataset, named.spec.dataset) == ("", "fashion_mnist")
     assert pair.robust_accuracy == named.robust_accuracy
     assert named.table["index"].tolist() == 3 * dataset.index.tolist()
+
+
+def test_shifted_labels_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    x, y = load_data("fashion_mnist", n=16, seed=3)
+    threat, defense = ThreatModel("linf", 0.02), Prototypes()
+    assert evaluate(defense, "fgsm", threat, (x, y)).notes == ()
+    assert not caplog.messages
+    for _ in range(2):
+        result = evaluate(defense, "fgsm", threat, (x, (y + 1) % 10))
+        assert result.to_json()["notes"] == list(result.notes)
+        assert "about that of guessing among 10 classes. Are labels shifted" in result.notes[0]
+    assert caplog.messages == [f"prototypes: {result.notes[0]}"]
 
 
 def test_a_defense_loaded_by_name_keeps_it(tmp_path: Path) -> None:

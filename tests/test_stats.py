@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, t
 
-from robench.estimate import Answers
+from robench.estimate import Answers, tell_guess
 from robench.stats import (
     INDEPENDENT,
     answers_differ,
@@ -32,6 +32,24 @@ def test_wilson_is_scipy_s(n: int, data: st.DataObject, level: float) -> None:
     right = data.draw(st.integers(0, n))
     expected = binomtest(right, n).proportion_ci(level, method="wilson")
     assert wilson(right, n, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "classes", "guesses"),
+    [
+        pytest.param(0, 4, 10, True, id="none of four"),
+        pytest.param(1, 4, 10, False, id="one of four may be chance"),
+        pytest.param(150, 1000, 10, True, id="beyond chance by little"),
+        pytest.param(250, 1000, 10, False, id="a weak classifier"),
+        pytest.param(16, 32, 2, True, id="half of two classes"),
+        pytest.param(700, 1000, 2, False, id="a weak one of two classes"),
+        pytest.param(50, 1000, 100, False, id="five times chance"),
+    ],
+)
+def test_an_accuracy_that_guessing_would_reach_is_told(right: int, n: int, classes: int, guesses: bool) -> None:
+    votes = np.zeros((n, classes), dtype=np.int64)
+    votes[:right, 0], votes[right:, 1] = 1, 1
+    assert bool(tell_guess(Answers(votes, np.zeros(n, dtype=np.int64)))) is guesses
 
 
 def test_wilson_of_nothing_is_everything() -> None:

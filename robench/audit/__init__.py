@@ -120,6 +120,7 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
         time.monotonic() - started,
         _facts(evidence),
         _examples(evidence),
+        nothing.notes if (nothing := evidence.run("nothing")) else (),
     )
 
 

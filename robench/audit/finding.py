@@ -105,6 +105,7 @@ class Audit:
         seconds: wall time.
         facts: what else identifies the audit: norm, eps, eot, effort, digests of data and weights, versions.
         examples: rows of images `b c h w` for the report: originals, what PGD made of them, the difference.
+        notes: what the verdict does not say and a reader has to know: of a clean accuracy near chance.
     """
 
     defense: str
@@ -117,6 +118,7 @@ class Audit:
     seconds: float
     facts: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, Images] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Overall:
@@ -139,6 +141,7 @@ class Audit:
             **self.facts,
             "verdict": self.verdict,
             "failed": self.failed,
+            **({"notes": list(self.notes)} if self.notes else {}),
             "findings": [finding.to_json() for finding in self.findings],
             "accuracies": {name: list(values) for name, values in self.accuracies.items()},
             "seconds": round(self.seconds, 1),

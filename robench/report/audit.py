@@ -55,7 +55,8 @@ def print_audit(audit: Audit, folder: Path | None) -> None:
 def tell_verdict(audit: Audit) -> str:
     """The verdict, what it means, and whether there were too few images to rely on it."""
     few = f" {audit.n} images show little; take at least {FEWEST_AUDITED}." if audit.n < FEWEST_AUDITED else ""
-    return f"{audit.verdict}. {MEANING[audit.verdict]}{few}"
+    notes = "".join(f" But {note}" for note in audit.notes)
+    return f"{audit.verdict}. {MEANING[audit.verdict]}{few}{notes}"
 
 
 def write_audit(audit: Audit, folder: Path) -> None:
