@@ -105,7 +105,7 @@ def run(  # noqa: PLR0913 - each parameter is an option of the command line
     study: Annotated[
         Path | None, typer.Argument(metavar="[STUDY.toml]", help="A file of many runs, instead of --defense.")
     ] = None,
-    defense: Annotated[str | None, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")] = None,
+    defense: Annotated[str | None, typer.Option(help="A name, shortrun(n_chains=20), file.py:NAME.")] = None,
     attack: Annotated[str | None, typer.Option(help="One or several: fgsm,pgd(steps=100).")] = None,
     protocol: Annotated[str | None, typer.Option(help="A named list of attacks instead of --attack.")] = None,
     dataset: Annotated[
@@ -237,7 +237,7 @@ def plot(
 
 @app.command()
 def audit(  # noqa: PLR0913 - each parameter is an option of the command line
-    defense: Annotated[str, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")],
+    defense: Annotated[str, typer.Option(help="A name, shortrun(n_chains=20), file.py:NAME.")],
     dataset: Annotated[str, typer.Option(help="Dataset name, hf:org/name, or a Parquet file.")] = "fashion_mnist",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     eps: Annotated[str | None, typer.Option(help="Bound of the claim, for example 8/255.")] = None,
@@ -338,7 +338,7 @@ app.command()(reproduce)
 
 @app.command()
 def show(  # noqa: PLR0913 - each parameter is an option of the command line
-    defense: Annotated[str, typer.Option(help="A name, shortrun(n_chains=20), file.py:Class.")],
+    defense: Annotated[str, typer.Option(help="A name, shortrun(n_chains=20), file.py:NAME.")],
     dataset: Annotated[str, typer.Option(help="Dataset name, hf:org/name, or a Parquet file.")] = "fashion_mnist",
     against: Annotated[
         str | None, typer.Option(help="To be told from the first by its scores: another dataset, or interpolation.")

@@ -254,6 +254,9 @@ def wrap(
 ) -> Defense:
     """Adopts any torch module that maps images in [0, 1] to logits.
 
+    No other process can load such an object by name: `robench verify`, resuming from the command line, workers and a
+    leaderboard row want it in a file, as `file.py:NAME` (see `load_defense`).
+
     One that has the method of `MakesDefense` says itself what defense it is: `fortify` makes such modules.
 
     Args:

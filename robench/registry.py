@@ -117,8 +117,22 @@ def resolve(kind: Kind, name: str) -> type:
         UsageError: there is none of that name; says what there is and what was probably meant.
         PluginError: the plugin cannot be imported or is not of the right kind.
     """
+    found = _find(kind, name)
+    if not _is_plugin(kind, found):
+        raise PluginError(f'{kind} "{name}" must be a class that extends robench.{_base(kind).__name__}; got {found!r}')
+    return cast("type", found)
+
+
+def _is_plugin(kind: Kind, found: object) -> bool:
+    return inspect.isclass(found) and issubclass(found, _base(kind))
+
+
+def _find(kind: Kind, name: str) -> object:
+    """What bears a name; rather a class of the kind, but that is not looked at."""
     if ":" in name:
         found = _from_path(kind, name)
+    elif name.endswith(".py"):
+        found = _from_file(kind, name)
     elif name in builtin_names(kind):
         found = _builtin(kind, name)
     elif name in (points := plugin_entry_points(kind)):
@@ -127,9 +141,7 @@ def resolve(kind: Kind, name: str) -> type:
             raise PluginError(f'{kind} "{name}": its class has the name "{found.name}"; a run could not be replayed')
     else:
         raise UsageError(_unknown(kind, name))
-    if not (inspect.isclass(found) and issubclass(found, _base(kind))):
-        raise PluginError(f'{kind} "{name}" must be a class that extends robench.{_base(kind).__name__}; got {found!r}')
-    return cast("type", found)
+    return found
 
 
 def _unknown(kind: Kind, name: str) -> str:
@@ -227,10 +239,7 @@ def _from_path(kind: Kind, name: str) -> object:
     if place in ("foolbox", "torchattacks", "robustbench"):
         return _from_bridge(kind, place, class_name)
     if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise UsageError(f'{kind} "{name}": the file {path} does not exist')
-        module = _import(f'{kind} "{name}"', lambda: _import_file(path))
+        module = _open_file(kind, name, Path(place))
     else:
         module = _import(f'{kind} "{name}"', lambda: importlib.import_module(place))
     if not hasattr(module, class_name):
@@ -239,6 +248,24 @@ def _from_path(kind: Kind, name: str) -> object:
         meant = f'; did you mean "{near[0]}"?' if near else ""
         raise UsageError(f'{kind} "{name}": {place} has no class "{class_name}"{meant}')
     return getattr(module, class_name)
+
+
+def _from_file(kind: Kind, name: str) -> object:
+    """The one defense in a file; of attacks the class has to be named, since a run replays them by it."""
+    module = _open_file(kind, name, Path(name))
+    if kind == "defense":
+        from robench.factory import find_only_defense
+
+        return find_only_defense(name, module)
+    base = _base(kind)
+    held = [f"{name}:{key}" for key, one in vars(module).items() if _is_plugin(kind, one) and one is not base]
+    raise UsageError(f'{kind} "{name}": name its class: {", ".join(held) or f"{name}:Class; there is none yet"}')
+
+
+def _open_file(kind: Kind, name: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f'{kind} "{name}": the file {path} does not exist')
+    return cast("ModuleType", _import(f'{kind} "{name}"', lambda: _import_file(path)))
 
 
 def _from_bridge(kind: Kind, package: str, name: str) -> object:
@@ -280,7 +307,8 @@ def load_defense(name: str, dataset: str | None = None, **options: Any) -> Defen
     """Builds a defense with its weights: in eval mode, weights frozen, on the CPU.
 
     Args:
-        name: see `resolve`; may carry options: `shortrun(n_chains=20)`.
+        name: see `resolve`; may carry options: `shortrun(n_chains=20)`. Beside a class an instance of Defense, a
+            function that returns one (it gets the options), or a file that holds one defense alone.
         dataset: whose weights to read; None takes the defense's default.
         options: the constructor's options, and `weights`: a file to read instead of those shipped.
 
@@ -290,8 +318,13 @@ def load_defense(name: str, dataset: str | None = None, **options: Any) -> Defen
         PluginError: the plugin breaks the contract.
     """
     plugin, written = parse_spec(name)
-    cls = cast("type[Defense]", resolve("defense", plugin))
-    defense = cls.load(dataset, **{**written, **options})
+    found, given = _find("defense", plugin), {**written, **options}
+    if _is_plugin("defense", found):
+        defense = cast("type[Defense]", found).load(dataset, **given)
+    else:
+        from robench.factory import make_defense
+
+        defense = make_defense(plugin, found, dataset, given)
     defense.check_traits()
     note_origin(defense.freeze(), name, dataset, options)
     return defense

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import robench.testing
 from robench.cli import main
-from robench.errors import UsageError
+from robench.errors import RobenchError, UsageError
 from robench.registry import load_attack, load_defense, parse_spec, resolve, spec_of, split_specs
 
 PLUGIN = Path(__file__).parent / "external_plugin"
@@ -319,3 +319,100 @@ def test_malformed_spec_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["fgsm,,pgd", " fgsm , pgd,", ",fgsm,pgd"])
 def test_empty_entries_of_a_list_are_left_out(text: str) -> None:
     assert split_specs(text) == ["fgsm", "pgd"]
+
+
+NETS = """
+import robench
+from torch import nn
+
+
+class Net(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+
+
+class Mine(robench.Defense):
+    name, num_classes, input_shape = "mine", 10, (1, 28, 28)
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x):
+        return self.gain * x.flatten(1)[:, :10]
+
+
+net = Net()
+wrapped = robench.wrap(net, num_classes=10, input_shape=(1, 28, 28), name="wrapped")
+
+
+def trained():
+    return net
+
+
+def make(gain=2.0):
+    return Mine(gain)
+
+
+def fail():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "gain"),
+    [("nets.py:wrapped", "wrapped", None), ("nets.py:make(gain=3.0)", "mine", 3.0), ("nets.py", "mine", 1.0)],
+)
+def test_an_instance_a_function_and_a_file_of_one_defense_are_taken(
+    written: str, name: str, gain: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    defense = load_defense(written, "fashion_mnist")
+    assert (defense.name, getattr(defense, "gain", None), defense.training) == (name, gain, False)
+    assert defense.origin is not None
+    assert defense.origin.spec == written
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (":Net", r"plain torch module. Write into nets.py: defense = robench.wrap\(Net\(\), num_classes=10, inp"),
+        (":net", r"defense = robench.wrap\(net, .*, input_shape=\(1, 28, 28\)\) and take --defense nets.py:defense"),
+        (":trained", r"defense = robench.wrap\(trained\(\), "),
+        (":make(gan=3)", "got an unexpected keyword argument 'gan'; its options are: gain"),
+        (":wrapped(gain=3)", "is made already and takes no options; got gain"),
+        (":fail", "raised RuntimeError at nets.py:35: no weights here"),
+        (":robench", "must be a class that extends robench.Defense, an instance of one, or a function"),
+    ],
+)
+def test_what_is_no_defense_says_what_to_write(
+    written: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RobenchError, match=message):
+        load_defense(f"nets.py{written}", "fashion_mnist")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            f"{NETS}\n\nclass Other(Mine):\n    name = 'other'\n",
+            "several defenses; name one: some.py:Mine, some.py:Oth",
+        ),
+        ("import robench\n", "some.py holds no robench.Defense; name a function that returns one"),
+    ],
+)
+def test_a_file_of_no_or_of_several_defenses_asks_for_a_name(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        load_defense("some.py")
+    with pytest.raises(UsageError, match=r'attack "some.py": name its class: some.py:Class'):
+        load_attack("some.py")
+    with pytest.raises(UsageError, match=r"the file nowhere.py does not exist"):
+        load_defense("nowhere.py")
