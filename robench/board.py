@@ -10,7 +10,7 @@ import io
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from robench.leaderboard import Row, find_changed, is_complete, is_masked, read_
 from robench.plan import RunSpec
 from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
+from robench.registry import builtin_names, parse_spec
 from robench.settings import Settings
 from robench.threat import exact_eps
 from robench.unit_table import WORST
@@ -71,12 +72,14 @@ class Entry:
         bundle: its evidence; None where it is missing or damaged.
         problem: what is wrong with the evidence; "" if nothing is.
         below: how it compares with the next row; None where there is none or no images are shared.
+        place: the folder of the leaderboards, as commands name it.
     """
 
     row: Row
     bundle: Bundle | None
     problem: str
     below: Neighbours | None = None
+    place: str = "leaderboards"
 
     @property
     def masked(self) -> bool:
@@ -121,7 +124,10 @@ class Entry:
         """The command that judges the images again; "" without evidence."""
         if self.bundle is None:
             return ""
-        return shlex.join(["robench", "verify", f"leaderboards/{EVIDENCE}/{self.bundle.digest}"])
+        name = self.bundle.spec.defense
+        foreign = bool(name) and parse_spec(name)[0] not in builtin_names("defense")
+        words = ["robench", "verify", f"{self.place}/{EVIDENCE}/{self.bundle.digest}"]
+        return shlex.join([*words, *(["--trust"] if foreign else [])])
 
 
 @dataclass(frozen=True)
@@ -164,8 +170,10 @@ def _load(path: Path, leaderboards: Path) -> Board:
     rows = read_rows(path)
     entries = [_entry(row, leaderboards / EVIDENCE) for row in rows]
     following: list[Entry | None] = [*entries[1:], None] if entries else []
+    place, here = leaderboards.resolve(), Path.cwd()
+    told = (place.relative_to(here) if place.is_relative_to(here) else leaderboards).as_posix()
     compared = [
-        Entry(entry.row, entry.bundle, entry.problem, _compare(entry, after))
+        replace(entry, below=_compare(entry, after), place=told)
         for entry, after in zip(entries, following, strict=True)
     ]
     named = re.fullmatch(NAME, path.stem)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -352,11 +353,17 @@ def test_checks_that_were_not_run_are_listed_with_their_reason(boards: Path) -> 
     assert "not run</summary>" not in render_boards([board])
 
 
-def test_the_page_has_the_commands_and_the_findings(page: str) -> None:
+def test_the_page_has_the_commands_and_the_findings(
+    boards: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = re.sub(r"</?span>", "", page)
     assert "robench run --defense" in commands
     assert " --audit</code>" in commands
-    assert "robench verify leaderboards/evidence/" in commands
+    assert re.search(rf"robench verify {boards}/evidence/\w+ --trust", commands), "a toy is no code of robench's"
+    shutil.copytree(boards, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    here = {entry.verify for board in load_boards(Path("mine")) for entry in board.entries if entry.bundle}
+    assert all(re.fullmatch(r"robench verify mine/evidence/\w+ --trust", one) for one in here)
     assert page.count("Published elsewhere") == 1
     assert "There is no evidence for this row." in page
     assert HOSTILE not in page

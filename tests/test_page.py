@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -251,7 +252,7 @@ def test_a_row_opens_and_closes(page: Page) -> None:
     button.click()
     assert panel.is_visible()
     assert button.get_attribute("aria-expanded") == "true"
-    assert "robench verify leaderboards/evidence/" in panel.inner_text()
+    assert re.search(r"robench verify \S+/evidence/\w+ --trust", panel.inner_text())
     assert f"finite_differences {QUESTIONS['finite_differences']}" in " ".join(panel.inner_text().split())
     widths = panel.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
     assert widths == [3 * 30] * 2
