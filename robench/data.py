@@ -357,7 +357,12 @@ def _decode_one(image: Any, cell: Any, where: str) -> np.ndarray:
             f"{where}: expected a whole PNG; it does not decode ({error}). Fetch the file again."
         ) from error
     if decoded.mode not in _CONVERT_TO:
-        raise DataError(f"{where}: expected 8 bits a channel; its mode is {decoded.mode}. Convert it to L or RGB.")
+        advice = "Convert it to L or RGB"
+        if decoded.mode.startswith(("I", "F")):  # convert("L") would cut at 255
+            advice = (
+                "Scale its values to 0 to 255 and write it again: Image.fromarray((a / a_max * 255).astype('uint8'))"
+            )
+        raise DataError(f"{where}: expected 8 bits a channel; its mode is {decoded.mode}. {advice}.")
     pixels = np.asarray(decoded.convert(_CONVERT_TO[decoded.mode]))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 

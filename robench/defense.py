@@ -212,7 +212,7 @@ class Defense(nn.Module):
             problems.append("num_classes must be an int of at least 2")
         shape = getattr(self, "input_shape", None)
         if not (isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(s, int) and s > 0 for s in shape)):
-            problems.append("input_shape must be (channels, height, width)")
+            problems.append(f"input_shape must be a tuple (channels, height, width) of whole numbers; it is {shape!r}")
         if not (isinstance(self.gradient_modes, tuple) and self.gradient_modes):
             problems.append("gradient_modes must be a non-empty tuple")
         if problems:
@@ -248,7 +248,7 @@ def wrap(
     module: nn.Module,
     *,
     num_classes: int,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, int, int] | list[int],
     randomized: bool | None = None,
     name: str = "",
 ) -> Defense:
@@ -272,7 +272,8 @@ def wrap(
     """
     name = name or type(module).__name__.lower()
     make = module.as_defense if isinstance(module, MakesDefense) else partial(WrappedModule, module)
-    defense = make(name, num_classes=num_classes, input_shape=input_shape)
+    shape: Any = tuple(input_shape)  # its length is checked below
+    defense = make(name, num_classes=num_classes, input_shape=shape)
     if randomized is not None:
         defense.randomized = randomized
     defense.check_traits()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import robench
+from robench.advice import advise_without_gradient, explain_pixels, explain_shape
 from robench.attack import Attack
 from robench.batches import is_out_of_memory
 from robench.data import Dataset, digest_data, load_dataset
@@ -99,6 +100,8 @@ def evaluate(
     _warn_of_guesses(defense, result)
     for key, reason in result.reasons.items():
         LOG.warning("%s: attack %s failed, so the robust accuracy is not known: %s", defense.name, key, reason)
+    if advice := advise_without_gradient(result.reasons.values(), work.spec.norm):
+        LOG.warning("%s: %s", defense.name, advice)
     return result
 
 
@@ -321,18 +324,14 @@ def check_images(x: Images, y: Labels, defense: Defense) -> None:
     """Checks that images and labels fit the defense.
 
     Raises:
-        UsageError: no images, pixels outside [0, 1], another image shape, or labels beyond the classes.
+        UsageError: no images, pixels outside [0, 1] or not finite, another image shape, or labels beyond the classes.
     """
     if not len(x):
         raise UsageError("data must hold at least one image; got none")
-    least, most = (value.item() for value in x.aminmax())  # NaN if any pixel is, and without a mask of all pixels
-    if not (least >= 0 and most <= 1):
-        raise UsageError(f"images must lie in [0, 1]; got values from {least:g} to {most:g}. Divide by 255?")
+    if problem := explain_pixels(x):
+        raise UsageError(problem)
     if tuple(x.shape[1:]) != tuple(defense.input_shape):
-        raise UsageError(
-            f'defense "{defense.name}" takes images of shape {tuple(defense.input_shape)}; '
-            f"the data has {tuple(x.shape[1:])}. Choose another --dataset or weights"
-        )
+        raise UsageError(explain_shape(tuple(x.shape[1:]), tuple(defense.input_shape), defense.name))
     if not bool((y >= 0).all() and (y < defense.num_classes).all()):
         raise UsageError(
             f'labels must be 0 to {defense.num_classes - 1} for defense "{defense.name}"; '

@@ -192,7 +192,7 @@ def describe_error(error: BaseException) -> str:
     """One line: the kind of an error, where it was raised (rather in a plugin's file than in torch's), its text."""
     raised = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in raised if not _imports(frame.filename)]
-    frame = [frame for frame in frames if _may_be_a_plugin_s(frame.filename)][-1:] or frames[-1:]
+    frame = [frame for frame in frames if is_of_a_plugin(frame.filename)][-1:] or frames[-1:]
     place = f" at {Path(frame[0].filename).name}:{frame[0].lineno}" if frame else ""
     return f"{type(error).__name__}{place}: {' '.join(str(error).split())}"
 
@@ -202,8 +202,8 @@ def _imports(filename: str) -> bool:
     return filename.startswith("<frozen") or filename in (importlib.__file__, __file__)
 
 
-def _may_be_a_plugin_s(filename: str) -> bool:
-    """False for files of torch, of Python, and of robench but for its plugins."""
+def is_of_a_plugin(filename: str) -> bool:
+    """Whether a file may be a plugin's: not one of torch, of Python, or of robench but for its own plugins."""
     path, here = Path(filename), Path(__file__).parent
     if path.is_relative_to(here):
         return path.relative_to(here).parts[0] in ("defenses", "attacks")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from robench.advice import tell_reason
 from robench.errors import DataError
 from robench.estimate import TRIES, Answers, Estimate, tell_guess
 from robench.files import Place, as_place
@@ -320,12 +321,12 @@ class Evaluation:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why attacks failed, by key: `Type: message`, the first line of the exception that ended them."""
+        """Why attacks failed, by key: the exception that ended them, in a line that says where a plugin raised it."""
         failed = set(self.table[self.table["status"] == "failed"]["attack"])
         found = {}
         for key in (entry.key for entry in self.spec.attacks if entry.key in failed):
             traces = [self.failures[name] for name in self.failures if name == key or name[6:] == failure_stem(key)]
-            found[key] = _reason(traces[0]) if traces else "the reason was not kept"
+            found[key] = tell_reason(traces[0]) if traces else "the reason was not kept"
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -377,14 +378,6 @@ class Evaluation:
 def failure_stem(key: str) -> str:
     """An attack's key as it stands in the name of the file that holds its traceback."""
     return re.sub(r"[^A-Za-z0-9_.=@-]+", "_", key)
-
-
-def _reason(trace: str) -> str:
-    """The exception in a traceback: its type, and the first line of its message."""
-    *_, last = trace.strip().split("Traceback (most recent call last):")
-    lines = [line for line in last.splitlines() if line.strip()]
-    told = next((line for line in lines if not line.startswith(" ")), lines[-1] if lines else "")
-    return told.strip().removeprefix("robench.errors.")
 
 
 def _without_images(unit: pa.Table) -> pa.Table:

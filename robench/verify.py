@@ -126,6 +126,7 @@ def _check_told(report: Report, result: Evaluation) -> None:
     if not any(path.exists() for path in told_by):
         return
     made = json.loads(json.dumps(result.to_json()))
+    made.pop("failures", None)  # words, no figures; they may have been told in others
     wrong: list[str] = []
     try:
         if told_by[0].exists():

@@ -138,7 +138,7 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "16 bits": (
         lambda path: write_parquet(path, [to_png(np.zeros((6, 6), np.uint16))], [0]),
-        r"image 0: expected 8 bits a channel; its mode is I",
+        r"image 0: expected 8 bits a channel; its mode is I;16. Scale its values to 0 to 255",
     ),
     "numbers for images": (
         lambda path: pq.write_table(pa.table({"image": [0.5, 0.25], "label": [0, 1]}), path),

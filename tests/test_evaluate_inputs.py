@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import engine_toys
 import numpy as np
 import pytest
-from engine_toys import Broken, Linear, Noisy, Nudge, Prototypes, Still, grid_images
+import torch
+from engine_toys import Broken, Linear, NoGradient, Noisy, Nudge, Prototypes, Still, grid_images
+from torch import nn
 from torch.nn import functional
 
 from robench.data import load_data, load_dataset
+from robench.defense import wrap
 from robench.errors import PluginError, UsageError
 from robench.evaluate import check_loadable, evaluate
 from robench.origin import find_origin
@@ -205,7 +209,9 @@ def refused_data() -> dict[str, tuple[Any, str]]:
     return {
         "none": ((x[:0], y[:0]), "at least one image"),
         "bytes": ((255 * x, y), r"must lie in \[0, 1\].*Divide by 255"),
-        "nan": ((x.where(x > 0.3, math.nan), y), r"must lie in \[0, 1\]"),
+        "nan": ((x.where(x > 0.3, math.nan), y), "images must be finite; 3 of 3 hold NaN or inf. Leave them out"),
+        "normalised": ((2 * x - 1, y), r"must lie in \[0, 1\].*Undo the normalisation, and do it inside the defense"),
+        "channels last": ((x.permute(0, 2, 3, 1), y), r"Put the channels first: x.permute\(0, 3, 1, 2\)"),
         "shape": ((x[:, :1], y), r"takes images of shape \(2, 3, 3\); the data has \(1, 3, 3\)"),
         "labels": ((x, y + 2), 'labels must be 0 to 2 for defense "linear"'),
         "negative": ((x, y - 3), "labels must be 0 to 2 .*got -3 to "),
@@ -234,6 +240,24 @@ def test_a_defense_that_draws_in_secret_is_refused() -> None:
         evaluate(defense, "fgsm", LINF, grid_images(2))
 
 
+class Numpy(Linear):
+    """A defense that leaves torch, as one of another framework does."""
+
+    name = "numpy"
+
+    def forward(self, x: Images) -> Logits:
+        return torch.from_numpy((x.numpy() - 0.5).reshape(len(x), -1) @ self.weight.numpy().T)
+
+
+def test_where_no_gradient_passes_the_attacks_that_need_none_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    result = evaluate(Numpy(), "fgsm", LINF, grid_images(4))
+    assert re.match(r"RuntimeError at test_evaluate_inputs.py:\d+: Can't call numpy", result.reasons["fgsm"])
+    assert "call x.detach().numpy() in its forward" in caplog.messages[-1]
+    assert "Attacks that need no gradient: --attack hopskipjump,noise,square. For the others" in caplog.messages[-1]
+    evaluate(NoGradient(), "fgsm", LINF, grid_images(4))
+    assert caplog.messages[-1].startswith("no_gradient: Attacks that need no gradient: ")
+
+
 class Falls(Linear):
     """Cannot take four images."""
 
@@ -247,3 +271,9 @@ def test_a_forward_that_raises_is_one_line_that_says_where() -> None:
     message = r'defense "falls": forward raised RuntimeError at engine_toys.py:\d+: mat1'
     with pytest.raises(PluginError, match=message):
         evaluate(Falls(), "fgsm", LINF, grid_images(8))
+
+
+def test_an_input_shape_may_be_a_list_where_a_module_is_wrapped() -> None:
+    assert wrap(nn.Flatten(), num_classes=3, input_shape=[1, 1, 3]).input_shape == (1, 1, 3)
+    with pytest.raises(PluginError, match=r"a tuple \(channels, height, width\) of whole numbers; it is \(1, 28\)"):
+        wrap(nn.Flatten(), num_classes=3, input_shape=[1, 28])

@@ -224,8 +224,8 @@ def _what_failed(result: Evaluation) -> str:
     if result.complete:
         return ""
     failed = sorted(set(result.table[result.table["status"] == "failed"]["attack"]) - {WORST})
-    last = [trace.strip().splitlines()[-1] for trace in result.failures.values() if trace.strip()]
-    return f"failed: {', '.join(failed)}" + (f" ({last[0].removeprefix('robench.errors.')})" if last else "")
+    reasons = list(result.reasons.values())
+    return f"failed: {', '.join(failed)}" + (f" ({reasons[0]})" if reasons else "")
 
 
 def _heard(defense: Defense, hear: Hear | None) -> Defense:
