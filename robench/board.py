@@ -162,6 +162,10 @@ def load_boards(leaderboards: Path, names: Sequence[str] = ()) -> list[Board]:
     missing = [name for name in names if name not in found]
     if missing or not found:
         there = ", ".join(found) or "none"
+        if not leaderboards.is_dir():
+            raise UsageError(
+                f"there is no folder {leaderboards}. 'robench leaderboard add RUN' makes one; or correct --leaderboards"
+            )
         raise UsageError(f"no leaderboard {missing[0] if missing else ''} in {leaderboards}; there are: {there}")
     return [_load(found[name], leaderboards) for name in names or found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -74,9 +75,19 @@ def main() -> None:
         if text.startswith("Usage:"):  # the help, of a group of commands where none was named
             sys.stdout.write(f"{text}\n")
         else:
-            _say(f"robench: {text} See 'robench --help'")
+            _say(f"robench: {_plain(text)} See 'robench --help'")
         raise SystemExit(2) from None
     raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _plain(text: str) -> str:
+    """What the parser says of an option's value, in fewer words and with the value: `--n takes a whole number; got`."""
+    found = re.match(r"Invalid value for '(--[\w-]+)': Input should be a valid (integer|number)", text)
+    if found is None:
+        return text
+    option, kind = found[1], {"integer": "a whole number", "number": "a number"}[found[2]]
+    values = dict(itertools.pairwise(part for word in sys.argv[1:] for part in word.split("=", 1)))
+    return f"{option} takes {kind}; got {values.get(option, 'something else')}."
 
 
 def _say(text: str) -> None:

@@ -105,6 +105,24 @@ def list_names(folder: Place) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.exists() else []
 
 
+def explain_folder(folder: Place, file: str) -> str:
+    """Why a folder may lack a file that it should hold, to end a message with: `; there is no such folder`, ...
+
+    Args:
+        folder: that was looked at.
+        file: what it lacks; folders in it that hold one are named.
+    """
+    if not folder.exists():
+        return "; there is no such folder"
+    if not isinstance(folder, Path):
+        return ""
+    if folder.is_file():
+        return f"; it is a file. Name its folder: {folder.parent}"
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{file}"))
+    more = ", ..." if len(inside) > 3 else ""
+    return f"; those in it are {', '.join(inside[:3])}{more}" if inside else ""
+
+
 def move(path: Place, target: Place) -> None:
     """Moves a file within one store.
 

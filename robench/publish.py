@@ -16,7 +16,7 @@ from robench.bundle import AUDIT, bundle_folder, check_audit, read_bundle, write
 from robench.check_names import QUESTIONS
 from robench.defense import Defense, bears_digest
 from robench.errors import RobenchError, UsageError
-from robench.files import write_atomic
+from robench.files import explain_folder, write_atomic
 from robench.leaderboard import (
     Row,
     add_row,
@@ -85,7 +85,7 @@ def publish(
         if tell is not None and not result.spec.defense:
             tell(
                 f"{result.folder} names no defense, so that nobody can check its row; put the defense in a file and "
-                "use --defense file.py:Class"
+                "use --defense file.py:NAME"
             )
     written: dict[Path, None] = {}
     for result, eps, found in pairs:
@@ -173,7 +173,10 @@ def read_audit(folder: Path) -> dict[str, Any]:
     """
     path = folder / AUDIT
     if not path.is_file():
-        raise UsageError(f"{folder} is not a run folder, nor one of an audit: it has no {SPEC_FILE} and no {AUDIT}")
+        hint = explain_folder(folder, SPEC_FILE)
+        raise UsageError(
+            f"{folder} is not a run folder, nor one of an audit: it has no {SPEC_FILE} and no {AUDIT}{hint}"
+        )
     audit = check_audit(path.read_bytes(), path)
     made = [finding["check"] for finding in audit["findings"]]
     missing = [name for name in QUESTIONS if name not in made]

@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import DataError, UsageError
-from robench.files import Place, list_names, locked, make_folder, move, write_atomic
+from robench.files import Place, explain_folder, list_names, locked, make_folder, move, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,7 +94,7 @@ class RunStore:
 
         path = folder / SPEC_FILE
         if not path.is_file():
-            raise UsageError(f"{folder} is not a run folder: it has no {SPEC_FILE}")
+            raise UsageError(f"{folder} is not a run folder: it has no {SPEC_FILE}{explain_folder(folder, SPEC_FILE)}")
         try:
             content = json.loads(path.read_bytes())
             schema, created, spec = content["schema"], str(content["created"]), content["spec"]

@@ -70,7 +70,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise UsageError(f'norm must be one of {", ".join(NORMS)}; got "{self.norm}"')
+            raise UsageError(f'norm must be one of {", ".join(NORMS)}; got "{self.norm}"{_meant(self.norm, self.eps)}')
         object.__setattr__(self, "eps", _as_number(self.eps))  # 1 and 1.0 are one bound: seeds, digests take it as text
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise UsageError(f"eps must be finite and not negative; got {self.eps}")
@@ -114,6 +114,16 @@ class ThreatModel:
     def random_start(self, x: Images) -> Images:
         """A point drawn uniformly from the ball (linf, l2, l1; l0: random pixels), clipped to the box."""
         return self.project(x, x + _DRAWS[self.norm](x, self.eps))
+
+
+def _meant(norm: object, eps: object) -> str:
+    """What was probably meant by a wrong norm: `; did you mean linf?`; empty where nobody can tell."""
+    if isinstance(eps, str) and eps in NORMS:
+        return f'; the norm comes first: ThreatModel("{eps}", {norm!r})'
+    plain = "".join(character for character in str(norm).lower() if character.isalnum())
+    found = {"inf": "linf", "linfty": "linf", "linfinity": "linf", "max": "linf"}.get(plain, plain)
+    found = f"l{found}" if f"l{found}" in NORMS else found
+    return f"; did you mean {found}?" if found in NORMS else ""
 
 
 def _as_number(eps: object) -> float:

@@ -56,6 +56,8 @@ def test_boards_are_read_with_their_threat_models(boards: Path) -> None:
         ("fashion_mnist", "linf", "0.03"),
         ("mnist", "l2", "1.5"),
     ]
+    with pytest.raises(UsageError, match=r"there is no folder nowhere. 'robench leaderboard add RUN' makes one"):
+        load_boards(Path("nowhere"))
     with pytest.raises(UsageError, match="no leaderboard nothing"):
         load_boards(boards, ["nothing"])
     (boards / "notes.csv").write_text("")
@@ -63,7 +65,7 @@ def test_boards_are_read_with_their_threat_models(boards: Path) -> None:
         load_boards(boards)
     (boards / "notes.csv").unlink()
     with pytest.raises(UsageError, match="there are: none"):
-        load_boards(boards / "reference" / "empty")
+        load_boards(boards / "evidence")
 
 
 def test_a_row_says_what_its_evidence_lacks(boards: Path, tmp_path: Path) -> None:

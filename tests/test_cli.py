@@ -321,6 +321,7 @@ def test_interrupt_gives_status_130_and_a_command_that_resumes(
         (["--attack", ""], ["attack"]),
         (["--defense", f"{SQUARES}(gian=2)"], ["gian", "its options are: gain"]),
         (["--defense", f"{SQUARES}(gain=much)"], ['defense "squares"', "wrong kind"]),
+        (["--n", "8.5"], ["--n takes a whole number; got 8.5. See"]),
         (["--norm", "l7"], ['norm must be one of linf, l2, l1, l0; got "l7"']),
         (
             ["--norm", "l1", "--attack", "fgsm"],

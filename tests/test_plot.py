@@ -163,6 +163,8 @@ def test_what_is_no_run_or_not_finished_is_refused(
 ) -> None:
     assert "is not a run folder" in refused(monkeypatch, capsys, tmp_path / "none", "--out", tmp_path / "curve.png")
     run = make_run(tmp_path / "run")
+    assert refused(monkeypatch, capsys, tmp_path).endswith(f"it has no run.json; those in it are {run}")
+    assert refused(monkeypatch, capsys, run / "run.json").endswith(f"it is a file. Name its folder: {run}")
     next((run / "units").iterdir()).unlink()
     with pytest.raises(DataError, match="unit"):
         plot_runs([run], tmp_path / "curve.png")

@@ -270,4 +270,7 @@ def test_resume_of_what_is_no_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "run", "--resume", str(tmp_path / "none")) == 2
-    assert capsys.readouterr().err == f"robench: {tmp_path}/none is not a run folder: it has no run.json\n"
+    assert (
+        capsys.readouterr().err
+        == f"robench: {tmp_path}/none is not a run folder: it has no run.json; there is no such folder\n"
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robench.errors import UsageError
 from robench.rng import seeded
-from robench.threat import NORMS, ThreatModel, format_eps, parse_eps
+from robench.threat import NORMS, ThreatModel, _meant, format_eps, parse_eps
 
 BOUNDS = {"linf": (0.01, 1.0), "l2": (0.02, 5.0), "l1": (0.05, 20.0), "l0": (0, 12)}
 seeds = st.integers(0, 2**32 - 1)
@@ -248,6 +248,10 @@ def test_pixel_steps_survive_the_round_trip(numerator: int) -> None:
     ("norm", "eps", "message"),
     [
         ("l3", 0.1, "norm must be one of linf, l2, l1, l0"),
+        ("Linf", 0.1, 'got "Linf"; did you mean linf[?]$'),
+        ("L_inf", 0.1, "did you mean linf"),
+        ("L2", 0.1, "did you mean l2"),
+        ("inf", 0.1, "did you mean linf"),
         ("linf", -0.1, "finite and not negative"),
         ("l2", math.nan, "finite and not negative"),
         ("l1", math.inf, "finite and not negative"),
@@ -258,6 +262,10 @@ def test_pixel_steps_survive_the_round_trip(numerator: int) -> None:
 def test_threat_model_refuses(norm: str, eps: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ThreatModel(norm, eps)
+
+
+def test_a_bound_before_its_norm_is_told() -> None:
+    assert _meant(0.1, "linf") == '; the norm comes first: ThreatModel("linf", 0.1)'
 
 
 def test_threat_model_is_a_value() -> None:

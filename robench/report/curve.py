@@ -42,7 +42,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
         raise UsageError(f'the picture must end in {", ".join(FORMATS)}; got "{out.name}"')
     results = [Evaluation.load(folder) for folder in folders]
     for what in ("norm", "dataset"):
-        values = sorted({getattr(result.spec, what) for result in results})
+        values = sorted({getattr(result.spec, what) or "images of the caller" for result in results})
         if len(values) != 1:
             raise UsageError(f"curves of one picture need one {what}; these runs have {', '.join(values)}")
     labels = _labels(results)
