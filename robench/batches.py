@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robench.defense import Defense
+from robench.draws import shares_draws
 from robench.errors import PluginError
 
 T = TypeVar("T")
@@ -19,19 +20,29 @@ BATCH_ROWS: Final = 512
 """Rows of one pass where the defense names no limit of its own."""
 
 
-def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor) -> list[T]:
+def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, together: int | None = None) -> list[T]:
     """Calls `call` on slices of tensors of equal length, of at most `batch_rows` rows each; returns its results.
 
     Where a slice does not fit into memory, `defense.batch_rows` is halved until it does, and stays there; see
     `own_batches`.
+
+    Args:
+        defense: the defense that `call` asks.
+        call: what to call.
+        *tensors: images first.
+        together: rows that may share a draw; those of a defense that draws once for a pass are cut at its multiples.
+            None: all.
 
     Raises:
         RuntimeError: out of memory with a single row, or what `call` raises.
     """
     done: list[T] = []
     start, rows = 0, len(tensors[0])
+    together = rows if together is None else together
+    apart = rows > together and shares_draws(defense, tensors[0])
     while start < rows:
         size = min(defense.batch_rows or BATCH_ROWS, rows)
+        size = min(size, together - start % together) if apart else size
         try:
             done.append(call(*(tensor[start : start + size] for tensor in tensors)))
         except (RuntimeError, MemoryError) as error:

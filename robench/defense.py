@@ -28,12 +28,13 @@ class Defense(nn.Module):
     seeds; a defense never seeds anything. A defense that wants another pixel range maps it inside.
 
     A randomized defense should draw for each row of a batch. The engine folds EOT draws and images into passes of many
-    rows; of a defense that draws once for a pass (one of several nets) a gradient then averages as many draws as it
-    takes passes, often one, and the images of a unit are right or wrong together, so that intervals are too narrow.
+    rows. One that draws once for a pass (one of several nets) is asked each EOT draw in a pass of its own, and by the
+    judge each image: that takes `eot` passes of an attack for one, and as many of the judge as there are images.
 
     Attributes:
         name: the name in tables and CSV files.
         randomized: True if two calls on the same images can differ.
+        draws_per_pass: True if all images of a pass share a draw, be it beside draws of their own; None: robench asks.
         generative: True if it models the images too, so that it can draw or score them.
         num_classes: number of logits.
         input_shape: (channels, height, width).
@@ -48,13 +49,14 @@ class Defense(nn.Module):
         detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
         origin: how `load_defense` made it; None if another did.
         told_constant: True once it was told that it is declared randomized and yet always answers the same.
-        told_shared: True once it was told that the images of a pass share a draw.
+        shares_draws: whether the images of a pass share a draw, as `robench.draws` noted; None: not asked yet.
         passing: paths of plain tensors that passes leave behind, so that they are no weights; see `robench.plain`.
         told_guess: digest of the data on which it was told that guessing would do as well; empty if it was not.
     """
 
     name: str = ""
     randomized: bool = False
+    draws_per_pass: bool | None = None
     generative: ClassVar[bool] = False
     num_classes: int
     input_shape: tuple[int, int, int]
@@ -67,7 +69,7 @@ class Defense(nn.Module):
     detection_scores: tuple[str, ...] = ()
     origin: Origin | None = None
     told_constant: bool = False
-    told_shared: bool = False
+    shares_draws: bool | None = None
     passing: frozenset[str] = frozenset()
     told_guess: str = ""
 

@@ -80,6 +80,9 @@ def judge(
 ) -> Tensor:
     """Counts how often the defense answers each class: `repeats` independent answers, `b k` int64.
 
+    A defense that draws once for a pass is asked image by image. Images that share a draw are right or wrong together,
+    so that an interval that counts them one by one is too narrow; this takes one pass for each image and repeat.
+
     Args:
         defense: what is judged.
         x: images in [0, 1].
@@ -93,7 +96,8 @@ def judge(
     votes = torch.zeros(len(x), defense.num_classes, dtype=torch.int64)
     with torch.no_grad():
         for _ in range(repeats):
-            answers = torch.cat(pass_in_batches(defense, lambda rows: answer(defense, rows), x)).cpu()
+            passes = pass_in_batches(defense, lambda rows: answer(defense, rows), x, together=1)
+            answers = torch.cat(passes).cpu()
             votes += functional.one_hot(answers, defense.num_classes)
             if on_answers is not None:
                 on_answers(answers)

@@ -48,7 +48,7 @@ MOST_SHARED: Final = 0.25
 """`Report.shared` of a row whose intervals, which take the images' answers as independent, can be believed."""
 SHARED_ADVICE: Final = (
     "where the images of a pass share a draw, an accuracy is less certain than its interval says: draw for each image, "
-    "or set batch_rows = 1"
+    "or set draws_per_pass = True and run again"
 )
 
 

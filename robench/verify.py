@@ -14,6 +14,7 @@ import torch
 from robench.bundle import MANIFEST, read_bundle
 from robench.data import Dataset, load_dataset
 from robench.defense import Defense, bears_digest, has_tensors, weights_digest
+from robench.draws import IMAGES, note_draws
 from robench.errors import DataError, PluginError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.judge import check_bounds, judge_in_units
@@ -258,7 +259,7 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
     _check_form(report, result, data, defense)
     if report.failures:
         return
-    defense.to(device)
+    note_draws(defense.to(device), data.x[:IMAGES].to(device))
 
     def fresh(x: torch.Tensor) -> tuple[Answers, SharedNoise]:
         """Fresh answers, and what the images of a pass share."""

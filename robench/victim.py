@@ -53,8 +53,9 @@ class Victim:
 
     Randomness: a gradient query averages the loss over `eot` draws of a randomized defense (Athalye et al. 2018,
     expectation over transformation), folded into the batch as far as memory allows; `logits` averages the logits over
-    as many draws. On a deterministic defense there is one draw. An attack may have the draws `fixed`, so that each
-    query of the same batch meets the same ones, or `off` (see `Attack.randomness`).
+    as many draws. Of a defense that draws once for a pass each draw is a pass of its own, so that they are `eot` draws;
+    the images of the batch share each. On a deterministic defense there is one draw. An attack may have the draws
+    `fixed`, so that each query of the same batch meets the same ones, or `off` (see `Attack.randomness`).
 
     Precision: with `bfloat16` the passes of `gradient` run under autocast. Where such a pass, or one through an
     `adaptive_forward` of the defense's own, which may be a stand-in, finds a deterministic defense in error, its logits
@@ -215,7 +216,12 @@ class Victim:
         goal = y if target is None else target
         with self._controlled(x):
             folded = self._fold(x), self._fold(y), self._fold(goal)
-            parts = pass_in_batches(self._defense, lambda x, y, goal: self._differentiate(x, y, goal, aimed), *folded)
+            parts = pass_in_batches(
+                self._defense,
+                lambda x, y, goal: self._differentiate(x, y, goal, aimed),
+                *folded,
+                together=len(x),
+            )
         losses, grads, logits = (torch.cat(part).unflatten(0, (self.eot, -1)) for part in zip(*parts, strict=True))
         mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0), _standard_error(losses))
         result = self._confirm(mean, x, y, goal, aimed)
@@ -299,7 +305,7 @@ class Victim:
         with self._controlled(x):
             folded = self._fold(x)
             folded.register_hook(lambda grad: self._mend(grad.unflatten(0, (self.eot, -1))).flatten(0, 1))
-            answers = pass_in_batches(self._defense, self._adapt, folded)
+            answers = pass_in_batches(self._defense, self._adapt, folded, together=len(x))
         logits = torch.cat(answers).unflatten(0, (self.eot, -1)).mean(0)
         logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
         self._remember(x.detach(), logits.detach())
@@ -330,7 +336,7 @@ class Victim:
             return self._check(pass_once(self._defense, self._defense, rows), len(rows), "forward")
 
         with torch.no_grad(), self._controlled(x):
-            answers = pass_in_batches(self._defense, answer, self._fold(x))
+            answers = pass_in_batches(self._defense, answer, self._fold(x), together=len(x))
         draws = torch.cat(answers).unflatten(0, (self.eot, -1))
         self._remember(x, draws.mean(0))
         return draws

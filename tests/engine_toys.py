@@ -81,6 +81,21 @@ class NoisyInput(Linear):
         return super().forward((x + 0.3 * torch.randn_like(x)).sin())
 
 
+class OneNoise(Linear):
+    """One noise for all images of a pass; notes the rows of each pass."""
+
+    name = "one_noise"
+    randomized = True
+
+    def __init__(self, gain: float = 3.0) -> None:
+        super().__init__(gain)
+        self.passes: list[int] = []
+
+    def forward(self, x: Images) -> Logits:
+        self.passes.append(len(x))
+        return super().forward((x + torch.randn(())).sin())
+
+
 class TwoClasses(Linear):
     """The first two classes of the linear toy alone."""
 
@@ -207,6 +222,26 @@ class Moody(Prototypes):
 
     def forward(self, x: Images) -> Logits:
         return super().forward(x).roll(int(torch.randint(2, ()).item()), 1)
+
+
+class GrainyCorner(OneCorner):
+    """A corner for the pass and, on top, noise of each image's own: no look at copies in a pass finds the first."""
+
+    name = "grainy_corner"
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        return logits + 0.01 * torch.randn_like(logits)
+
+
+class GrainyMood(Moody):
+    """A mood for the pass and, on top, noise of each image's own."""
+
+    name = "grainy_mood"
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        return logits + 0.01 * torch.randn_like(logits)
 
 
 class Stairs(Prototypes):

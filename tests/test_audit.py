@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from engine_toys import Prototypes
+from engine_toys import OneNoise, Prototypes, grid_images
 from torch import Tensor
 
 import robench
@@ -28,9 +28,10 @@ from robench.audit.statistics import compare, compare_both_ways
 from robench.bundle import check_audit
 from robench.check_names import QUESTIONS, Verdict, overall
 from robench.cli import main
-from robench.data import Dataset, load_dataset
+from robench.data import Dataset, digest_data, load_dataset
 from robench.errors import DataError
 from robench.report.audit import render_audit, tell_verdict
+from robench.rng import seeded
 from robench.testing.decoys import PLANTED
 from robench.types import Images, Logits
 
@@ -180,6 +181,17 @@ class Rare(Coin):
     """The same, once in five hundred."""
 
     wrong = 0.002
+
+
+def test_losses_are_a_mean_over_draws_of_their_own() -> None:
+    """One pass of all draws would be one draw."""
+    x, y = grid_images(3)
+    defense = OneNoise()
+    found = Evidence(defense, THREAT, Dataset("", "", x, y, torch.arange(3), (), digest_data(x, y)), 0, "cpu", USUAL)
+    with seeded(0, "audit", "gradient"):
+        expected = torch.stack([defense(x)[:, 0] for _ in range(4)]).mean(0)
+    losses = found.losses(x, y, lambda logits, _: logits[:, 0], draws=4)
+    assert np.allclose(losses, expected, atol=1e-6)
 
 
 def test_answers_that_a_retry_changes_are_told(data: Dataset) -> None:

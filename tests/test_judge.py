@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine_toys import Broken, Linear, Noisy, grid_images
+from engine_toys import Broken, Linear, Noisy, OneNoise, grid_images
 from torch import Tensor
 
 from robench import progress
@@ -101,6 +101,17 @@ def test_votes_of_a_randomized_defense_are_independent_answers() -> None:
     assert votes.sum(1).tolist() == [90] * 20
     deviation = (votes.double() - 30).square().sum() / 30  # chi-square of 40 degrees of freedom: mean 40, sd 9
     assert 15 < float(deviation) < 85
+
+
+def test_images_that_would_share_a_draw_are_judged_one_by_one() -> None:
+    """Together they are right or wrong together, and an interval that counts images is too narrow."""
+    defense = OneNoise()
+    x = grid_images(1)[0].repeat(6, 1, 1, 1)
+    defense.draws_per_pass = True
+    with seeded(0, "judge"):
+        votes = judge(defense, x, 8)
+    assert defense.passes == [1] * 48
+    assert len({tuple(row) for row in votes.tolist()}) > 1
 
 
 def test_judge_depends_on_the_seed_alone() -> None:

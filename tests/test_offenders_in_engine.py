@@ -268,20 +268,33 @@ def test_engine_warns_once_of_dice_that_always_fall_alike(caplog: pytest.LogCapt
     assert "declared randomized, but 10 calls agree; nn.Dropout is off in eval mode" in told
 
 
-def test_engine_warns_once_of_draws_that_a_pass_shares(caplog: pytest.LogCaptureFixture) -> None:
-    """EOT would repeat one draw: of a random resize, 59 % stayed right where draws of their own left 37 %."""
+def test_engine_finds_draws_that_a_pass_shares_and_says_once_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
     settings = {"eot": 2, "judge_repeats": 2, "unit_size": 4}
-    offender = Together()
+    offender, honest = Together(), Rarely()
     for _ in range(2):
         evaluate_toy([attacks.Honest()], offender, **settings)
+        evaluate_toy([attacks.Honest()], honest, **settings)
     (told,) = caplog.messages
-    assert "draws once for all images of a pass" in told
-    assert "batch_rows to at most the unit size, 4" in told
-    caplog.clear()
+    assert "draws once for all images of a pass, so robench asks each draw on its own" in told
+    assert (offender.shares_draws, honest.shares_draws) == (True, False)
+
+
+def test_what_a_defense_declares_of_its_draws_is_taken_unless_it_is_seen_to_be_wrong() -> None:
+    settings = {"eot": 2, "judge_repeats": 2}
+    honest, offender = Rarely(), Together()
+    honest.draws_per_pass = True
+    evaluate_toy([attacks.Honest()], honest, **settings)
+    assert honest.shares_draws
+    offender.draws_per_pass = False
+    with pytest.raises(PluginError, match=r"declares draws_per_pass = False, but .* Leave it out, or draw for each"):
+        evaluate_toy([attacks.Honest()], offender, **settings)
+
+
+def test_copies_that_must_go_one_by_one_share_nothing() -> None:
     offender = Together()
-    offender.batch_rows = 4
-    evaluate_toy([attacks.Honest()], offender, **settings)
-    assert caplog.messages == []
+    offender.batch_rows = 1
+    evaluate_toy([attacks.Honest()], offender, eot=2, judge_repeats=2)
+    assert offender.shares_draws is False
 
 
 def test_engine_stops_when_the_defense_breaks_during_the_run(tmp_path: Path) -> None:

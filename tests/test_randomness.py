@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_toys import Calm, Linear, Noisy, NoisyInput, grid_images
+from engine_toys import Calm, Linear, Noisy, NoisyInput, OneNoise, grid_images
 from torch import Tensor
+from torch.nn import functional
 
 from robench.attack import Attack, Randomness
 from robench.errors import UsageError
@@ -43,6 +44,29 @@ def test_fixed_draws_are_the_same_in_each_query_and_others_in_another_unit(query
     assert torch.equal(first, second)
     assert not torch.equal(first, ask_twice("fixed", query, seed=2)[0])
     assert not torch.equal(*ask_twice("fresh", query))
+
+
+@pytest.mark.parametrize("query", ["logits", "gradient", "differentiable"])
+def test_each_draw_is_a_pass_of_its_own_where_the_images_of_a_pass_share_one(query: str) -> None:
+    """Folded into one batch, all draws of EOT were the same one."""
+    x, y = grid_images(4)
+    defense = OneNoise()
+    leaf = x.clone().requires_grad_()
+    with seeded(6):
+        expected = torch.stack([defense(leaf) for _ in range(3)])  # eot b k
+    assert float(expected.detach().std(0).min()) > 0
+    victim = Victim(defense, "gradient", 4, eot=3)
+    victim.logits(x)  # finds out, on randomness of its own
+    defense.passes.clear()
+    with seeded(6):
+        found = QUERIES[query](victim, x, y)
+    assert defense.passes == [4, 4, 4]
+    if query == "gradient":
+        losses = [functional.cross_entropy(logits, y, reduction="sum") for logits in expected]
+        (mean,) = torch.autograd.grad(torch.stack(losses).mean(), leaf)
+        assert torch.allclose(found, mean, atol=1e-5)
+    else:
+        assert torch.allclose(found, expected.mean(0), atol=1e-5)
 
 
 def test_fixed_draws_differ_from_one_another() -> None:

@@ -8,13 +8,25 @@ from pathlib import Path
 import engine_toys
 import numpy as np
 import pytest
-from engine_toys import Bad, Blindfold, Linear, Noisy, OneCorner, Prototypes, Thresholds, grid_images, some_wrong
+from engine_toys import (
+    Bad,
+    Blindfold,
+    GrainyCorner,
+    Linear,
+    Noisy,
+    OneCorner,
+    Prototypes,
+    Thresholds,
+    grid_images,
+    some_wrong,
+)
 
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
 from robench.evaluate import evaluate
 from robench.registry import load_attack
 from robench.result import Evaluation
+from robench.runners.work import _prepare as prepare_worker
 from robench.threat import ThreatModel
 from robench.unit_table import WORST
 from robench.verify import verify_run
@@ -142,13 +154,25 @@ def test_verify_knows_that_the_images_of_a_pass_may_share_draws(tmp_path: Path) 
     toys, threat = engine_toys.__file__, ThreatModel("linf", 0.05)
     reports = []
     for seed in range(12):
-        options = {"seed": seed, "out": tmp_path / str(seed), "defense_spec": f"{toys}:OneCorner"}
-        evaluate(OneCorner(), "noise(tries=1)", threat, "fashion_mnist", n=100, eot=1, judge_repeats=20, **options)
+        options = {"seed": seed, "out": tmp_path / str(seed), "defense_spec": f"{toys}:GrainyCorner"}
+        evaluate(GrainyCorner(), "noise(tries=1)", threat, "fashion_mnist", n=100, eot=1, judge_repeats=20, **options)
         reports.append(verify_run(tmp_path / str(seed)))
     assert all(report.holds for report in reports), [report.failures for report in reports if not report.holds]
     told = [line for report in reports for line in report.lines if "share draws" in line]
     assert len(told) > 12, "of 24 judgements"
     assert "times the noise" in told[0]
+
+
+def test_what_is_judged_one_by_one_shares_no_draws(tmp_path: Path) -> None:
+    """A run, a worker and `verify` each find out by themselves that the images of a pass would share one."""
+    toys, threat, folder = engine_toys.__file__, ThreatModel("linf", 0.05), tmp_path / "run"
+    options = {"n": 40, "out": folder, "defense_spec": f"{toys}:OneCorner", "eot": 1, "judge_repeats": 20}
+    evaluate(OneCorner(), "noise(tries=1)", threat, "fashion_mnist", **options)
+    work, _ = prepare_worker(str(folder), "")
+    assert work.defense.shares_draws
+    report = verify_run(folder)
+    assert report.holds, report.failures
+    assert not [line for line in report.lines if "share draws" in line]
 
 
 def test_verify_of_a_run_whose_attacks_failed_does_not_hold(tmp_path: Path) -> None:

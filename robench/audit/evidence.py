@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robench.audit.effort import Effort
+from robench.batches import pass_in_batches
 from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import PluginError
@@ -238,8 +239,7 @@ class Evidence:
     ) -> Tensor:
         """What `ask` gives of each image, averaged over draws (None: `local_draws`), on the randomness of a purpose."""
         count = (draws or self.effort.local_draws) if self.defense.randomized else 1
-        size = self.defense.batch_rows or 512
+        rows = x.repeat(count, 1, 1, 1), y.repeat(count)
         with seeded(self.seed, "audit", purpose, device=self.device):
-            rows = zip(x.repeat(count, 1, 1, 1).split(size), y.repeat(count).split(size), strict=True)
-            values = torch.cat([ask(images, labels) for images, labels in rows])
-        return values.unflatten(0, (count, -1)).mean(0)
+            parts = pass_in_batches(self.defense, ask, *rows, together=len(x))
+        return torch.cat(parts).unflatten(0, (count, -1)).mean(0)

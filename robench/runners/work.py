@@ -14,6 +14,7 @@ import torch
 
 from robench.data import Dataset, load_dataset
 from robench.defense import Defense, weights_digest
+from robench.draws import IMAGES, note_draws
 from robench.errors import PluginError
 from robench.estimate import Estimate
 from robench.evaluate import expected_passes, open_store, prepare
@@ -268,7 +269,8 @@ def _prepare(folder: str, data_dir: str) -> tuple[UnitWork, RunStore]:
     if changed:
         raise PluginError(f'a worker loads other code by "{spec.defense}": {", ".join(changed)} changed since')
     attacks = {entry.key: load_attack(entry.spec) for entry in spec.attacks}
-    return UnitWork(spec, defense.to(spec.device), attacks, data.x, data.y, data.index), store
+    note_draws(defense.to(spec.device), data.x[:IMAGES].to(spec.device))
+    return UnitWork(spec, defense, attacks, data.x, data.y, data.index), store
 
 
 def _seconds_per_pass(work: UnitWork) -> tuple[float, float]:

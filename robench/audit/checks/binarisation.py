@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robench.audit.checks.base import Check, Outcome, graded_share, not_run
 from robench.audit.evidence import Evidence
 from robench.defense import Defense
+from robench.draws import shares_draws
 from robench.errors import PluginError
 from robench.registry import load_attack
 from robench.rng import seeded
@@ -39,7 +40,7 @@ class Readout(Defense):
         super().__init__()
         self.features, self.input_shape = features, features.defense.input_shape
         self.randomized, self.batch_rows = features.defense.randomized, features.defense.batch_rows
-        self.gradient_modes = features.defense.gradient_modes
+        self.draws_per_pass, self.gradient_modes = features.defense.shares_draws, features.defense.gradient_modes
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Images) -> Logits:
@@ -118,7 +119,7 @@ def _fit(features: Features, x: Images, evidence: Evidence) -> Readout | None:
     signs = torch.randn_like(x)
     outer = threat.project(x, x + threat.eps * threat.steepest(signs))
     with torch.no_grad():
-        size = features.defense.batch_rows or 512
+        size = 1 if shares_draws(features.defense, inner) else features.defense.batch_rows or 512
         points = torch.cat([features(rows, adaptive=False) for rows in inner.split(size)]).double()
         boundary = features(outer, adaptive=False).double()[0]
     centre = points.mean(0)
@@ -135,13 +136,18 @@ def _fit(features: Features, x: Images, evidence: Evidence) -> Readout | None:
     readout = Readout(features, (scale * weight).float(), torch.tensor(bias, dtype=torch.float32, device=x.device))
     with torch.no_grad():  # noise in the features may hide the point again: then nothing exists by construction
         draws = CONFIRMING if features.defense.randomized else 1
-        return readout if bool((readout(outer.repeat(draws, 1, 1, 1)).argmax(1) == 1).all()) else None
+        return readout if bool((_answers(readout, outer.repeat(draws, 1, 1, 1)) == 1).all()) else None
+
+
+def _answers(readout: Readout, x: Images) -> Tensor:
+    """The side of each image, on a draw of its own."""
+    return torch.cat([readout(rows).argmax(1) for rows in x.split(1 if shares_draws(readout, x) else len(x))])
 
 
 def _random_search(readout: Readout, x: Images, evidence: Evidence) -> bool:
     tries = evidence.threat.random_start(x.repeat(2 * evidence.effort.steps, 1, 1, 1))
     with torch.no_grad():
-        return bool((readout(tries).argmax(1) == 1).any())
+        return bool((_answers(readout, tries) == 1).any())
 
 
 def _attack(readout: Readout, x: Images, evidence: Evidence) -> bool:
