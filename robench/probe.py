@@ -19,7 +19,7 @@ from robench.unit import UnitWork
 
 LOG = logging.getLogger("robench")
 CALLS: Final = 10
-"""Answers that a randomized defense may give alike, before it is said to be none."""
+"""Answers on the same images, to tell a randomized defense from a deterministic one."""
 BATCH_TOLERANCE: Final = 1e-3
 """Relative to the largest logit: what the other images of a batch may change."""
 
@@ -86,14 +86,26 @@ def _check_repeats(defense: Defense, few: Images, logits: Logits) -> None:
     Raises:
         PluginError: it does.
     """
-    if not torch.equal(defense(few.clone()), logits):
-        raise PluginError(
-            f'defense "{defense.name}" is declared deterministic, but two calls on the same images differ. '
-            "Set randomized = True, or robench's number would be wrong"
-        )
-    gap = float((defense(few[-1:].repeat(len(few), 1, 1, 1))[-1] - logits[-1]).abs().max() / logits.abs().max())
+    _check_same(defense, few, logits)
+    alike = few[-1:].repeat(len(few), 1, 1, 1)
+    among = defense(alike.clone())
+    gap = float((among[-1] - logits[-1]).abs().max() / logits.abs().max())
     if gap > BATCH_TOLERANCE:
+        _check_same(defense, alike, among)  # chance may have spared the first calls
         raise PluginError(
             f'defense "{defense.name}": an image gets another answer in a batch with other images, by {gap:.2g} of the '
             "largest logit. BatchNorm with track_running_stats=False? Give it running statistics"
+        )
+
+
+def _check_same(defense: Defense, x: Images, logits: Logits) -> None:
+    """Refuses a deterministic defense of which one of `CALLS` answers on the same images is another.
+
+    Raises:
+        PluginError: it is.
+    """
+    if not all(torch.equal(defense(x.clone()), logits) for _ in range(CALLS - 1)):
+        raise PluginError(
+            f'defense "{defense.name}" is declared deterministic, but two of {CALLS} calls on the same images differ. '
+            "Set randomized = True, or robench's number would be wrong"
         )

@@ -122,6 +122,22 @@ class SecretDice(LinearOffender):
         return super().forward(x) + torch.randn(len(x), 4)
 
 
+class RarelyDice(LinearOffender):
+    """Random in some of its calls, as chance has it, but declared deterministic."""
+
+    spared = 5
+
+    def forward(self, x: Images) -> Logits:
+        self.spared -= 1
+        return super().forward(x) + (torch.rand(()) if self.spared < 0 else 0.0)
+
+
+class LuckyDice(RarelyDice):
+    """Random only once the usual calls are over and the image is asked among its copies."""
+
+    spared = 10
+
+
 class BatchNormed(LinearOffender):
     """Normalises by the batch, as BatchNorm without running statistics does."""
 
@@ -186,6 +202,8 @@ class AttackersNet(ListedNet):
         (ClassMissing, r"shape \(4, 4\); got \(4, 3\)"),
         (NotATensor, "must be a tensor.*got tuple"),
         (SecretDice, "declared deterministic"),
+        (RarelyDice, "declared deterministic, but two of 10 calls on the same images differ"),
+        (LuckyDice, "declared deterministic, but two of 10 calls on the same images differ"),
         (BatchNormed, "another answer in a batch with other images, by .* track_running_stats=False"),
         (Unnamed, "name is empty"),
         (ListedNet, r"forward calls a network .*, Sequential \(self.parts\['first'\]\[0\]\).* nn.ModuleList"),
@@ -327,7 +345,7 @@ class TrainsWhenAsked(LinearOffender):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("calls", "stored"), [(0, False), (9, True)], ids=["at once", "during the run"])
+@pytest.mark.parametrize(("calls", "stored"), [(0, False), (17, True)], ids=["at once", "during the run"])
 def test_engine_stores_no_unit_in_which_the_defense_changed(calls: int, stored: bool, tmp_path: Path) -> None:
     folder, message = tmp_path / "run", r'changed during the run \(first "norm.num_batches_tracked"\).*Call eval\(\)'
     with pytest.raises(PluginError, match=message):
