@@ -25,7 +25,8 @@ class Defense(nn.Module):
     """An image classifier as robench sees it: images in [0, 1] to logits, and a way to differentiate it.
 
     Subclasses implement `forward` and set the traits. Randomness comes from torch's global generator, which the engine
-    seeds; a defense never seeds anything. A defense that wants another pixel range maps it inside.
+    seeds (and numpy's and Python's with it); a defense never seeds anything. A defense that wants another pixel range
+    maps it inside.
 
     A randomized defense should draw for each row of a batch. The engine folds EOT draws and images into passes of many
     rows. One that draws once for a pass (one of several nets) is asked each EOT draw in a pass of its own, and by the
@@ -49,6 +50,7 @@ class Defense(nn.Module):
         detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
         origin: how `load_defense` made it; None if another did.
         told_constant: True once it was told that it is declared randomized and yet always answers the same.
+        told_unseeded: True once it was told that it draws from what the engine does not seed.
         shares_draws: whether the images of a pass share a draw, as `robench.draws` noted; None: not asked yet.
         passing: paths of plain tensors that passes leave behind, so that they are no weights; see `robench.plain`.
         told_guess: digest of the data on which it was told that guessing would do as well; empty if it was not.
@@ -69,6 +71,7 @@ class Defense(nn.Module):
     detection_scores: tuple[str, ...] = ()
     origin: Origin | None = None
     told_constant: bool = False
+    told_unseeded: bool = False
     shares_draws: bool | None = None
     passing: frozenset[str] = frozenset()
     told_guess: str = ""

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from robench.defense import Defense
-from robench.draws import IMAGES, note_draws
+from robench.draws import IMAGES, SAME, note_draws
 from robench.errors import PluginError
 from robench.hidden import refuse_hidden_networks
 from robench.judge import checked_logits
@@ -27,7 +27,7 @@ BATCH_TOLERANCE: Final = 1e-3
 def check_answers(work: UnitWork) -> None:
     """Asks the defense for some answers, so that one that breaks the contract is refused before any work.
 
-    One that is declared randomized and yet always answers the same gets a warning.
+    One that is declared randomized and yet always answers the same gets a warning, as one that no seed repeats.
 
     Raises:
         PluginError: training mode, a network that is no sub-module, an error of its own or a call of exit(), logits of
@@ -44,11 +44,32 @@ def check_answers(work: UnitWork) -> None:
     with torch.no_grad(), seeded(spec.seed, "check", device=spec.device), errors:
         logits = checked_logits(defense, few)
         if defense.randomized:
+            _check_seeded(work, few, logits)
             _check_varies(defense, few, logits)
             _note_draws(defense, work.x[:IMAGES].to(spec.device))
         else:
             _check_repeats(defense, few, logits)
     work.check_unchanged()
+
+
+def _check_seeded(work: UnitWork, few: Images, logits: Logits) -> None:
+    """Warns, once, of a randomized defense that draws from what the engine does not seed.
+
+    Args:
+        work: the run.
+        few: images.
+        logits: the first answer on them since the seed of `check_answers`.
+    """
+    defense, spec = work.defense, work.spec
+    with seeded(spec.seed, "check", device=spec.device):
+        again = checked_logits(defense, few)
+    if not defense.told_unseeded and float((again - logits).abs().max()) > SAME * float(logits.abs().max()):
+        defense.told_unseeded = True
+        LOG.warning(
+            '"%s" draws from more than the global generators of torch, numpy and Python, which robench seeds: no run '
+            "of it repeats bit for bit, and the audit's check contract fails. Draw from torch's",
+            defense.name,
+        )
 
 
 def _check_varies(defense: Defense, few: Images, logits: Logits) -> None:

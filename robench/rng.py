@@ -22,12 +22,23 @@ def seed_for(*parts: str | int) -> int:
 
 @contextmanager
 def seeded(*parts: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seeds torch's global generators from `parts` inside the block and restores their state after it."""
+    """Seeds the global generators of torch, numpy and Python from `parts` inside the block; restores them after it."""
     device = torch.device(device)
     cuda = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), _others_kept():
         reseed(*parts)
         yield
+
+
+@contextmanager
+def _others_kept() -> Iterator[None]:
+    """Restores numpy's and Python's global generators after the block."""
+    before_numpy, before_python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(before_numpy)
+        random.setstate(before_python)
 
 
 def check_unseeded(*parts: str | int, who: str) -> None:
@@ -41,8 +52,11 @@ def check_unseeded(*parts: str | int, who: str) -> None:
 
 
 def reseed(*parts: str | int) -> None:
-    """Seeds torch's global generators from `parts`; call it inside `seeded`, which restores them."""
-    torch.manual_seed(seed_for(*parts))
+    """Seeds the global generators from `parts`; call it inside `seeded`, which restores them."""
+    seed = seed_for(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed >> 31)
+    random.seed(seed)
 
 
 @contextmanager
@@ -53,11 +67,7 @@ def foreign_generators() -> Iterator[None]:
     and how far it has moved, and torch's own does not move.
     """
     state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-    before_numpy, before_python = np.random.get_state(), random.getstate()
-    np.random.set_state(np.random.RandomState(seed_for("numpy", state) >> 31).get_state())
-    random.setstate(random.Random(seed_for("python", state)).getstate())
-    try:
+    with _others_kept():
+        np.random.set_state(np.random.RandomState(seed_for("numpy", state) >> 31).get_state())
+        random.setstate(random.Random(seed_for("python", state)).getstate())
         yield
-    finally:
-        np.random.set_state(before_numpy)
-        random.setstate(before_python)

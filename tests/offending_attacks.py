@@ -194,7 +194,7 @@ class Remembers(Honest):
 
 @dataclass(frozen=True)
 class PythonDraws(Honest):
-    """Draws from Python's generator, which the engine does not seed."""
+    """Draws from Python's generator, and declares that it draws nothing."""
 
     name = "python_draws"
 

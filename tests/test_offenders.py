@@ -52,7 +52,7 @@ ATTACKS: list[tuple[str, Attack, str]] = [
     ("leaves_inputs_and_model_alone", attacks.meddler(lambda model: model.requires_grad_(True)), "changes the model"),
     ("seeds_nothing", attacks.Seeder(), "calls torch.manual_seed"),
     ("same_seed_same_bits", attacks.Remembers(), "two runs under one seed differ"),
-    ("same_seed_same_bits", attacks.PythonDraws(), "two runs under one seed differ"),
+    ("draws_as_declared", attacks.PythonDraws(), "two seeds give different bits"),
     ("draws_as_declared", attacks.SaysItDraws(), "two seeds give the same bits"),
     ("draws_as_declared", attacks.Seeder(), "two seeds give the same bits"),
     ("draws_as_declared", attacks.HidesItsDraws(), "two seeds give different bits"),

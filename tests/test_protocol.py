@@ -85,6 +85,7 @@ def test_blackbox_asks_for_no_gradient_and_breaks_what_has_none() -> None:
     found = evaluate(Opaque(), "blackbox", ThreatModel("linf", 0.3), (x, y), judge_repeats=1)
     assert found.complete
     assert found.spec.protocol == "blackbox-1"
+    assert found.robust_accuracy is not None
     assert found.robust_accuracy.value < found.clean_accuracy.value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from robench.evaluate import evaluate
 from robench.registry import load_attack
 from robench.rng import seeded
 from robench.threat import NORMS, ThreatModel
-from robench.types import Images, Labels
+from robench.types import Images, Labels, Logits
 from robench.victim import Victim
 
 LINF = ThreatModel("linf", 0.05)
@@ -175,3 +176,50 @@ def test_frozen_gradients_climb_the_loss_of_their_own_draws() -> None:
         before = victim.gradient(x, y, "margin").loss
         after = victim.gradient(attack(victim, x, y, LINF), y, "margin").loss
     assert bool((after > before).all())
+
+
+def draw_from_all() -> tuple[float, float, float, float]:
+    return float(torch.rand(())), float(np.random.rand()), float(np.random.randn()), random.random()  # noqa: NPY002
+
+
+def test_seeds_hold_for_numpy_and_python_and_all_are_restored() -> None:
+    np.random.randn()  # noqa: NPY002 - numpy keeps the second of a pair of normal draws, which must come back too
+    before = str(np.random.get_state()), random.getstate(), torch.get_rng_state()  # noqa: NPY002
+    with seeded(1, "one"):
+        first = draw_from_all()
+        with seeded(1, "two"):
+            other = draw_from_all()
+        later = draw_from_all()
+    with seeded(1, "one"):
+        assert draw_from_all() == first
+        assert draw_from_all() == later
+    assert len({*first, *other, *later}) == 12
+    assert (str(np.random.get_state()), random.getstate()) == before[:2]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+class FromNumpy(Linear):
+    """Noise of numpy's, from its global generator or from one that nobody seeds."""
+
+    name = "from_numpy"
+    randomized = True
+
+    def __init__(self, *, own: bool = False) -> None:
+        super().__init__()
+        self._draw = np.random.default_rng().standard_normal if own else np.random.standard_normal
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x + torch.from_numpy(self._draw(tuple(x.shape))).float())
+
+
+def test_a_run_repeats_with_numpy_s_draws_and_says_so_where_it_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    def run(defense: Linear) -> tuple[bytes, str]:
+        result = evaluate(defense, "pgd(steps=2)", LINF, grid_images(6), eot=2, judge_repeats=9)
+        return result.images("pgd(steps=2)").tobytes(), str(result.table["votes"].tolist())
+
+    assert run(FromNumpy()) == run(FromNumpy())
+    assert caplog.messages == []
+    offender = FromNumpy(own=True)
+    assert run(offender) != run(offender)
+    (told,) = caplog.messages
+    assert '"from_numpy" draws from more than the global generators of torch, numpy and Python' in told

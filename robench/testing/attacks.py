@@ -103,7 +103,7 @@ def numpy_state() -> str:
 def no_seeding(who: str) -> Iterator[None]:
     """Fails when torch, Python or numpy is seeded inside, or numpy's global generator used.
 
-    The use of Python's generator shows as different bits under one seed: its state says nothing where beartype draws.
+    That Python's generator is used goes unseen here: its state says nothing where beartype draws. The engine seeds it.
 
     Raises:
         AssertionError: names `who`.

@@ -61,7 +61,12 @@ def _judge_answers(evidence: Evidence) -> Outcome:
     if evidence.defense.randomized:
         again = _ask(evidence, x)
         if not torch.equal(logits, again):
-            return Outcome("fail", None, None, "one seed gives two answers: randomness beyond torch's generator")
+            return Outcome(
+                "fail",
+                None,
+                None,
+                "one seed gives two answers: randomness beyond the generators of torch, numpy and Python",
+            )
         return Outcome("pass", None, None, "logits are finite, no probabilities, and repeat under one seed")
     scale = float(logits.abs().max()) or 1.0
     alone = torch.cat([_ask(evidence, x[i : i + 1]) for i in range(min(8, len(x)))])
