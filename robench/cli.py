@@ -101,14 +101,14 @@ def list_names(
     as_json: Json = False,
 ) -> None:
     """Names that --defense, --attack, --dataset and --protocol take."""
-    from robench.listing import list_all
+    from robench.listing import list_all, tell_entry
 
     content = list_all(kind, norm)
     if as_json:
         print_json({"names": content})
         return
-    for heading, lines in content.items():
-        sys.stdout.write(f"{heading}:\n" + "".join(f"  {line}\n" for line in lines))
+    for heading, entries in content.items():
+        sys.stdout.write(f"{heading}:\n" + "".join(f"  {tell_entry(heading, entry)}\n" for entry in entries))
 
 
 @app.command()

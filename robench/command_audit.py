@@ -46,7 +46,6 @@ def audit_command(request: AuditRequest) -> tuple[Path, Audit]:
         RobenchError: see `robench.audit`.
         Interrupted: the message says how to go on.
     """
-    load_template("audit.html", "the audit's")  # a missing package is told before any work
     ThreatModel(request.norm, 0.0)
     text = default_eps(request.dataset, request.norm) if request.eps is None else request.eps
     threat = ThreatModel(request.norm, parse_eps(text))
@@ -129,13 +128,10 @@ def audit_folder(eps: float, norm: str) -> str:
 
 
 def _audit(defense: Defense, threat: ThreatModel, folder: Path, go_on: str, **settings: Any) -> Audit:
-    """Audits into a folder, with what `robench.audit` takes besides, and writes the report; `go_on` is for Ctrl-C."""
+    """Audits into a folder, with what `robench.audit` takes besides; `go_on` is for Ctrl-C."""
     from robench.audit import audit
-    from robench.report.audit import write_audit
 
     try:
-        found = audit(defense, threat, out=folder, progress=True, **settings)
+        return audit(defense, threat, out=folder, progress=True, **settings)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {go_on}") from None
-    write_audit(found, folder)
-    return found

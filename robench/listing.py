@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from robench.check_names import QUESTIONS
 from robench.data_names import list_datasets
 from robench.errors import UsageError
@@ -11,8 +14,8 @@ from robench.registry import names, resolve
 KINDS = ("defenses", "attacks", "datasets", "protocols", "checks")
 
 
-def list_all(kind: str, norm: str | None = None) -> dict[str, list[str]]:
-    """Lines to show, by heading.
+def list_all(kind: str, norm: str | None = None) -> dict[str, list[Any]]:
+    """What there is, by heading: names, and of datasets, protocols and checks an object of fields.
 
     Raises:
         UsageError: there is no such kind, or no such norm.
@@ -24,24 +27,33 @@ def list_all(kind: str, norm: str | None = None) -> dict[str, list[str]]:
     if kind not in (*KINDS, "all"):
         raise UsageError(f'robench list takes {", ".join(KINDS)} or nothing; got "{kind}"')
     wanted = KINDS if kind == "all" else (kind,)
-    makers = {
+    makers: dict[str, Callable[[], list[Any]]] = {
         "defenses": lambda: names("defense"),
         "attacks": lambda: [name for name in names("attack") if norm is None or norm in _norms(name)],
-        "datasets": lambda: [f"{info.name} ({info.source}{_customary(info.name)})" for info in list_datasets()],
+        "datasets": lambda: [{**vars(info), "eps": _customary(info.name)} for info in list_datasets()],
         "protocols": lambda: [
-            f"{name} in {norm}: {', '.join(attacks)}"
+            {"name": name, "norm": norm, "attacks": list(attacks)}
             for name, protocol in PROTOCOLS.items()
             for norm, attacks in protocol.attacks.items()
         ],
-        "checks": lambda: [f"{name}: {question}" for name, question in QUESTIONS.items()],
+        "checks": lambda: [{"name": name, "question": question} for name, question in QUESTIONS.items()],
     }
     return {heading: makers[heading]() for heading in wanted}
 
 
-def _customary(dataset: str) -> str:
-    """The bounds that `robench run` takes where none is given: `; eps: linf 0.1, l2 1.5`."""
-    bounds = [f"{norm} {eps}" for (name, norm), eps in DEFAULT_EPS.items() if name == dataset]
-    return f"; eps: {', '.join(bounds)}" if bounds else ""
+def tell_entry(heading: str, entry: Any) -> str:
+    """A line for a reader of what `list_all` has under a heading."""
+    if heading == "datasets":
+        bounds = ", ".join(f"{norm} {eps}" for norm, eps in entry["eps"].items())
+        return f"{entry['name']} ({entry['source']}{bounds and f'; eps: {bounds}'})"
+    if heading == "protocols":
+        return f"{entry['name']} in {entry['norm']}: {', '.join(entry['attacks'])}"
+    return f"{entry['name']}: {entry['question']}" if heading == "checks" else str(entry)
+
+
+def _customary(dataset: str) -> dict[str, str]:
+    """The bounds that `robench run` takes where none is given, by norm."""
+    return {norm: eps for (name, norm), eps in DEFAULT_EPS.items() if name == dataset}
 
 
 def _norms(name: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -599,6 +600,17 @@ def test_command_writes_json_and_page(
     out = capsys.readouterr().out
     assert "verdict: pass" in out
     assert "audit-partial.html" in out
+
+
+def test_an_audit_from_python_writes_its_report_and_prints_as_one_line(data: Dataset, tmp_path: Path) -> None:
+    found = audit(Prototypes(), THREAT, (data.x[:20], data.y[:20]), checks="double_steps", out=tmp_path)
+    assert json.loads((tmp_path / "audit-partial.json").read_text())["verdict"] == found.verdict
+    assert (tmp_path / "audit-partial.html").is_file()
+    assert re.fullmatch(
+        r"audit of prototypes on images of the caller, 20 images, linf eps=0.05; verdict pass; "
+        r"clean [\d.]+ % \[[\d., ]+\]; fgsm [\d.]+ % .*; pgd [\d.]+ % \[[\d., ]+\]",
+        str(found),
+    )
 
 
 def test_page_escapes_what_comes_from_outside(data: Dataset) -> None:

@@ -217,6 +217,10 @@ def test_list_says_what_there_is(call: Call) -> None:
     assert {"defenses", "attacks", "datasets", "protocols"} <= set(names)
     assert {"shortrun", "convnet"} <= set(names["defenses"])
     assert {"pgd", "fgsm"} <= set(names["attacks"])
+    fashion = {"name": "fashion_mnist", "image_shape": [1, 28, 28], "num_classes": 10, "source": "embedded"}
+    assert {**fashion, "eps": {"linf": "0.1", "l2": "1.5"}} in names["datasets"]
+    assert {"name": "quick-1", "norm": "linf", "attacks": ["fgsm", "pgd"]} in names["protocols"]
+    assert names["checks"][0].keys() == {"name", "question"}
     assert (outcome.status, outcome.err) == (0, "")
     assert_one_line(call("list", "things"), "things", "defenses, attacks")
 

@@ -25,6 +25,7 @@ from robench.evaluate import Data, check_images, load_images
 from robench.hidden import refuse_hidden_networks
 from robench.lineup import check_defense
 from robench.precision import full_float32
+from robench.report.page import load_template
 from robench.settings import Settings
 from robench.threat import ThreatModel, as_threats
 from robench.types import Images
@@ -67,7 +68,8 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
         checks: names of the checks to make, in a list or with commas between them; None: all.
         eot: draws in a gradient of a randomized defense; None: 10.
         device: `auto`, `cpu` or `cuda`.
-        out: folder of the runs; None keeps them in memory.
+        out: folder of the runs and the report, `audit.html` and `audit.json`, or `audit-partial` of some checks alone;
+            None keeps the runs in memory.
         progress: show progress on standard error.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         defense_spec: how the command line finds the defense again.
@@ -77,11 +79,13 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
 
     Raises:
         UsageError: no defense, an unknown check or name, several bounds, a norm without checks, a setting of the wrong
-            kind or out of range, data that does not fit.
+            kind or out of range, data that does not fit, or with `out` Jinja2 or matplotlib is missing.
         PluginError: the defense broke the contract so that nothing can be measured, or calls a network that is none of
             its sub-modules.
     """
     started = time.monotonic()
+    if out is not None:
+        load_template("audit.html", "the audit's")  # a missing package is told before any work
     check_defense(defense)
     claim = _only(as_threats(threat))
     names = [name.strip() for name in checks.split(",")] if isinstance(checks, str) else checks
@@ -109,7 +113,7 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
         findings = tuple(_judge(check, evidence) for check in chosen)
     finally:
         defense.to("cpu")
-    return Audit(
+    found = Audit(
         defense.name,
         dataset.name,
         str(claim),
@@ -122,6 +126,11 @@ def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` take
         _examples(evidence),
         nothing.notes if (nothing := evidence.run("nothing")) else (),
     )
+    if evidence.folder is not None:
+        from robench.report.audit import write_audit
+
+        write_audit(found, evidence.folder)
+    return found
 
 
 def _find(name: str) -> Check:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from robench.check_names import Overall, Verdict, overall
 from robench.types import Images
+
+TOLD: Final = ("clean", "fgsm", "pgd", "square", "transfer")
+"""The runs whose accuracies an audit tells where it is printed: those at the bound of the claim."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,20 @@ class Audit:
     facts: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, Images] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        told = [(name, self.accuracies[name]) for name in TOLD if name in self.accuracies]
+        parts = [
+            f"audit of {self.defense} on {self.dataset or 'images of the caller'}, {self.n} images, {self.threat}",
+            f"verdict {self.verdict}",
+            *([f"failed: {', '.join(self.failed)}"] if self.failed else []),
+            *(f"{name} {value:.1f} % [{low:.1f}, {high:.1f}]" for name, (value, low, high) in told),
+            *self.notes,
+        ]
+        return "; ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"<Audit: {self}>"
 
     @property
     def verdict(self) -> Overall:

@@ -172,13 +172,11 @@ def do_audit(request: AuditWork, hear: Hear | None) -> str:
         RobenchError: see `robench.audit`.
     """
     from robench.audit import audit
-    from robench.report.audit import write_audit
 
     folder = Path(request.folder)
     defense = _heard(load_defense(request.defense, request.dataset), hear)
     threat = ThreatModel(request.norm, request.eps)
     found = audit(defense, threat, request.dataset, out=folder, defense_spec=request.defense, **dict(request.settings))
-    write_audit(found, folder)
     return found.verdict
 
 
