@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -19,6 +20,8 @@ from robench.types import Images, Labels, Logits, PerExample
 if TYPE_CHECKING:
     from robench.origin import Origin
     from robench.train.recipe import Recipe
+
+LOG = logging.getLogger("robench")
 
 
 class Defense(nn.Module):
@@ -49,11 +52,9 @@ class Defense(nn.Module):
             An audit is then made with less effort, says so, and carries a row of robench's own defenses only.
         detection_scores: the kinds of `detection_score` that it offers, best first; () if it detects nothing.
         origin: how `load_defense` made it; None if another did.
-        told_constant: True once it was told that it is declared randomized and yet always answers the same.
-        told_unseeded: True once it was told that it draws from what the engine does not seed.
+        told: what warnings were given of it, each of which is given once; see `tell_once`.
         shares_draws: whether the images of a pass share a draw, as `robench.draws` noted; None: not asked yet.
         passing: paths of plain tensors that passes leave behind, so that they are no weights; see `robench.plain`.
-        told_guess: digest of the data on which it was told that guessing would do as well; empty if it was not.
     """
 
     name: str = ""
@@ -70,11 +71,9 @@ class Defense(nn.Module):
     first_look: Mapping[str, int] = {}
     detection_scores: tuple[str, ...] = ()
     origin: Origin | None = None
-    told_constant: bool = False
-    told_unseeded: bool = False
+    told: frozenset[str] = frozenset()
     shares_draws: bool | None = None
     passing: frozenset[str] = frozenset()
-    told_guess: str = ""
 
     def forward(self, x: Images) -> Logits:
         """Classifies images in [0, 1]: what a user of the classifier calls and what the judge measures."""
@@ -203,6 +202,12 @@ class Defense(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         return self
+
+    def tell_once(self, what: str, message: str, *values: object) -> None:
+        """Logs a warning of this defense, unless one of the same `what` was given before."""
+        if what not in self.told:
+            self.told |= {what}
+            LOG.warning(message, *values)
 
     def check_traits(self) -> None:
         """Checks what can be checked without a forward pass.

@@ -108,9 +108,8 @@ def evaluate(
 def _warn_of_guesses(defense: Defense, result: Evaluation) -> None:
     """Warns, once for each data, of a clean accuracy that guessing would reach; the runs of an audit are many."""
     told = tell_guess(result.answers(CLEAN))
-    if told and defense.told_guess != result.spec.data_digest:
-        defense.told_guess = result.spec.data_digest
-        LOG.warning("%s: %s", defense.name, told)
+    if told:
+        defense.tell_once(f"guess {result.spec.data_digest}", "%s: %s", defense.name, told)
 
 
 def prepare(

@@ -16,16 +16,7 @@ from robench.errors import UsageError
 if TYPE_CHECKING:
     from robench.defense import Defense
 
-UNTOLD: Final = (
-    "training",
-    "origin",
-    "batch_rows",
-    "told_constant",
-    "told_unseeded",
-    "told_guess",
-    "shares_draws",
-    "passing",
-)
+UNTOLD: Final = ("training", "origin", "batch_rows", "told", "shares_draws", "passing")
 """Attributes that say nothing of how a defense answers."""
 
 

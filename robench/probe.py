@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Final
 
 import torch
@@ -17,7 +16,6 @@ from robench.rng import seeded
 from robench.types import Images, Logits
 from robench.unit import UnitWork
 
-LOG = logging.getLogger("robench")
 CALLS: Final = 10
 """Answers on the same images, to tell a randomized defense from a deterministic one."""
 BATCH_TOLERANCE: Final = 1e-3
@@ -63,9 +61,9 @@ def _check_seeded(work: UnitWork, few: Images, logits: Logits) -> None:
     defense, spec = work.defense, work.spec
     with seeded(spec.seed, "check", device=spec.device):
         again = checked_logits(defense, few)
-    if not defense.told_unseeded and float((again - logits).abs().max()) > SAME * float(logits.abs().max()):
-        defense.told_unseeded = True
-        LOG.warning(
+    if float((again - logits).abs().max()) > SAME * float(logits.abs().max()):
+        defense.tell_once(
+            "unseeded",
             '"%s" draws from more than the global generators of torch, numpy and Python, which robench seeds: no run '
             "of it repeats bit for bit, and the audit's check contract fails. Draw from torch's",
             defense.name,
@@ -74,9 +72,11 @@ def _check_seeded(work: UnitWork, few: Images, logits: Logits) -> None:
 
 def _check_varies(defense: Defense, few: Images, logits: Logits) -> None:
     """Warns, once, of a randomized defense whose answers are all the same; asks until one differs."""
-    if not defense.told_constant and all(torch.equal(defense(few.clone()), logits) for _ in range(CALLS - 1)):
-        defense.told_constant = True
-        LOG.warning(
+    if "constant" in defense.told:
+        return
+    if all(torch.equal(defense(few.clone()), logits) for _ in range(CALLS - 1)):
+        defense.tell_once(
+            "constant",
             '"%s" is declared randomized, but %d calls agree; nn.Dropout is off in eval mode: '
             "use functional.dropout(..., training=True)",
             defense.name,
@@ -89,9 +89,9 @@ def _note_draws(defense: Defense, few: Images) -> None:
 
     With one draw for all, EOT had left 59 % under PGD of a random resize that draws of their own leave 39 % of.
     """
-    told = defense.shares_draws
-    if note_draws(defense, few) and not told:
-        LOG.warning(
+    if note_draws(defense, few):
+        defense.tell_once(
+            "shared",
             '"%s" draws once for all images of a pass, so robench asks each draw on its own, in more and smaller '
             "passes: one for each draw of EOT, and in the judge one for each image",
             defense.name,
