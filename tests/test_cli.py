@@ -355,7 +355,7 @@ def test_interrupt_gives_status_130_and_a_command_that_resumes(
         (["--n", IMAGES + 1], [f"1 to {IMAGES}", f"it is {IMAGES + 1}"]),
         (["--n", 0], ["n must be at least 1; got 0"]),
         (["--n", -3], ["n must be at least 1; got -3"]),
-        (["--n", "some"], ["'--n'", "integer"]),
+        (["--n", "some"], ["--n takes a whole number; got some."]),
         (["--unit-size", 0], ["unit_size must be at least 1; got 0"]),
         (["--eot", 0], ["eot must be at least 1; got 0"]),
         (["--judge-repeats", 0], ["judge_repeats must be at least 1; got 0"]),

@@ -275,5 +275,7 @@ def test_a_forward_that_raises_is_one_line_that_says_where() -> None:
 
 def test_an_input_shape_may_be_a_list_where_a_module_is_wrapped() -> None:
     assert wrap(nn.Flatten(), num_classes=3, input_shape=[1, 1, 3]).input_shape == (1, 1, 3)
-    with pytest.raises(PluginError, match=r"a tuple \(channels, height, width\) of whole numbers; it is \(1, 28\)"):
-        wrap(nn.Flatten(), num_classes=3, input_shape=[1, 28])
+    listed = Linear()
+    listed.input_shape = [2, 3, 3]  # type: ignore[assignment]
+    with pytest.raises(PluginError, match=r"a tuple \(channels, height, width\) of whole numbers; it is \[2, 3, 3\]"):
+        listed.check_traits()

@@ -152,7 +152,7 @@ def test_a_row_that_nobody_can_check_is_told(call: Any) -> None:
     status, _, err = call("leaderboard", "add", "run")
     assert status == 0
     assert "run names no defense, so that nobody can check its row" in err[0]
-    assert "use --defense file.py:Class" in err[0]
+    assert "use --defense file.py:NAME" in err[0]
     evaluate(load_defense("plug.py:Sigma"), "fgsm", LINF, "fashion_mnist", n=8, device="cpu", out="named")
     assert call("leaderboard", "add", "named")[::2] == (0, [])
 
