@@ -380,7 +380,7 @@ PLUGIN = """
             if self.how == "torch":
                 torch.nn.functional.linear(x, torch.ones(7, 5))
             if self.how == "module":
-                torch.nn.Linear(5, 7)(x)
+                torch.nn.Unflatten(1, (5, 7))(x)
             if self.how == "exit":
                 raise SystemExit(0)
             if self.how == "memory":
@@ -429,7 +429,7 @@ def test_whatever_a_forward_raises_is_one_line(how: str, plugin: str) -> None:
 
 @pytest.mark.parametrize("how", RAISED)
 def test_what_it_raises_later_is_one_line_too(how: str, plugin: str) -> None:
-    defense = load_defense(f"{plugin}:Raising", how=how, after=13)  # eleven at the start, two in unit 0
+    defense = load_defense(f"{plugin}:Raising", how=how, after=14)  # twelve at the start, two in unit 0
     message = RAISED[how].replace("raised ", "") if how != "exit" else r"a plugin called exit\(0\)"
     with pytest.raises(PluginError, match=f"^unit 1: {message}") as caught:
         evaluate(defense, Still(), LINF, grid_images(8), device="cpu", unit_size=4, judge_repeats=1)

@@ -209,7 +209,7 @@ class FromNumpy(Linear):
         self._draw = np.random.default_rng().standard_normal if own else np.random.standard_normal
 
     def forward(self, x: Images) -> Logits:
-        return super().forward(x + torch.from_numpy(self._draw(tuple(x.shape))).float())
+        return super().forward(x + 0.1 * torch.from_numpy(self._draw(tuple(x.shape))).float())
 
 
 def test_a_run_repeats_with_numpy_s_draws_and_says_so_where_it_does_not(caplog: pytest.LogCaptureFixture) -> None:
