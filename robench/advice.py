@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from robench.registry import is_of_a_plugin, names, resolve
+from robench.protocol import get_protocol
+from robench.registry import is_of_a_plugin
 from robench.types import Images
 
 
@@ -37,20 +38,12 @@ def advise_without_gradient(reasons: Iterable[str], norm: str) -> str:
     detach = "call numpy() on Tensor that requires grad" in told
     if not detach and "gives no gradient" not in told:
         return ""
-    free = [name for name in names("attack") if _needs_no_gradient(name, norm)]
     begin = "call x.detach().numpy() in its forward, which lets no gradient pass. " if detach else ""
+    way = "--protocol blackbox" if norm in get_protocol("blackbox").attacks else "--attack noise"
     return (
-        f"{begin}Attacks that need no gradient: --attack {','.join(free)}. For the others, and a protocol, give "
-        "adaptive_forward a differentiable stand-in: robench.bpda, see docs/attacks.md"
+        f"{begin}{way} asks for no gradient. For other attacks and protocols, give adaptive_forward a differentiable "
+        "stand-in: robench.bpda, see docs/attacks.md"
     )
-
-
-def _needs_no_gradient(name: str, norm: str) -> bool:
-    try:
-        attack = resolve("attack", name)
-    except Exception:  # noqa: BLE001 - a broken plugin is told where it is asked for
-        return False
-    return getattr(attack, "access", "") in ("scores", "decisions") and norm in getattr(attack, "norms", ())
 
 
 def tell_reason(trace: str) -> str:

@@ -253,9 +253,9 @@ def test_where_no_gradient_passes_the_attacks_that_need_none_are_named(caplog: p
     result = evaluate(Numpy(), "fgsm", LINF, grid_images(4))
     assert re.match(r"RuntimeError at test_evaluate_inputs.py:\d+: Can't call numpy", result.reasons["fgsm"])
     assert "call x.detach().numpy() in its forward" in caplog.messages[-1]
-    assert "Attacks that need no gradient: --attack hopskipjump,noise,square. For the others" in caplog.messages[-1]
+    assert "--protocol blackbox asks for no gradient. For other attacks" in caplog.messages[-1]
     evaluate(NoGradient(), "fgsm", LINF, grid_images(4))
-    assert caplog.messages[-1].startswith("no_gradient: Attacks that need no gradient: ")
+    assert caplog.messages[-1].startswith("no_gradient: --protocol blackbox asks")
 
 
 class Falls(Linear):
