@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from robench.advice import advise_without_gradient
 from robench.command_audit import check_auditable
 from robench.data import load_dataset
 from robench.data_names import KNOWN
@@ -69,7 +70,8 @@ class RunRequest:
         name = spec.protocol.rpartition("-")[0]
         if spec.n >= n and name in ("standard", "thorough", "blackbox"):
             return ""
-        full = "blackbox" if name == "blackbox" else "standard"
+        blind = name == "blackbox" or advise_without_gradient(result.reasons.values(), spec.norm)
+        full = "blackbox" if blind else "standard"
         words = ["robench", "run", "--defense", spec.defense, "--protocol", full, "--dataset", spec.dataset]
         words += ["--norm", spec.norm, "--eps", eps_text(spec), "--n", str(n), "--seed", str(spec.seed)]
         if "weights" in spec.defense_options:

@@ -64,8 +64,9 @@ def _check_seeded(work: UnitWork, few: Images, logits: Logits) -> None:
     if float((again - logits).abs().max()) > SAME * float(logits.abs().max()):
         defense.tell_once(
             "unseeded",
-            '"%s" draws from more than the global generators of torch, numpy and Python, which robench seeds: no run '
-            "of it repeats bit for bit, and the audit's check contract fails. Draw from torch's",
+            '"%s" draws from more than the global generators of torch, numpy and Python, which robench seeds: its runs '
+            "need not repeat, and its answers to the judge and to verify need not be fresh; the audit's check contract "
+            "fails. Draw from torch's",
             defense.name,
         )
 

@@ -621,6 +621,15 @@ def test_page_escapes_what_comes_from_outside(data: Dataset) -> None:
     assert "&lt;script&gt;" in page
 
 
+def test_masked_is_explained_by_what_failed(data: Dataset) -> None:
+    """A defense with a memory is no matter of gradients."""
+    found = look(Memory(), data, "contract", "zero_gradients")
+    assert found.failed == ["contract"]
+    assert tell_verdict(found).startswith("masked. The defense breaks the contract")
+    found = look(PLANTED["rounding"].make(Prototypes(), data.x, THREAT.eps), data, "zero_gradients")
+    assert tell_verdict(found).startswith("masked. The usual attacks report too much")
+
+
 def test_an_audit_of_shifted_labels_has_a_note(data: Dataset) -> None:
     found = audit(Prototypes(), THREAT, (data.x[:32], (data.y[:32] + 1) % 10), checks="zero_gradients")
     (note,) = found.to_json()["notes"]

@@ -346,6 +346,10 @@ def test_option_out_of_range_is_one_line(options: dict[str, Any]) -> None:
 def test_wrong_recipe_and_data_are_one_line() -> None:
     with pytest.raises(UsageError, match=r'^jem has the recipes informative, uniform, classifier; got "madry"$'):
         JEM().recipe("madry")
+    with pytest.raises(UsageError, match=r'got "unifrom"; did you mean "uniform"\?$'):
+        JEM().recipe("unifrom")
+    with pytest.raises(UsageError, match=r'^jem: the recipe "uniform" takes no options; got "uniform\(steps=2\)"$'):
+        JEM().recipe("uniform(steps=2)")
     with pytest.raises(UsageError, match=r"^jem takes 28x28 or 32x32 images of 10 classes; .*64, 64.*$"):
         JEM.options_for((3, 64, 64), 10)
     assert JEM.options_for((3, 32, 32), 10) == {"channels": 3, "side": 32}

@@ -51,6 +51,12 @@ class Sigma(Defense):
         strips = torch.nn.functional.adaptive_avg_pool2d(x, (10, 1)).flatten(1)
         return (strips + torch.nn.functional.one_hot(torch.tensor(0), 10)) / self.sigma
 
+class Opaque(Sigma):
+    """Gives no gradient."""
+
+    def forward(self, x):
+        return super().forward(x.detach())
+
 class Other(Sigma):
     """The same name and weights from other code."""
 
@@ -304,6 +310,14 @@ def test_the_full_protocol_is_not_proposed_where_it_was_run(call: Any, tmp_path:
         assert status == 0
         assert ("first look" in out) is proposed
         assert ("--n 10" in out) is proposed
+
+
+def test_where_no_gradient_passed_the_protocol_without_gradients_is_proposed(call: Any) -> None:
+    status, out, _ = call("run", "--defense", "plug.py:Opaque", "--attack", "fgsm", "--n", 40, "--device", "cpu")
+    assert status == 1
+    assert "--protocol blackbox" in out
+    assert "next: mend what failed" in out
+    assert "leaderboard add" not in out
 
 
 def test_the_command_of_a_row_makes_the_same_run_again(call: Any) -> None:

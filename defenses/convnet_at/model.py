@@ -63,9 +63,8 @@ class ConvNetAT(ConvNet):
 
     def recipe(self, name: str | None = None) -> Recipe:
         """`madry` (the default): seven steps; `fast`: one, from a random start; `pgd2`: two; `trades`: its own loss."""
+        from robench.train.recipe import check_recipe
+
         from .train import VARIANTS, AdversarialRecipe
 
-        name = name or "madry"
-        if name not in VARIANTS:
-            raise UsageError(f'convnet_at has the recipes {", ".join(VARIANTS)}; got "{name}"')
-        return AdversarialRecipe(self, name)
+        return AdversarialRecipe(self, check_recipe("convnet_at", VARIANTS, name or "madry"))

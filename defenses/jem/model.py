@@ -154,12 +154,11 @@ class JEM(Defense):
 
     def recipe(self, name: str | None = None) -> Recipe:
         """`informative` (the default) and `uniform`: where chains start; `classifier`: the net without its density."""
+        from robench.train.recipe import check_recipe
+
         from .train import RECIPES, JEMRecipe
 
-        name = name or RECIPES[0]
-        if name not in RECIPES:
-            raise UsageError(f'jem has the recipes {", ".join(RECIPES)}; got "{name}"')
-        return JEMRecipe(self, name)
+        return JEMRecipe(self, check_recipe("jem", RECIPES, name or RECIPES[0]))
 
     def forward(self, x: Images) -> Logits:
         """Refines `n_chains` copies of each image and averages their logits; the refinement keeps no graph."""

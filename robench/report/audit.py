@@ -28,9 +28,14 @@ MEANING: Final = {
     "pass": "No check found a sign of gradient masking. That does not prove that there is none.",
     "suspect": "Some checks found signs that may be noise or have a harmless cause. Look at them before you trust the "
     "robustness figure.",
-    "masked": "The gradients of this defense mislead the usual attacks: a robustness figure that rests on them cannot "
-    "be believed.",
+    "masked": "The usual attacks report too much of this defense: a robustness figure that rests on them cannot be "
+    "believed.",
 }
+ALONE: Final = {
+    "contract": "The defense breaks the contract, so that figures of it say little.",
+    "retries": "An answer is that of the draw rather than of the image: an attacker who asks again needs no gradient.",
+}
+"""What `masked` means where that check alone failed."""
 
 
 def print_audit(audit: Audit, folder: Path | None) -> None:
@@ -52,11 +57,17 @@ def print_audit(audit: Audit, folder: Path | None) -> None:
         console.print(f"report: {folder / report_stem(audit)}.html   (and .json)")
 
 
+def explain_verdict(audit: Audit) -> str:
+    """What the verdict means, by what failed."""
+    alone = ALONE.get(audit.failed[0]) if len(audit.failed) == 1 else None
+    return alone or MEANING[audit.verdict]
+
+
 def tell_verdict(audit: Audit) -> str:
     """The verdict, what it means, and whether there were too few images to rely on it."""
     few = f" {audit.n} images show little; take at least {FEWEST_AUDITED}." if audit.n < FEWEST_AUDITED else ""
     notes = "".join(f" But {note}" for note in audit.notes)
-    return f"{audit.verdict}. {MEANING[audit.verdict]}{few}{notes}"
+    return f"{audit.verdict}. {explain_verdict(audit)}{few}{notes}"
 
 
 def write_audit(audit: Audit, folder: Path) -> None:
@@ -98,7 +109,7 @@ def render_audit(audit: Audit) -> str:
     return page.render(
         audit=audit,
         accuracies={name: [in_percent(one / 100) for one in found] for name, found in audit.accuracies.items()},
-        meaning=MEANING[audit.verdict],
+        meaning=explain_verdict(audit),
         plots=plots,
         grid=grid,
         effort=read_effort(audit.facts),

@@ -45,6 +45,9 @@ def print_run(result: Evaluation, request: RunRequest, audits: Mapping[Path, Aud
             f"This is a first look: few images, steps and draws. The full protocol, which wants a GPU:\n  {full}"
         )
     console.print(f"run folder: {result.folder}")
+    if not result.complete:
+        console.print(f"next: mend what failed; tracebacks are in {result.folder}/failures. A row of this has no rank")
+        return
     words = shlex.join([str(result.folder), *data_words(request.data_dir)])
     console.print(f"next: robench leaderboard add {words}   (or: robench verify {words})")
 

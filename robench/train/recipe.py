@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,25 @@ from torch import Tensor, nn
 
 from robench.errors import UsageError
 from robench.precision import mixes_precision
-from robench.registry import parse_spec
+from robench.registry import find_near, parse_spec
 from robench.types import Images, Labels
 
 OptimizerFactory = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+
+
+def check_recipe(defense: str, known: Collection[str], name: str) -> str:
+    """The name of a recipe, of a defense that has several without options.
+
+    Raises:
+        UsageError: it has none of that name, or options stand behind it.
+    """
+    if name in known:
+        return name
+    bare, bracket, _ = name.partition("(")
+    if bracket and bare in known:
+        raise UsageError(f'{defense}: the recipe "{bare}" takes no options; got "{name}"')
+    near = find_near(bare, known).strip()
+    raise UsageError(f'{defense} has the recipes {", ".join(known)}; got "{name}"{near and f"; {near}"}')
 
 
 def parse_recipe(defense: str, name: str, spec: str, known: Mapping[str, type]) -> dict[str, Any]:
