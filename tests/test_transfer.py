@@ -14,6 +14,7 @@ from robench.attacks import transfer
 from robench.attacks.pgd import PGD
 from robench.attacks.transfer import Transfer
 from robench.defense import Defense, wrap
+from robench.draws import COPIES
 from robench.errors import UsageError
 from robench.losses import margin
 from robench.registry import load_defense
@@ -77,7 +78,7 @@ def test_a_randomized_surrogate_is_averaged_over_its_own_draws() -> None:
     _, x, y = linear_case("linf")
     Counted.seen = 0
     run(Transfer(source="surrogate_toys:Counted", attack="fgsm", eot=7), x, y, ThreatModel("linf", 0.1))
-    assert Counted.seen == 7 * len(x)
+    assert Counted.seen == 7 * len(x) + COPIES  # which tell that each image has a draw of its own
 
 
 def test_the_surrogate_has_the_weights_of_the_dataset_and_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
