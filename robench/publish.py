@@ -173,7 +173,9 @@ def read_audit(folder: Path) -> dict[str, Any]:
     """
     path = folder / AUDIT
     if not path.is_file():
-        hint = explain_folder(folder, SPEC_FILE)
+        partial = folder / "audit-partial.json"
+        hint = f"; {partial.name} is of some checks, and a row needs all" if partial.is_file() else ""
+        hint = hint or explain_folder(folder, SPEC_FILE)
         raise UsageError(
             f"{folder} is not a run folder, nor one of an audit: it has no {SPEC_FILE} and no {AUDIT}{hint}"
         )

@@ -212,10 +212,7 @@ def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], No
     Raises:
         UsageError: unknown defense, no tables, or none of the names asked for.
     """
-    cells = _on_dataset(load_tables(request.name), request.dataset)
-    cells = _choose(cells, request.tables, "table")
-    cells = _choose(cells, request.rows, "row")
-    runs = _Runs(request)
+    cells, runs = _asked_for(request), _Runs(request)
     for number, cell in enumerate(cells, start=1):
         if announce is not None:
             announce(number, len(cells), cell)
@@ -223,6 +220,16 @@ def reproduce(request: ReproduceRequest, announce: Callable[[int, int, Cell], No
             yield _measure(cell, runs)
         except (UsageError, DataError) as error:
             yield Outcome(cell, None, problem=str(error))
+
+
+def _asked_for(request: ReproduceRequest) -> list[Cell]:
+    """The cells of a request, in their order.
+
+    Raises:
+        UsageError: as `reproduce`.
+    """
+    cells = _on_dataset(load_tables(request.name), request.dataset)
+    return _choose(_choose(cells, request.tables, "table"), request.rows, "row")
 
 
 def reproduce_all(
@@ -239,6 +246,7 @@ def reproduce_all(
         UsageError: as `reproduce`, or the folder cannot be made.
         Interrupted: the message says how to go on.
     """
+    _asked_for(request)  # before a folder is made for nothing
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

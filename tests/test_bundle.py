@@ -146,6 +146,9 @@ def test_an_audit_that_does_not_fit_is_refused(
 def test_what_is_neither_run_nor_audit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a run folder, nor one of an audit"):
         publish([tmp_path], tmp_path / "boards")
+    (tmp_path / "audit-partial.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"audit-partial.json is of some checks, and a row needs all$"):
+        publish([tmp_path], tmp_path / "boards")
     (tmp_path / "audit.json").write_text("{")
     with pytest.raises(DataError, match="Run the audit again"):
         publish([tmp_path], tmp_path / "boards")

@@ -483,6 +483,7 @@ def test_what_cannot_be_meant_is_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+    assert not (tmp_path / "runs").exists()
 
 
 def trained(n: int, **more: Any) -> Cell:
