@@ -18,7 +18,8 @@ class Attacked(Prototypes):
     """Misbehaves when it is asked for a gradient."""
 
     def adaptive_forward(self, x: Images, mode: str | None = None) -> Logits:
-        self.misbehave()
+        if torch.is_grad_enabled():
+            self.misbehave()
         return super().adaptive_forward(x, mode)
 
     def misbehave(self) -> None:
