@@ -101,7 +101,7 @@ def evaluate(
     for key, reason in result.reasons.items():
         LOG.warning("%s: attack %s failed, so the robust accuracy is not known: %s", defense.name, key, reason)
     if advice := advise_without_gradient(result.reasons.values(), work.spec.norm):
-        LOG.warning("%s: %s", defense.name, advice)
+        defense.tell_once(advice, "%s: %s", defense.name, advice)
     return result
 
 
