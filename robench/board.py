@@ -22,7 +22,7 @@ from robench.leaderboard import Row, find_changed, is_complete, is_masked, read_
 from robench.plan import RunSpec
 from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
-from robench.registry import builtin_names, parse_spec
+from robench.registry import is_shipped
 from robench.settings import Settings
 from robench.threat import exact_eps
 from robench.unit_table import WORST
@@ -125,7 +125,7 @@ class Entry:
         if self.bundle is None:
             return ""
         name = self.bundle.spec.defense
-        foreign = bool(name) and parse_spec(name)[0] not in builtin_names("defense")
+        foreign = bool(name) and not is_shipped(name)
         words = ["robench", "verify", f"{self.place}/{EVIDENCE}/{self.bundle.digest}"]
         return shlex.join([*words, *(["--trust"] if foreign else [])])
 

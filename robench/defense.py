@@ -305,7 +305,7 @@ def state_digest(module: nn.Module) -> str:
 
 def bears_digest(defense: nn.Module, digest: str) -> bool:
     """Whether a run's digest is that of a defense; earlier runs had that of the state_dict alone."""
-    return digest in (weights_digest(defense), state_digest(defense))
+    return digest == weights_digest(defense) or digest == state_digest(defense)
 
 
 def has_tensors(defense: nn.Module) -> bool:

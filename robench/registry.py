@@ -45,6 +45,11 @@ def builtin_names(kind: Kind) -> list[str]:
     return sorted(found)
 
 
+def is_shipped(spec: str) -> bool:
+    """Whether the defense that the command line finds by `spec`, options and all, comes with robench; "" is none."""
+    return bool(spec) and parse_spec(spec)[0] in builtin_names("defense")
+
+
 def plugin_entry_points(kind: Kind) -> dict[str, EntryPoint]:
     """Entry points of other packages in the group `robench.defenses` or `robench.attacks`, by name."""
     return {point.name: point for point in entry_points(group=f"robench.{kind}s")}

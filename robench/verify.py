@@ -24,7 +24,7 @@ from robench.plain import plain_tensors
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS, find_protocol
 from robench.publish import EVIDENCE, all_rows, find_misplaced
-from robench.registry import builtin_names, load_defense, parse_spec
+from robench.registry import is_shipped, load_defense
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.settings import Settings
@@ -184,7 +184,7 @@ def verify_evidence(
         own = board_name(bundle.spec.dataset, bundle.spec.norm, bundle.eps)
         report.check("the row is on the board of its threat model", board == own, own)
     name = bundle.spec.defense
-    if not trust and name and parse_spec(name)[0] not in builtin_names("defense"):
+    if not trust and name and not is_shipped(name):
         raise UsageError(
             f'{folder} cannot be checked: defense "{name}" is not one of robench\'s. --trust runs its code'
         )

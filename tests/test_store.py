@@ -307,19 +307,19 @@ def test_resume_of_another_spec_is_refused(given: dict[str, Any], difference: st
         run(folder, resume=True, **given)
 
 
-def test_resume_with_other_weights_is_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="weights_digest"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gain": 1.0}, "weights_digest"),
+        ({"sigma": 1.0}, "begun with other code of the defense: its options changed since"),  # it is no weight
+    ],
+)
+def test_resume_of_an_object_with_other_weights_or_options_is_refused(
+    given: dict[str, float], message: str, folder: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
         evaluate(
-            Noisy(gain=1.0), "fgsm,pgd(steps=2)", LINF, grid_images(8), unit_size=3, judge_repeats=2, eot=1,
-            out=folder, resume=True,
-        )  # fmt: skip
-
-
-def test_resume_of_an_object_with_other_options_is_refused(folder: Path) -> None:
-    """The standard deviation of its noise is no weight."""
-    with pytest.raises(UsageError, match="begun with other code of the defense: its options changed since"):
-        evaluate(
-            Noisy(sigma=1.0), "fgsm,pgd(steps=2)", LINF, grid_images(8), unit_size=3, judge_repeats=2, eot=1,
+            Noisy(**given), "fgsm,pgd(steps=2)", LINF, grid_images(8), unit_size=3, judge_repeats=2, eot=1,
             out=folder, resume=True,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from robench.registry import builtin_names, parse_spec
+from robench.registry import is_shipped
 from robench.settings import RANDOMIZED_EOT
 
 
@@ -88,5 +88,4 @@ def may_have_effort(defense: str, effort: Effort | None) -> bool:
         defense: how the command line finds it; "" if it was handed over by a caller.
         effort: of the audit; None where it is not told.
     """
-    shipped = bool(defense) and parse_spec(defense)[0] in builtin_names("defense")
-    return shipped or (effort is not None and not effort.reduced)
+    return is_shipped(defense) or (effort is not None and not effort.reduced)

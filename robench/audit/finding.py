@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from robench.check_names import Overall, Verdict, overall
+from robench.shares import in_percent
 from robench.types import Images
 
 TOLD: Final = ("clean", "fgsm", "pgd", "square", "transfer")
@@ -123,8 +124,13 @@ class Audit:
     examples: Mapping[str, Images] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
+    @property
+    def shown(self) -> dict[str, list[float]]:
+        """The accuracies as every display rounds them; see `robench.shares`."""
+        return {name: [in_percent(one / 100) for one in found] for name, found in self.accuracies.items()}
+
     def __str__(self) -> str:
-        told = [(name, self.accuracies[name]) for name in TOLD if name in self.accuracies]
+        told = [(name, self.shown[name]) for name in TOLD if name in self.accuracies]
         parts = [
             f"audit of {self.defense} on {self.dataset or 'images of the caller'}, {self.n} images, {self.threat}",
             f"verdict {self.verdict}",

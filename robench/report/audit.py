@@ -19,7 +19,6 @@ from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.report.exhibit import draw_rows
 from robench.report.page import load_template
-from robench.shares import in_percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +107,7 @@ def render_audit(audit: Audit) -> str:
     grid = _encode(draw_rows(audit.examples, "", Figure), "png") if audit.examples else ""
     return page.render(
         audit=audit,
-        accuracies={name: [in_percent(one / 100) for one in found] for name, found in audit.accuracies.items()},
+        accuracies=audit.shown,
         meaning=explain_verdict(audit),
         plots=plots,
         grid=grid,

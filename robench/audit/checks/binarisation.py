@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from robench.audit.checks.base import Check, Outcome, graded_share, not_run
 from robench.audit.evidence import Evidence
+from robench.batches import pass_in_batches
 from robench.defense import Defense
-from robench.draws import shares_draws
 from robench.errors import PluginError
 from robench.registry import load_attack
 from robench.rng import seeded
@@ -119,8 +119,8 @@ def _fit(features: Features, x: Images, evidence: Evidence) -> Readout | None:
     signs = torch.randn_like(x)
     outer = threat.project(x, x + threat.eps * threat.steepest(signs))
     with torch.no_grad():
-        size = 1 if shares_draws(features.defense, inner) else features.defense.batch_rows or 512
-        points = torch.cat([features(rows, adaptive=False) for rows in inner.split(size)]).double()
+        parts = pass_in_batches(features.defense, lambda rows: features(rows, adaptive=False), inner, together=1)
+        points = torch.cat(parts).double()
         boundary = features(outer, adaptive=False).double()[0]
     centre = points.mean(0)
     spread = points - centre
@@ -141,7 +141,7 @@ def _fit(features: Features, x: Images, evidence: Evidence) -> Readout | None:
 
 def _answers(readout: Readout, x: Images) -> Tensor:
     """The side of each image, on a draw of its own."""
-    return torch.cat([readout(rows).argmax(1) for rows in x.split(1 if shares_draws(readout, x) else len(x))])
+    return torch.cat(pass_in_batches(readout, lambda rows: readout(rows).argmax(1), x, together=1))
 
 
 def _random_search(readout: Readout, x: Images, evidence: Evidence) -> bool:
