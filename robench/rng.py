@@ -66,7 +66,8 @@ def foreign_generators() -> Iterator[None]:
     For attacks of other packages, which draw from all three: what they draw depends on what torch's was seeded with
     and how far it has moved, and torch's own does not move.
     """
-    state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    state = hashlib.sha256(b"".join(part.numpy().tobytes() for part in states)).hexdigest()
     with _others_kept():
         np.random.set_state(np.random.RandomState(seed_for("numpy", state) >> 31).get_state())
         random.setstate(random.Random(seed_for("python", state)).getstate())

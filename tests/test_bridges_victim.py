@@ -206,11 +206,22 @@ def test_bits_follow_the_seed(name: str, norm: str, eps: float) -> None:
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_foreign_generators_follow_torch_and_are_restored() -> None:
-    def draw() -> tuple[float, float]:
-        with foreign_generators():
-            return float(np.random.rand()), random.random()  # noqa: NPY002 - what foreign code does
+def draw() -> tuple[float, float]:
+    with foreign_generators():
+        return float(np.random.rand()), random.random()  # noqa: NPY002 - what foreign code does
 
+
+def test_foreign_generators_follow_the_gpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There an attack draws from the GPU's generator, and the CPU's stays where it is."""
+    states = [torch.tensor([1], dtype=torch.uint8)]
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_rng_state_all", lambda: states)
+    first, again = draw(), draw()
+    states[0] = torch.tensor([2], dtype=torch.uint8)
+    assert first == again != draw()
+
+
+def test_foreign_generators_follow_torch_and_are_restored() -> None:
     before = str(np.random.get_state()), random.getstate()  # noqa: NPY002 - only read
     with seeded("one"):
         state = torch.get_rng_state()
