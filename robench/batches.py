@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 BATCH_ROWS: Final = 512
 """Rows of one pass where the defense names no limit of its own."""
+GPU_BATCH_ROWS: Final = 2048
+"""The same on a GPU, which smaller passes leave idle."""
 
 
 def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, together: int | None = None) -> list[T]:
@@ -41,7 +43,7 @@ def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, 
     together = rows if together is None else together
     apart = rows > together and shares_draws(defense, tensors[0])
     while start < rows:
-        size = min(defense.batch_rows or BATCH_ROWS, rows)
+        size = min(defense.batch_rows or usual_rows(tensors[0].device), rows)
         size = min(size, together - start % together) if apart else size
         try:
             done.append(call(*(tensor[start : start + size] for tensor in tensors)))
@@ -56,6 +58,11 @@ def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, 
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
     return done
+
+
+def usual_rows(device: torch.device | str) -> int:
+    """Rows of one pass on a device where the defense names no limit."""
+    return GPU_BATCH_ROWS if torch.device(device).type == "cuda" else BATCH_ROWS
 
 
 def pass_once(defense: Defense, call: Callable[[Tensor], Any], x: Tensor, *, forward: str = "forward") -> Any:
@@ -97,15 +104,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def own_batches(defense: Defense) -> Iterator[list[str]]:
+def own_batches(defense: Defense, device: torch.device | str = "cpu") -> Iterator[list[str]]:
     """Gives a defense its own batch size back at the end of the block; the list then says if memory had run out.
 
     A unit of work runs inside, so that what it computes does not depend on the units before it.
+
+    Args:
+        defense: on the device.
+        device: where it runs.
     """
     before, notes = defense.batch_rows, list[str]()
     try:
         yield notes
     finally:
         if defense.batch_rows != before:
-            notes.append(f"out of memory: batches of {defense.batch_rows} images instead of {before or BATCH_ROWS}")
+            usual = before or usual_rows(device)
+            notes.append(f"out of memory: batches of {defense.batch_rows} images instead of {usual}")
             defense.batch_rows = before

@@ -15,7 +15,7 @@ from torch.nn import functional
 from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
 from robench.errors import PluginError
-from robench.precision import full_float32
+from robench.precision import full_float32, repeatable
 from robench.progress import Progress
 from robench.threat import ThreatModel
 from robench.types import Images, Logits
@@ -70,6 +70,7 @@ def check_bounds(x: Images, x_adv: Tensor, threat: ThreatModel) -> Bounds:
 
 
 @full_float32()
+@repeatable()
 def judge(
     defense: Defense,
     x: Images,

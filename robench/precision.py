@@ -80,6 +80,22 @@ def full_float32() -> Iterator[None]:
             setting.fp32_precision = precision
 
 
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside the block cuDNN takes kernels that sum in one order, so that a seed gives the same bytes on the same GPU.
+
+    Without it Short Run's answers under one seed were not equal on an H200. Sums by torch's own kernels that have no
+    such order (`index_add_`, say) stay as they are.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
 def _settings() -> list[Any]:
     """What has a precision of its own in torch 2.9 and later, the wider first, as it sets the narrower; none before."""
     if not hasattr(torch.backends.cudnn, "conv"):

@@ -20,7 +20,7 @@ from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
 from robench.plain import note_passing
 from robench.plan import AttackEntry, RunSpec, Unit
-from robench.precision import full_float32
+from robench.precision import full_float32, repeatable
 from robench.rng import check_unseeded, seeded
 from robench.settings import RANDOMIZED_REPEATS
 from robench.threat import ThreatModel
@@ -175,6 +175,7 @@ class _Scene:
 
 
 @full_float32()
+@repeatable()
 def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     """Computes a unit's table; the same spec and unit give the same bytes on the same kind of device.
 
@@ -192,7 +193,7 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     device = work.spec.device
     x, y = work.x[unit.start : unit.stop].to(device), work.y[unit.start : unit.stop].to(device)
     table = UnitTable(work.index[unit.start : unit.stop], y)
-    with own_batches(work.defense) as notes, contextlib.redirect_stdout(sys.stderr):  # what plugins print
+    with own_batches(work.defense, device) as notes, contextlib.redirect_stdout(sys.stderr):  # what plugins print
         clean = judge_seeded(work, x, work.spec.seed, unit.index, CLEAN)
         table.add(0.0, CLEAN, ["ok"] * len(x), clean)
         work.tell("begun", len(work.spec.eps) * sum(work.expected(entry, len(x)) for entry in work.spec.attacks))

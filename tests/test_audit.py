@@ -107,6 +107,27 @@ class Memory(Prototypes):
         return logits.roll(1, dims=1) if self.asked > 120 else logits
 
 
+class Unordered(Prototypes):
+    """Adds noise, and what no seed repeats: as little as a GPU that sums in another order, or more."""
+
+    randomized = True
+    unseeded = 1e-5
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        own = torch.rand(logits.shape, generator=_GENERATOR)
+        return logits + 0.1 * torch.rand_like(logits) + self.unseeded * float(logits.abs().max()) * own
+
+
+class Unseeded(Unordered):
+    """More than that."""
+
+    unseeded = 1e-2
+
+
+_GENERATOR = torch.Generator().manual_seed(0)
+
+
 class Optimises(Prototypes):
     """Takes a gradient of its own to answer, and says nothing of it."""
 
@@ -131,6 +152,8 @@ class Declares(Optimises):
         (Softmax, "contract", "suspect", "probabilities"),
         (Crowd, "contract", "fail", "in a batch"),
         (Memory, "contract", "fail", "later"),
+        (Unordered, "contract", "pass", "repeat under one seed"),
+        (Unseeded, "contract", "fail", "one seed gives two answers"),
         (Prototypes, "contract", "pass", "own answer"),
         (Optimises, "inference_time", "suspect", "says nothing"),
         (Declares, "inference_time", "pass", "offers full"),

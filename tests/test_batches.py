@@ -7,7 +7,7 @@ import torch
 from engine_toys import Linear, Noisy, grid_images
 
 from robench import ThreatModel
-from robench.batches import is_out_of_memory, own_batches, pass_in_batches
+from robench.batches import is_out_of_memory, own_batches, pass_in_batches, usual_rows
 from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.types import Images, Logits
@@ -69,6 +69,13 @@ def test_the_batch_size_comes_back() -> None:
     with own_batches(Linear()) as notes:
         judge(Linear(), grid_images(8)[0], 1)
     assert notes == []
+
+
+def test_a_gpu_is_given_larger_batches() -> None:
+    assert usual_rows("cuda:0") > usual_rows("cpu")
+    with own_batches(defense := Tight(), "cuda") as notes:
+        defense.batch_rows = 2
+    assert notes == [f"out of memory: batches of 2 images instead of {usual_rows('cuda')}"]
 
 
 def test_a_run_goes_on_with_the_same_figures_and_says_so() -> None:
