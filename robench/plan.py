@@ -66,7 +66,7 @@ class RunSpec:
         eot: draws averaged in one gradient query.
         judge_repeats: fresh draws behind each verdict.
         query_budget: the most forward plus backward passes per image of one attack at one bound; None: no limit.
-        precision: of the attacks' gradient queries, `float32` or `bfloat16`; the judge is always float32.
+        precision: of the attacks' queries (see `Victim`), `float32` or `bfloat16`; the judge is always float32.
         device: kind of device, `cpu` or `cuda`.
         robench_version: version of this package.
         torch_version: version of torch.

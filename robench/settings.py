@@ -45,7 +45,8 @@ class Settings:
         goal: `budget` or `minimal`, where only attacks of that goal are wanted.
         cascade: each attack sees only the images still right after those before it; None: as the protocol says, and
             no cascade for a free list, so that each attack's figure is its own.
-        precision: of the attacks' gradient queries, `float32` or `bfloat16` (faster; the judge stays float32).
+        precision: of the attacks' gradient queries, and of all that they ask of a randomized defense: `float32` or
+            `bfloat16` (faster; the judge stays float32).
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         defense_spec: how `load_defense` finds the defense again; empty: as it was loaded, if it was loaded by name.
         defense_options: options given besides those in `defense_spec`.

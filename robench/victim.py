@@ -57,7 +57,8 @@ class Victim:
     the images of the batch share each. On a deterministic defense there is one draw. An attack may have the draws
     `fixed`, so that each query of the same batch meets the same ones, or `off` (see `Attack.randomness`).
 
-    Precision: with `bfloat16` the passes of `gradient` run under autocast. Where such a pass, or one through an
+    Precision: with `bfloat16` the passes of `gradient` run under autocast, and those of a randomized defense for logits
+    and labels too, whose draws differ by more than the rounding. Where such a pass, or one through an
     `adaptive_forward` of the defense's own, which may be a stand-in, finds a deterministic defense in error, its logits
     come from another pass of `forward` in float32, so that no error is taken for granted.
 
@@ -335,7 +336,8 @@ class Victim:
         def answer(rows: Images) -> Logits:
             return self._check(pass_once(self._defense, self._defense, rows), len(rows), "forward")
 
-        with torch.no_grad(), self._controlled(x):
+        fast = self._fast(x) if self.randomized else contextlib.nullcontext()
+        with torch.no_grad(), self._controlled(x), fast:
             answers = pass_in_batches(self._defense, answer, self._fold(x), together=len(x))
         draws = torch.cat(answers).unflatten(0, (self.eot, -1))
         self._remember(x, draws.mean(0))
@@ -353,7 +355,7 @@ class Victim:
         if not bool(logits.isfinite().all()):
             wrong = int((~logits.isfinite().all(1)).sum())
             raise PluginError(f"{who}: logits must be finite; {wrong} of {rows} rows of {forward} hold NaN or inf")
-        return logits if logits.is_floating_point() else logits.float()
+        return logits if logits.is_floating_point() and logits.dtype != torch.bfloat16 else logits.float()
 
     def _open(self, needed: Access, query: str) -> None:
         if ACCESS_LEVELS.index(needed) > ACCESS_LEVELS.index(self._access):

@@ -1,4 +1,4 @@
-"""bfloat16: for the passes of gradients alone, and no error is taken for granted."""
+"""bfloat16: for the passes of gradients and of randomized defenses; no error is taken for granted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.losses import margin
 from robench.precision import OPERATIONS, has_bfloat16
+from robench.rng import seeded
 from robench.testing import ConvToy
 from robench.testing.attacks import conv_case
 from robench.threat import ThreatModel
@@ -30,7 +31,7 @@ def passes(victim: Victim) -> list[tuple[int, int]]:
     return list(zip(victim.ledger.forwards.tolist(), victim.ledger.backwards.tolist(), strict=True))
 
 
-def test_bfloat16_is_for_gradients_alone_and_near_to_float32() -> None:
+def test_bfloat16_is_for_gradients_alone_where_nothing_is_random_and_near_to_float32() -> None:
     defense, x, y = conv_case(8)
     exact, rough = Victim(defense, "gradient", 8), Victim(defense, "gradient", 8, precision="bfloat16")
     assert torch.equal(rough.logits(x), exact.logits(x))
@@ -42,6 +43,30 @@ def test_bfloat16_is_for_gradients_alone_and_near_to_float32() -> None:
     assert (found.grad.dtype, found.loss.dtype, found.logits.dtype) == (torch.float32,) * 3
     similarity = torch.cosine_similarity(found.grad.flatten(1), true.grad.flatten(1))
     assert float(similarity.min()) > 0.99
+
+
+class RandomConv(ConvToy):
+    """Adds noise to its images."""
+
+    randomized = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.rand_like(x))
+
+
+def test_all_passes_of_a_randomized_defense_are_in_bfloat16_but_the_judges() -> None:
+    _, x, _ = conv_case(8)
+    defense, answers = RandomConv().freeze(), {}
+    for precision in ("float32", "bfloat16"):
+        with seeded("draws"):
+            answers[precision] = Victim(defense, "gradient", 8, eot=4, precision=precision).logits(x)
+    assert answers["bfloat16"].dtype == torch.float32
+    assert not torch.equal(*answers.values())
+    torch.testing.assert_close(*answers.values(), atol=0.05 * float(answers["float32"].abs().max()), rtol=0)
+    seen: list[bool] = []
+    defense.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    judge(defense, x, 1)
+    assert seen == [False]
 
 
 class Shifted(ConvToy):
@@ -154,7 +179,7 @@ def test_float32_is_float32_for_attacks_audit_and_judge_and_is_restored(
     audit(defense, ThreatModel("linf", 0.1), (x, y), checks="finite_differences", device="cpu")
     assert len(defense.seen) > run + 3
     assert {tuple(seen[4:]) for seen in defense.seen} == {("ieee",) * len(OPERATIONS) + (False, False)}
-    assert {tuple(seen[1:4]) for seen in defense.seen} == {tuple(before[1:4])}, "other settings stay"
+    assert {tuple(seen[1:4]) for seen in defense.seen} == {(before[1], False, True)}, "cudnn on, no benchmark, repeats"
     restored = zip(read_settings(), before, strict=True)
     assert all(now == then or then == "contradiction" for now, then in restored)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robench import Victim
 from robench.defenses.shortrun import ShortRun
 from robench.defenses.shortrun import chain as chains
-from robench.defenses.shortrun.chain import ACTIVATIONS, Activation, Jet, Sweeps, can_sweep, mish
+from robench.defenses.shortrun.chain import ACTIVATIONS, Activation, Deconvolution, Jet, Sweeps, can_sweep, mish
 from robench.rng import seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +50,45 @@ def code_and_gradient(model: ShortRun, x: Tensor, **options: Any) -> tuple[Tenso
     weights = torch.linspace(-1.0, 1.5, z.numel(), dtype=z.dtype).view_as(z)
     (grad,) = torch.autograd.grad((z * weights).sum(), leaf)
     return z.detach(), grad
+
+
+@pytest.mark.parametrize(("preset", "channels"), PRESETS)
+def test_the_pull_by_torch_s_own_kernels_is_the_same(preset: str, channels: int) -> None:
+    """A GPU takes them; here they are asked for by name."""
+    model, x = make_model(preset=preset, channels=channels), draw_images(3, channels)
+    sweeps, z = Sweeps(model.generator), torch.linspace(-2, 2, 3 * 200, dtype=torch.float64).view(3, 200)
+    expected, _ = sweeps.pull(z, x, record=False)
+    torch.testing.assert_close(sweeps.pull_plainly(z, x), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "more"), [(4, 2, 1, 0), (4, 2, 1, 1), (6, 3, 2, 1), (2, 1, 0, 0)]
+)
+def test_the_ways_of_a_gpu_through_few_channels_are_the_same(
+    kernel: int, stride: int, padding: int, more: int, layout: torch.memory_format
+) -> None:
+    layer = nn.ConvTranspose2d(8, 3, kernel, stride, padding, more, bias=False).double()
+    h = draw_images(2, 8)[:, :, :5, :7].contiguous(memory_format=layout)
+    image = layer(h).detach()
+    linear = Deconvolution(layer)
+    torch.testing.assert_close(linear.pull_patches(image), linear.pull(image))
+    columns = (h.flatten(2).mT @ linear.weight.flatten(1)).unflatten(1, h.shape[2:])
+    torch.testing.assert_close(linear.add_halves(columns, tuple(image.shape[2:])), image)
+
+
+def test_under_autocast_the_chain_is_in_bfloat16_and_the_classifier_is_not() -> None:
+    model, x = make_model(torch.float32, n_chains=2), draw_images(4, dtype=torch.float32)
+    leaf, answers, gradients = x.clone().requires_grad_(), [], []
+    for fast in (False, True):
+        with seeded("draws"), torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            answers.append(model(x))
+            logits = model.adaptive_forward(leaf)
+        gradients.append(torch.autograd.grad(logits[:, 0].sum(), leaf)[0])
+    assert answers[1].dtype == logits.dtype == torch.float32
+    assert 0 < (answers[0] - answers[1]).abs().max() < 0.05 * answers[0].abs().max()
+    exact, rough = (gradient.flatten(1) for gradient in gradients)
+    assert torch.cosine_similarity(exact, rough).min() > 0.99
 
 
 def without_bend(activation: Activation) -> Activation:

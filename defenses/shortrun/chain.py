@@ -85,6 +85,25 @@ ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {nn.Mish: mish, nn.Tanh:
 """Each takes its input, which it may overwrite, and whether the second derivative is wanted."""
 
 
+class Plain(NamedTuple):
+    """An activation f by torch's own kernels: quicker on a GPU, where each pass over memory counts.
+
+    Attributes:
+        value: f(a).
+        pull: f'(a) times a cotangent, of the cotangent and a.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor], Tensor]
+
+
+PLAIN: Final[dict[Activation, Plain]] = {
+    mish: Plain(functional.mish, torch.ops.aten.mish_backward),
+    tanh: Plain(torch.tanh, lambda c, a: torch.ops.aten.tanh_backward(c, a.tanh())),
+    sigmoid: Plain(torch.sigmoid, lambda c, a: torch.ops.aten.sigmoid_backward(c, a.sigmoid())),
+}
+
+
 class Deconvolution:
     """A transposed convolution: a linear map with its transpose, and a bias."""
 
@@ -109,7 +128,17 @@ class Deconvolution:
 
     def pull(self, c: Tensor) -> Tensor:
         """The transpose of the linear map."""
+        if c.is_cuda and self.weight.shape[1] <= FEW_CHANNELS:
+            return self.pull_patches(c)
         return functional.conv2d(c, self.weight, None, self.stride, self.padding)
+
+    def pull_patches(self, c: Tensor) -> Tensor:
+        """As `pull`, by a matrix product: with few channels that is quicker on a GPU, and its result channels-last."""
+        rows, columns = self.padding
+        patches = functional.pad(c, (columns, columns, rows, rows))
+        for axis in (0, 1):
+            patches = patches.unfold(2 + axis, self.weight.shape[2 + axis], self.stride[axis])  # -> b out h w k k
+        return (patches.permute(0, 2, 3, 1, 4, 5).flatten(3) @ self.weight.flatten(1).T).permute(0, 3, 1, 2)
 
     def weight_gradient(self, h: Tensor, c: Tensor) -> Tensor:
         """The gradient in the weights of <c, push(h)>."""
@@ -124,8 +153,26 @@ class Deconvolution:
             + self.output_padding[axis]
             for axis in (0, 1)
         )
-        columns = (h.flatten(2).mT @ self.weight.flatten(1)).mT  # b in h w -> b out*k*k h*w
-        return functional.fold(columns, size, kernel, padding=self.padding, stride=self.stride)
+        columns = h.flatten(2).mT @ self.weight.flatten(1)  # b in h w -> b h*w out*k*k
+        if h.is_cuda and kernel == tuple(2 * step for step in self.stride):
+            return self.add_halves(columns.unflatten(1, h.shape[2:]), size)
+        return functional.fold(columns.mT, size, kernel, padding=self.padding, stride=self.stride)
+
+    def add_halves(self, columns: Tensor, size: tuple[int, ...]) -> Tensor:
+        """As `fold` where the kernel is twice the stride, so that each pixel gets two by two terms; quicker on a GPU.
+
+        Args:
+            columns: what each input pixel gives to the pixels under its kernel, `b h w out*k*k`.
+            size: height and width of the result.
+        """
+        (_, height, width, _), (down, right), (rows, cols) = columns.shape, self.stride, self.padding
+        blocks = columns.unflatten(3, (-1, 2, down, 2, right)).permute(4, 6, 0, 3, 1, 5, 2, 7)  # 2 2 b out h s w s
+        ends = (size[0] + rows + 2 * down, size[1] + cols + 2 * right)
+        whole = columns.new_zeros(len(columns), blocks.shape[3], -(-ends[0] // down), down, -(-ends[1] // right), right)
+        for below in (0, 1):
+            for beside in (0, 1):
+                whole[:, :, below : below + height, :, beside : beside + width] += blocks[below, beside]
+        return whole.flatten(4).flatten(2, 3)[:, :, rows : rows + size[0], cols : cols + size[1]]
 
 
 class FromPoint(Deconvolution):
@@ -176,6 +223,8 @@ class Sweeps:
 
     def pull(self, z: Tensor, target: Tensor, *, record: bool) -> tuple[Tensor, list[Record]]:
         """Returns grad U(z) = J^T (g(z) - target), `b k`, and one record per activation if asked for, first to last."""
+        if z.is_cuda and not record:
+            return self.pull_plainly(z, target), []
         h, jets = self.enter(z), []
         for layer in self.layers:
             if isinstance(layer, Deconvolution):
@@ -195,6 +244,20 @@ class Sweeps:
                 records.append(Record(slope, bend.mul_(c)))
             c = c.mul_(slope)
         return c[:, :, 0, 0].to(z.dtype), records[::-1]
+
+    def pull_plainly(self, z: Tensor, target: Tensor) -> Tensor:
+        """Returns grad U(z), `b k`, as `pull`, by two kernels for each activation instead of ten."""
+        h, inputs = self.enter(z), []
+        for layer in self.layers:
+            if isinstance(layer, Deconvolution):
+                h = layer(h)
+            else:
+                inputs.append(h)
+                h = PLAIN[layer].value(h)
+        c = h - target
+        for layer in reversed(self.layers):
+            c = layer.pull(c) if isinstance(layer, Deconvolution) else PLAIN[layer].pull(c, inputs.pop())
+        return c[:, :, 0, 0].to(z.dtype)
 
     def push(self, a: Tensor, records: list[Record]) -> tuple[Tensor, list[Tensor]]:
         """Returns J a, an image, and the tangents that reached the activations, first to last."""

@@ -256,7 +256,10 @@ class ShortRun(Defense):
 
     def _chain(self) -> Chain:
         precision = (-2 * self.log_sigma.detach()).exp()
-        return Chain(Sweeps(self.generator, self.sweep_dtype), precision, self.step_size, self.steps, self.temperature)
+        device = self.log_sigma.device.type
+        fast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        sweeps = Sweeps(self.generator, self.sweep_dtype or fast)
+        return Chain(sweeps, precision, self.step_size, self.steps, self.temperature)
 
     def start(self, x: Images) -> Tensor:
         """The start of the chain, z_0 ~ N(0, I)."""
@@ -283,9 +286,10 @@ class ShortRun(Defense):
         return self.generator(z[:, :, None, None])
 
     def _aggregate(self, codes: Tensor, chains: int, aggregate: str) -> Logits:
-        if aggregate == "mean_z":
-            return self.classifier(codes.unflatten(0, (chains, -1)).mean(0))
-        logits = self.classifier(codes).unflatten(0, (chains, -1))  # chains b k
+        with torch.autocast(codes.device.type, enabled=False):  # the chains alone are worth the speed
+            if aggregate == "mean_z":
+                return self.classifier(codes.unflatten(0, (chains, -1)).mean(0))
+            logits = self.classifier(codes).unflatten(0, (chains, -1))  # chains b k
         if aggregate == "vote":
             return log_shares(logits.argmax(-1), self.num_classes).to(codes.dtype)
         return logits.mean(0)
