@@ -31,6 +31,7 @@ from robench.publish import EVIDENCE, all_rows, boards
 from robench.registry import builtin_names, load_defense, parse_spec
 from robench.report.tables import as_markdown
 from robench.rng import seeded
+from robench.settings import RANDOMIZED_REPEATS
 from robench.stats import answers_differ
 from robench.submission import check_form
 from robench.threat import ThreatModel
@@ -95,7 +96,7 @@ def test_the_row_may_be_published(row: Row) -> None:
     [pytest.param(path, row, id=name, marks=marks(row, path)) for (path, row), name in zip(ROWS, NAMES, strict=True)],
 )
 def test_the_row_holds(path: Path, row: Row) -> None:
-    """Of a defense whose answers take seconds only every sixteenth image is judged again, on as many fresh answers."""
+    """Of a defense whose answers take seconds only every sixteenth image is judged again, on few fresh answers."""
     bundle = read_bundle(bundle_folder(FOLDER / EVIDENCE, row["evidence"]))
     spec = bundle.spec
     defense = load_trusted(spec)
@@ -108,7 +109,7 @@ def test_the_row_holds(path: Path, row: Row) -> None:
             stored = result.answers(name)
             assert stored is not None
             with seeded("published", name):
-                votes = judge(defense, x[::16], spec.judge_repeats).numpy()
+                votes = judge(defense, x[::16], min(spec.judge_repeats, RANDOMIZED_REPEATS)).numpy()
             fresh = Answers(votes, stored.labels[::16])
             assert not answers_differ(stored.right[::16], fresh.right, stored.repeats, fresh.repeats)
         return

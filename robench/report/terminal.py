@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from robench.protocol import find_protocol
 from robench.threat import format_eps
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ def print_run(result: Evaluation, request: RunRequest, audits: Mapping[Path, Aud
         )
     full = request.full_command(result)
     if full:
-        console.print(
-            f"This is a first look: few images, steps and draws. The full protocol, which wants a GPU:\n  {full}"
-        )
+        protocol = find_protocol(result.spec.protocol)
+        cheap = "few images" if protocol is not None and protocol.full else "few images, steps and draws"
+        console.print(f"This is a first look: {cheap}. The full protocol, which wants a GPU:\n  {full}")
     console.print(f"run folder: {result.folder}")
     if not result.complete:
         console.print(f"next: mend what failed; tracebacks are in {result.folder}/failures. A row of this has no rank")
