@@ -12,6 +12,8 @@ from _pytest.assertion.rewrite import AssertionRewritingHook
 from browser import find_browser
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch is imported
+if os.environ.get("ROBENCH_TEST_CUDA") != "1":  # the toys' tensors, the draws and the figures expected are the CPU's
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 if "robench" in sys.modules:
     raise RuntimeError("robench was imported before tests/conftest.py: its signatures would go unchecked")
