@@ -15,7 +15,7 @@ from torch.nn import functional
 from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
 from robench.errors import PluginError
-from robench.precision import full_float32, repeatable
+from robench.precision import engine_numerics
 from robench.progress import Progress
 from robench.threat import ThreatModel
 from robench.types import Images, Logits
@@ -69,8 +69,7 @@ def check_bounds(x: Images, x_adv: Tensor, threat: ThreatModel) -> Bounds:
     return Bounds(finite, in_box, threat.contains(x, x_adv), threat.distance(x, x_adv))
 
 
-@full_float32()
-@repeatable()
+@engine_numerics()
 def judge(
     defense: Defense,
     x: Images,

@@ -96,6 +96,13 @@ def repeatable() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before
 
 
+@contextmanager
+def engine_numerics() -> Iterator[None]:
+    """How engine, judge and audit compute: `full_float32` and `repeatable`."""
+    with full_float32(), repeatable():
+        yield
+
+
 def _settings() -> list[Any]:
     """What has a precision of its own in torch 2.9 and later, the wider first, as it sets the narrower; none before."""
     if not hasattr(torch.backends.cudnn, "conv"):

@@ -20,7 +20,7 @@ from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
 from robench.plain import note_passing
 from robench.plan import AttackEntry, RunSpec, Unit
-from robench.precision import full_float32, repeatable
+from robench.precision import engine_numerics
 from robench.rng import check_unseeded, seeded
 from robench.settings import RANDOMIZED_REPEATS
 from robench.threat import ThreatModel
@@ -174,8 +174,7 @@ class _Scene:
         return self.right & self.is_wrong(right)
 
 
-@full_float32()
-@repeatable()
+@engine_numerics()
 def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     """Computes a unit's table; the same spec and unit give the same bytes on the same kind of device.
 

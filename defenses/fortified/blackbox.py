@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Final
 
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robench.batches import pass_in_batches
 from robench.defense import Defense, wrap
 from robench.errors import UsageError
 from robench.registry import load_attack
@@ -129,12 +131,14 @@ def hand_over(
     if not len(seeds):
         raise UsageError("the black-box protocol starts from images of the attacker's own; got none")
 
-    @torch.no_grad()
-    def oracle(images: Images) -> Labels:
-        return torch.cat([defense(rows).argmax(1) for rows in images.split(defense.batch_rows or 512)])
-
     with torch.enable_grad():
-        substitute, _, _ = train_substitute(oracle, seeds, defense.num_classes, protocol)
+        substitute, _, _ = train_substitute(partial(answers, defense), seeds, defense.num_classes, protocol)
     stand_in = wrap(substitute, num_classes=defense.num_classes, input_shape=defense.input_shape, name="substitute")
     fgsm = load_attack("fgsm")
     return fgsm(Victim(stand_in, fgsm.access, len(x)), x, y, ThreatModel("linf", eps))
+
+
+@torch.no_grad()
+def answers(defense: Defense, x: Images) -> Labels:
+    """One answer of a defense for each image."""
+    return torch.cat(pass_in_batches(defense, lambda rows: defense(rows).argmax(1), x))

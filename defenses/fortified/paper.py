@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robench.data import load_dataset
-from robench.defense import Defense, wrap
+from robench.defense import wrap
 from robench.paper import Cell, Context, Figure, leave_out
 from robench.protocol import default_eps
 from robench.registry import load_attack, load_defense
@@ -26,7 +26,7 @@ from robench.threat import ThreatModel, parse_eps
 from robench.types import Images, PerExample
 from robench.victim import Victim
 
-from .blackbox import Protocol, hand_over
+from .blackbox import Protocol, answers, hand_over
 from .fortify import FortifiedModule, fortify, reconstruction_losses
 
 FULL: Final = "fortified"
@@ -61,15 +61,10 @@ def blackbox_accuracy(context: Context, spec: str, eps: float) -> Figure:
         seeds, rest = order[:held], order[held:]
         x_adv = hand_over(defense, x[seeds], x[rest], y[rest], eps)
         repeats = RANDOMIZED_REPEATS if defense.randomized else 1
-        right = torch.stack([_answers(defense, x_adv) == y[rest] for _ in range(repeats)]).double().mean(0)
+        right = torch.stack([answers(defense, x_adv) == y[rest] for _ in range(repeats)]).double().mean(0)
     fractions = right.cpu().numpy()
     low, high = mean_interval(fractions, repeats)
     return Figure(100 * float(fractions.mean()), 100 * low, 100 * high, len(fractions))
-
-
-def _answers(defense: Defense, x: Images) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([defense(rows).argmax(1) for rows in x.split(defense.batch_rows or 512)])
 
 
 def error_ratio(context: Context, layer: str, capacity: int) -> Figure:

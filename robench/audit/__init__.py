@@ -24,7 +24,7 @@ from robench.errors import PluginError, UsageError
 from robench.evaluate import Data, check_images, load_images
 from robench.hidden import refuse_hidden_networks
 from robench.lineup import check_defense
-from robench.precision import full_float32, repeatable
+from robench.precision import engine_numerics
 from robench.report.page import load_template
 from robench.settings import Settings
 from robench.threat import ThreatModel, as_threats
@@ -38,8 +38,7 @@ NORMS = ("linf", "l2")
 EXAMPLES = 10
 
 
-@full_float32()
-@repeatable()
+@engine_numerics()
 def audit(  # noqa: PLR0913 - the contract's parameters and what `evaluate` takes too
     defense: Defense,
     threat: ThreatModel | Sequence[ThreatModel],
