@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from robench.defenses.fortified.blackbox import (
     train_substitute,
 )
 from robench.defenses.fortified.train import FortifiedRecipe
+from robench.errors import UsageError
 from robench.paper import Context
 from robench.registry import parse_spec
 from robench.rng import seeded
@@ -77,6 +79,36 @@ def test_one_step_attack_climbs_away_from_the_nets_own_answer(monkeypatch: pytes
     for label in (0, 1):
         came = FortifiedRecipe(defense).perturb(x, torch.tensor([label]), 0.1)
         torch.testing.assert_close(came, x - 0.1 * weight.sign())
+
+
+@pytest.mark.parametrize(("train_steps", "length"), [(2, 0.75), (3, 0.5), (7, 0.25)])
+def test_training_attack_takes_the_steps_that_are_asked_for(
+    train_steps: int, length: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of the sum of all pixels, from a grey image: each step adds its length, up to the bound."""
+    defense = make(train_steps=train_steps, layers=())
+    asked: list[Tensor] = []
+
+    def answer(x: Tensor) -> Tensor:
+        asked.append(x)
+        total = x.flatten(1).sum(1)
+        return torch.stack([-total, total], 1)
+
+    monkeypatch.setattr(defense, "adaptive_forward", answer)
+    recipe = FortifiedRecipe(defense)
+    with seeded("steps"):
+        came = recipe.perturb(torch.full((1, 1, 28, 28), 0.5), torch.zeros(1, dtype=torch.int64), 0.1)
+    assert len(asked) == train_steps
+    for before, after in itertools.pairwise([*asked, came]):
+        torch.testing.assert_close(after, (before + length * 0.1).clamp(max=0.6), rtol=0, atol=1e-6)
+    assert recipe.facts()["training_attack"] == f"{train_steps} steps of {length:g} eps from a random start, linf 0.1"
+    recipe.add_step()
+    assert recipe.inner.steps == train_steps + 1
+
+
+def test_training_attack_needs_a_step() -> None:
+    with pytest.raises(UsageError, match=r"^fortified: train_steps must be at least 1; got 0$"):
+        make(train_steps=0)
 
 
 def make_small() -> nn.Module:

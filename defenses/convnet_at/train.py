@@ -33,9 +33,9 @@ class Variant:
 
 
 VARIANTS: Final = {
-    "madry": Variant(Inner(7, 0.25)),
+    "madry": Variant(Inner.of_steps(7)),
     "fast": Variant(Inner(1, 1.25)),
-    "pgd2": Variant(Inner(2, 0.75)),
+    "pgd2": Variant(Inner.of_steps(2)),
     "trades": Variant(Inner(5, 0.3, start="near"), trades=True),
 }
 """`madry`: Madry et al. 2018 (arXiv 1706.06083) with 7 steps. `fast`: RS-FGSM of Wong et al. 2020 (arXiv 2001.03994),
@@ -112,8 +112,7 @@ class AdversarialRecipe(WatchedRecipe):
 
     def add_step(self) -> None:
         """One more inner step, each shorter."""
-        steps = self.inner.steps + 1
-        self.inner = Inner(steps, max(0.25, 1.5 / steps), self.inner.start)
+        self.inner = Inner.of_steps(self.inner.steps + 1, self.inner.start)
 
     def state(self) -> dict[str, float]:
         """The inner steps, which a roll-back changes, and what the watch goes by."""

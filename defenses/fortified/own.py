@@ -37,6 +37,7 @@ class Training:
         lambda_adv: weight of the reconstruction from adversarial images.
         stop_gradient: train the autoencoders alone by both; see `reconstruction_losses`.
         augment: train on randomly shifted and mirrored images (photographs; never digits).
+        train_steps: gradient steps of `pgd`.
     """
 
     train_eps: float = 8 / 255
@@ -45,6 +46,7 @@ class Training:
     lambda_adv: float = 2.0
     stop_gradient: bool = False
     augment: bool = False
+    train_steps: int = 2
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -61,6 +63,8 @@ class Training:
                 "fortified: lambda_rec and lambda_adv must be at least 0, train_eps above 0 and at most 1; "
                 f"got {self.lambda_rec}, {self.lambda_adv} and {self.train_eps}"
             )
+        if self.train_steps < 1:
+            raise UsageError(f"fortified: train_steps must be at least 1; got {self.train_steps}")
 
 
 class FortifiedDefense(Defense):
@@ -68,7 +72,7 @@ class FortifiedDefense(Defense):
 
     Attributes:
         net: the fortified module.
-        train_attack: as in `Training`, and so are the five after it.
+        train_attack: as in `Training`, and so are the six after it.
         how_to_choose: how a user names another training attack; part of an error.
     """
 
@@ -79,6 +83,7 @@ class FortifiedDefense(Defense):
     lambda_adv: float
     stop_gradient: bool
     augment: bool
+    train_steps: int
     how_to_choose = 'by fortify(..., training=Training(train_attack="fgsm"))'
 
     def train_by(self, training: Training) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 import torch
@@ -20,13 +19,12 @@ from .own import FortifiedDefense
 
 MOST_SHIFT: Final = 3
 CHECK_EVERY: Final = 400
-PGD: Final = Inner(2, 0.75)
 
 
 class FortifiedRecipe(WatchedRecipe):
     """Cross-entropy of images and of adversarial ones, and both losses of reconstruction (arXiv 1804.02485, eq. 6).
 
-    Adam at 1e-3 and batches of 128, as in the released code. `pgd`: two steps of 0.75 eps from a random start, through
+    Adam at 1e-3 and batches of 128, as in the released code. `pgd`: `train_steps` steps from a random start, through
     the net with its noise (the paper's PGD has 40 steps); one step more each time it has overfitted. `fgsm`: one step
     against the net's own answer. Both start on clean images and then half the bound, since at a large one a fresh
     net stays where all classes get the same answer.
@@ -93,7 +91,7 @@ class FortifiedRecipe(WatchedRecipe):
     @property
     def inner(self) -> Inner:
         """The training attack of `pgd` at this moment."""
-        return replace(PGD, steps=PGD.steps + self.more_steps)
+        return Inner.of_steps(self.defense.train_steps + self.more_steps)
 
     def _cross_entropy(self, x: Images, y: Labels) -> Tensor:
         with autocast(x):
@@ -146,7 +144,7 @@ class FortifiedRecipe(WatchedRecipe):
         if self.name == "fgsm":
             attack = f"one step of linf {eps:g} from the image, against the net's own answer"
             return {"training_attack": attack, **super().facts()}
-        steps = f"{inner.steps} steps of {inner.step:g} eps from a random start"
+        steps = f"{inner.steps} steps of {inner.step:.3g} eps from a random start"
         return {"training_attack": f"{steps}, linf {eps:g}", **super().facts()}
 
 
