@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from robench.errors import PluginError, UsageError
 from robench.plain import Values, plain_tensors
@@ -91,6 +92,21 @@ class Defense(nn.Module):
         """
         self.check_mode(mode)
         return self(x)
+
+    def forward_draws(self, x: Images, draws: int) -> Float[Tensor, "draws b k"]:
+        """The logits of several draws for each image, where the layers before the first draw can run once for all.
+
+        An attack on a randomized defense asks for `eot` draws of each image. It calls this instead of `forward` on
+        copies of the images if the class that defines `forward` overrides it and `adaptive_forward` is the default.
+        What it returns must be what `forward` returns for the copies under the same seed, which the audit's check
+        `contract` compares. Default: just that.
+
+        Args:
+            x: images in [0, 1].
+            draws: how many for each image.
+        """
+        logits: Tensor = self(x.repeat(draws, *[1] * (x.ndim - 1)))
+        return logits.unflatten(0, (draws, -1))
 
     def check_mode(self, mode: str | None) -> str:
         """Returns the gradient mode meant by `mode`.

@@ -31,6 +31,20 @@ def shares_draws(defense: Defense, x: Images) -> bool:
     return note_draws(defense, x) if defense.shares_draws is None else defense.shares_draws
 
 
+def has_shared_layers(defense: Defense) -> bool:
+    """Whether several draws of an image are one call of `forward_draws`, which runs once what comes before the draws.
+
+    Not where a subclass, the object or a hook changes `forward` or `adaptive_forward`, of which that would not know.
+    """
+    cls = type(defense)
+    if not defense.randomized or cls.adaptive_forward is not Defense.adaptive_forward:
+        return False
+    changed = vars(defense).keys() & {"forward", "adaptive_forward"}
+    newest = next(base for base in cls.__mro__ if vars(base).keys() & {"forward", "forward_draws"})
+    own = newest is not Defense and "forward_draws" in vars(newest)
+    return own and not (changed or defense._forward_hooks or defense._forward_pre_hooks)
+
+
 def note_draws(defense: Defense, x: Images) -> bool:
     """Asks a defense whether the images of a pass share a draw, and notes it there.
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from robench.attack import ACCESS_LEVELS, Access, Goal, Randomness
 from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
+from robench.draws import has_shared_layers
 from robench.errors import BudgetExhausted, PluginError
 from robench.ledger import Ledger, Watched
 from robench.losses import Loss, TargetedLoss, aim, margin
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, PerExample
+
+AnyLogits = Float[Tensor, "*draws b k"]
+"""Of one draw, or of several with these as the first axis."""
 
 
 class Gradient(NamedTuple):
@@ -54,8 +60,9 @@ class Victim:
     Randomness: a gradient query averages the loss over `eot` draws of a randomized defense (Athalye et al. 2018,
     expectation over transformation), folded into the batch as far as memory allows; `logits` averages the logits over
     as many draws. Of a defense that draws once for a pass each draw is a pass of its own, so that they are `eot` draws;
-    the images of the batch share each. On a deterministic defense there is one draw. An attack may have the draws
-    `fixed`, so that each query of the same batch meets the same ones, or `off` (see `Attack.randomness`).
+    the images of the batch share each. A defense with `forward_draws` is asked for all of an image's draws at once. On
+    a deterministic defense there is one draw. An attack may have the draws `fixed`, so that each query of the same
+    batch meets the same ones, or `off` (see `Attack.randomness`).
 
     Precision: with `bfloat16` the passes of `gradient` run under autocast, and those of a randomized defense for logits
     and labels too, whose draws differ by more than the rounding. Where such a pass, or one through an
@@ -114,6 +121,7 @@ class Victim:
         self.dataset = dataset
         self.eot = eot if defense.randomized and randomness != "off" else 1
         self.start = start
+        self._at_once = self.eot > 1 and has_shared_layers(defense)
         self._randomness = randomness
         self._precision = precision
         self._rows = torch.arange(examples)
@@ -216,41 +224,54 @@ class Victim:
         aimed = aim(loss, target)
         goal = y if target is None else target
         with self._controlled(x):
-            folded = self._fold(x), self._fold(y), self._fold(goal)
-            parts = pass_in_batches(
-                self._defense,
-                lambda x, y, goal: self._differentiate(x, y, goal, aimed),
-                *folded,
-                together=len(x),
+            losses, grads, logits = self._over_draws(
+                lambda x, y, goal: self._differentiate(x, y, goal, aimed), *map(self._spread, (x, y, goal))
             )
-        losses, grads, logits = (torch.cat(part).unflatten(0, (self.eot, -1)) for part in zip(*parts, strict=True))
         mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0), _standard_error(losses))
         result = self._confirm(mean, x, y, goal, aimed)
         self._remember(x, result.logits)
         return result
 
+    def _over_draws(self, call: Callable[..., tuple[Tensor, ...]], *spread: Tensor) -> list[Tensor]:
+        """What `call` returns for the draws of each row, with these as the first axis: eot b ...
+
+        Args:
+            call: returns tensors of one row for each given row, or where the draws share layers, of eot x those rows.
+            *spread: what `_spread` made of images and so on.
+        """
+        if self._at_once:
+            parts = pass_in_batches(self._defense, call, *spread)
+            return [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+        parts = pass_in_batches(self._defense, call, *spread, together=len(spread[0]) // self.eot)
+        return [torch.cat(part).unflatten(0, (self.eot, -1)) for part in zip(*parts, strict=True)]
+
     def _differentiate(self, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> tuple[Tensor, ...]:
-        """Losses, gradients and logits of one pass, without EOT."""
+        """Losses, gradients and logits of one pass, for `_over_draws`; the gradient of draws at once is their mean."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             with self._fast(x):
                 logits = self._adapt(leaf)
             logits = logits.float()
-            values = loss(logits, y, target)
+            if self._at_once:
+                values = loss(logits.flatten(0, 1), self._fold(y), self._fold(target)).unflatten(0, (self.eot, -1))
+            else:
+                values = loss(logits, y, target)
             if not values.requires_grad:
                 raise PluginError(
                     f'defense "{self._defense.name}": adaptive_forward gives no gradient with respect to x. '
                     "Implement adaptive_forward with a differentiable stand-in (BPDA)"
                 )
             (grad,) = torch.autograd.grad(values.sum(), leaf)
-        return values.detach(), grad, logits.detach()
+        return values.detach(), grad[None] / self.eot if self._at_once else grad, logits.detach()
 
-    def _adapt(self, x: Images) -> Logits:
-        """One pass of `adaptive_forward`, checked."""
+    def _adapt(self, x: Images) -> AnyLogits:
+        """One pass of `adaptive_forward`, checked, for `_over_draws`."""
+        if self._at_once:
+            return self._answer(x)
         logits = pass_once(
             self._defense, lambda x: self._defense.adaptive_forward(x, self._mode), x, forward="adaptive_forward"
         )
-        return self._check(logits, len(x), "adaptive_forward")
+        return self._check(logits, "adaptive_forward", len(x))
 
     def _mend(self, grads: Tensor) -> Tensor:
         """The gradients of the draws (eot b c h w) with 0 where they are not finite.
@@ -304,10 +325,10 @@ class Victim:
             return self._draw(x).mean(0)
         self._charge(len(x), forwards=self.eot, backwards=0)
         with self._controlled(x):
-            folded = self._fold(x)
-            folded.register_hook(lambda grad: self._mend(grad.unflatten(0, (self.eot, -1))).flatten(0, 1))
-            answers = pass_in_batches(self._defense, self._adapt, folded, together=len(x))
-        logits = torch.cat(answers).unflatten(0, (self.eot, -1)).mean(0)
+            seen = self._spread(x)
+            seen.register_hook(lambda grad: self._mend(grad.unflatten(0, (-1, len(x)))).flatten(0, 1))
+            (draws,) = self._over_draws(lambda rows: (self._adapt(rows),), seen)
+        logits = draws.mean(0)
         logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
         self._remember(x.detach(), logits.detach())
         return logits
@@ -332,29 +353,38 @@ class Victim:
     def _draw(self, x: Images) -> Tensor:
         """Logits of `eot` draws: eot b k."""
         self._charge(len(x), forwards=self.eot, backwards=0)
-
-        def answer(rows: Images) -> Logits:
-            return self._check(pass_once(self._defense, self._defense, rows), len(rows), "forward")
-
         fast = self._fast(x) if self.randomized else contextlib.nullcontext()
         with torch.no_grad(), self._controlled(x), fast:
-            answers = pass_in_batches(self._defense, answer, self._fold(x), together=len(x))
-        draws = torch.cat(answers).unflatten(0, (self.eot, -1))
+            (draws,) = self._over_draws(lambda rows: (self._answer(rows),), self._spread(x))
         self._remember(x, draws.mean(0))
         return draws
+
+    def _answer(self, x: Images) -> AnyLogits:
+        """One pass of `forward`, or of `forward_draws`, checked, for `_over_draws`."""
+        if self._at_once:
+            logits = pass_once(
+                self._defense, lambda x: self._defense.forward_draws(x, self.eot), x, forward="forward_draws"
+            )
+            return self._check(logits, "forward_draws", self.eot, len(x))
+        return self._check(pass_once(self._defense, self._defense, x), "forward", len(x))
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        """What passes over all draws are given: a copy of the rows for each, or where the draws share layers, one."""
+        return rows.clone() if self._at_once else self._fold(rows)
 
     def _fold(self, rows: Tensor) -> Tensor:
         """The EOT draws of images or labels as one batch, draw-major."""
         return rows.repeat(self.eot, *[1] * (rows.ndim - 1))
 
-    def _check(self, logits: object, rows: int, forward: str) -> Logits:
-        expected, who = (rows, self.num_classes), f'defense "{self._defense.name}"'
+    def _check(self, logits: object, forward: str, *rows: int) -> AnyLogits:
+        expected, who = (*rows, self.num_classes), f'defense "{self._defense.name}"'
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise PluginError(f"{who}: logits must be {expected}; got {came} from {forward}")
         if not bool(logits.isfinite().all()):
-            wrong = int((~logits.isfinite().all(1)).sum())
-            raise PluginError(f"{who}: logits must be finite; {wrong} of {rows} rows of {forward} hold NaN or inf")
+            wrong = int((~logits.isfinite().all(-1)).sum())
+            of = math.prod(rows)
+            raise PluginError(f"{who}: logits must be finite; {wrong} of {of} rows of {forward} hold NaN or inf")
         return logits if logits.is_floating_point() and logits.dtype != torch.bfloat16 else logits.float()
 
     def _open(self, needed: Access, query: str) -> None:

@@ -71,6 +71,41 @@ class Calm(Noisy):
             self.sigma = sigma
 
 
+class NoisyHead(Linear):
+    """Gaussian noise behind a first layer, which several draws share; the head is nonlinear."""
+
+    name = "noisy_head"
+    randomized = True
+    draws_per_pass = False
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.first, self.seen = 0, list[int]()
+
+    def first_layer(self, x: Images) -> Tensor:
+        """Counts its rows."""
+        self.first += len(x)
+        return (x.flatten(1) - 0.5).tanh()
+
+    def head(self, hidden: Tensor) -> Logits:
+        """Noise, and logits."""
+        return (hidden + 0.3 * torch.randn_like(hidden)).square() @ self.weight.T
+
+    def forward(self, x: Images) -> Logits:
+        return self.head(self.first_layer(x))
+
+    def forward_draws(self, x: Images, draws: int) -> Tensor:
+        self.seen.append(len(x))
+        return self.head(self.first_layer(x).repeat(draws, 1)).unflatten(0, (draws, -1))
+
+
+class NoisyHeadBelow(NoisyHead):
+    """The same with a `forward` of its own, of which the inherited `forward_draws` knows nothing."""
+
+    def forward(self, x: Images) -> Logits:
+        return super().forward(x)
+
+
 class NoisyInput(Linear):
     """Gaussian noise on the images before a nonlinear toy, so that the gradient depends on the draw."""
 

@@ -128,6 +128,27 @@ class Unseeded(Unordered):
 _GENERATOR = torch.Generator().manual_seed(0)
 
 
+class Shared(Prototypes):
+    """Noise on the logits, of which all draws share the layers before."""
+
+    randomized = True
+
+    def forward(self, x: Images) -> Logits:
+        logits = super().forward(x)
+        return logits + 0.1 * torch.rand_like(logits)
+
+    def forward_draws(self, x: Images, draws: int) -> Tensor:
+        logits = super().forward(x).repeat(draws, 1, 1)
+        return logits + 0.1 * torch.rand_like(logits)
+
+
+class Quieter(Shared):
+    """Shows the attacks less noise than it has."""
+
+    def forward_draws(self, x: Images, draws: int) -> Tensor:
+        return self(x).repeat(draws, 1, 1)
+
+
 class Optimises(Prototypes):
     """Takes a gradient of its own to answer, and says nothing of it."""
 
@@ -154,6 +175,8 @@ class Declares(Optimises):
         (Memory, "contract", "fail", "later"),
         (Unordered, "contract", "pass", "repeat under one seed"),
         (Unseeded, "contract", "fail", "one seed gives two answers"),
+        (Shared, "contract", "pass", "repeat under one seed"),
+        (Quieter, "contract", "fail", "forward_draws"),
         (Prototypes, "contract", "pass", "own answer"),
         (Optimises, "inference_time", "suspect", "says nothing"),
         (Declares, "inference_time", "pass", "offers full"),

@@ -23,6 +23,7 @@ from robench.defenses.fortified import (
 )
 from robench.defenses.fortified.dae import ConvDAE, DenseDAE
 from robench.defenses.fortified.train import total_loss
+from robench.draws import has_shared_layers
 from robench.rng import seeded
 from robench.weights import weights_stem
 
@@ -543,3 +544,28 @@ def test_recipe_follows_the_training_attack() -> None:
     assert make(train_attack="fgsm").recipe("fgsm").name == "fgsm"
     with pytest.raises(UsageError, match=r'^fortified: the recipe follows .*"pgd"; got "fgsm".*train_attack=fgsm'):
         make().recipe("fgsm")
+
+
+# draws that share layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "rows"), [(["code"], [3, 3, 3, 12]), (["conv1"], [3, 12, 12, 12]), (["conv2", "code"], [3, 3, 12, 12])]
+)
+def test_draws_share_the_layers_before_the_first_autoencoder(layers: list[str], rows: list[int]) -> None:
+    defense, x = make(layers=layers), draw(3, 1, 28, 28)
+    seen: list[int] = []
+    for layer in defense.net.module.children():
+        layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(len(inputs[0])))
+    with seeded("draws"):
+        came = defense.forward_draws(x, 4)
+    assert seen == rows
+    with seeded("draws"):
+        torch.testing.assert_close(came, defense(x.repeat(4, 1, 1, 1)).unflatten(0, (4, 3)))
+    assert has_shared_layers(defense)
+
+
+def test_draws_share_no_layers_of_a_net_without_noise_or_of_ones_own() -> None:
+    """A way around a fortified layer would bring fewer rows than the layer itself."""
+    for defense in (make(layers=[]), make(noise=0.0), wrap_own()):
+        assert not has_shared_layers(defense)

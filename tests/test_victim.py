@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from engine_toys import Broken, Linear, NoGradient, Noisy, NoisyInput, TwoPaths, grid_images
+from engine_toys import (
+    Broken,
+    Linear,
+    NoGradient,
+    Noisy,
+    NoisyHead,
+    NoisyHeadBelow,
+    NoisyInput,
+    TwoPaths,
+    grid_images,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -401,3 +412,87 @@ def test_differentiable_takes_the_gradient_mode_and_keeps_the_budget() -> None:
     logits = short.differentiable(leaf)
     with pytest.raises(BudgetExhausted):
         torch.autograd.grad(logits.sum(), leaf)
+
+
+# draws that share layers
+
+
+def ask(victim: Victim, query: str, x: Tensor, y: Tensor) -> list[Tensor]:
+    """All that a query answers; of `differentiable` the logits and the gradient of their cross-entropy."""
+    with seeded("draws that share layers"):
+        if query == "differentiable":
+            leaf = x.clone().requires_grad_()
+            logits = victim.differentiable(leaf)
+            return [logits, *torch.autograd.grad(functional.cross_entropy(logits, y, reduction="sum"), leaf)]
+        found = QUERIES[query](victim, x, y)
+    return [found] if isinstance(found, Tensor) else list(found)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("randomness", ["fresh", "fixed"])
+@pytest.mark.parametrize("query", QUERIES)
+def test_draws_that_share_layers_answer_as_draws_of_copies(query: str, randomness: Any) -> None:
+    """The same numbers and the same count of queries, by a tenth of the first layer's rows."""
+    x, y = grid_images(4)
+    shared, apart = NoisyHead(), NoisyHeadBelow()
+    answers, counts = [], []
+    for defense in (shared, apart):
+        victim = Victim(defense, "gradient", 4, eot=10, randomness=randomness)
+        answers.append(ask(victim, query, x.repeat(2, 1, 1, 1), y.repeat(2)))
+        counts.append(passes(victim))
+    torch.testing.assert_close(answers[0], answers[1])
+    assert counts[0] == counts[1]
+    assert (shared.first, apart.first) == (8, 80)
+    assert (shared.seen, apart.seen) == ([8], [])
+
+
+def test_draws_that_share_layers_are_asked_in_batches() -> None:
+    x, y = grid_images(5)
+    defense = NoisyHead()
+    defense.batch_rows = 2
+    found = Victim(defense, "gradient", 5, eot=3).gradient(x, y)
+    assert defense.seen == [2, 2, 1]
+    assert found.grad.shape == x.shape
+    with seeded("one of them"):
+        one = Victim(defense, "gradient", 1, eot=20_000).gradient(x[4:], y[4:])
+    with seeded("the same apart"):
+        apart = Victim(NoisyHeadBelow(), "gradient", 1, eot=20_000).gradient(x[4:], y[4:])
+    torch.testing.assert_close(one.loss, apart.loss, rtol=0, atol=6 * float(one.noise + apart.noise))
+
+
+def changed_by_object(defense: NoisyHead) -> None:
+    defense.forward = lambda x: 2 * NoisyHead.forward(defense, x)  # type: ignore[method-assign]
+
+
+def changed_by_hook(defense: NoisyHead) -> None:
+    defense.register_forward_hook(lambda _module, _inputs, logits: 2 * logits)
+
+
+@pytest.mark.parametrize("change", [changed_by_object, changed_by_hook])
+def test_a_forward_that_was_changed_is_asked_itself(change: Callable[[NoisyHead], None]) -> None:
+    x, _ = grid_images(4)
+    plain, changed = NoisyHead(), NoisyHead()
+    change(changed)
+    first, second = (ask(Victim(defense, "scores", 4, eot=5), "logits", x, x)[0] for defense in (plain, changed))
+    torch.testing.assert_close(second, 2 * first)
+    assert (plain.seen, changed.seen) == ([4], [])
+
+
+class Misshapen(NoisyHead):
+    """Forgets the axis of the draws."""
+
+    def forward_draws(self, x: Tensor, draws: int) -> Tensor:
+        return self(x.repeat(draws, 1, 1, 1))
+
+
+def test_draws_of_another_shape_are_refused() -> None:
+    x, _ = grid_images(2)
+    with pytest.raises(PluginError, match=r"logits must be \(5, 2, 3\); got \(10, 3\) from forward_draws"):
+        Victim(Misshapen(), "scores", 2, eot=5).logits(x)
+
+
+def test_forward_draws_is_forward_of_copies_by_default() -> None:
+    x, _ = grid_images(2)
+    with seeded("default"):
+        came = Noisy().forward_draws(x, 3)
+    with seeded("default"):
+        torch.testing.assert_close(came, Noisy()(x.repeat(3, 1, 1, 1)).unflatten(0, (3, 2)))

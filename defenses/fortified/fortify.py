@@ -72,6 +72,7 @@ class FortifiedModule(nn.Module):
         self.layers = tuple(layers)
         self.daes = nn.ModuleList(daes)
         self.noise_scale = 1.0
+        self._draws = 1
         self.trained_by = trained_by or Training()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +89,8 @@ class FortifiedModule(nn.Module):
                     part: nn.Module, inputs: tuple[Any, ...], h: Tensor, dae: nn.Module = dae, layer: str = layer
                 ) -> Tensor:
                     del part, inputs
+                    if self._draws > 1 and not trace.layers:
+                        h = h.repeat(self._draws, *[1] * (h.ndim - 1))
                     decoded: Tensor = dae(h, self.noise_scale)
                     trace.layers.append(layer)
                     trace.hidden.append(h)
@@ -99,6 +102,18 @@ class FortifiedModule(nn.Module):
                 stack.callback(hook.remove)
             trace.output = self.module(*args, **kwargs)
         return trace
+
+    def forward_draws(self, x: Tensor, draws: int) -> Tensor:
+        """What a pass of `draws` copies of x puts out, the layers before the first autoencoder run once: draws b ...
+
+        For a module in which no way leads around its first fortified layer and which draws nothing before it.
+        """
+        self._draws = draws
+        try:
+            output: Tensor = self(x)
+        finally:
+            self._draws = 1
+        return output.unflatten(0, (draws, -1))
 
     def is_noisy(self) -> bool:
         """Whether a pass draws noise."""

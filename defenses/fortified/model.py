@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from robench.errors import UsageError
+from robench.types import Images, Logits
 
 from .dae import LEAK, Activation, check_dae
 from .fortify import fortify
@@ -123,6 +125,14 @@ class Fortified(FortifiedDefense):
             noise=noise,
             activation=activation,
         )
+
+    def forward(self, x: Images) -> Logits:
+        """Classifies images in [0, 1] with fresh noise."""
+        return self.net(x)
+
+    def forward_draws(self, x: Images, draws: int) -> Float[Tensor, "draws b k"]:
+        """The layers before the first autoencoder, which are nearly all of the cost, run once for all draws."""
+        return self.net.forward_draws(x, draws)
 
     @classmethod
     def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from robench.audit.checks.base import Check, Outcome
 from robench.audit.evidence import Evidence
 from robench.batches import pass_once
+from robench.draws import has_shared_layers
 from robench.errors import PluginError
 from robench.registry import plugin_errors
 from robench.rng import seeded
-from robench.types import Images, Logits
+from robench.types import Images
 
 TOLERANCE = 1e-3
 """Relative to the largest logit: what the order of float32 sums may change with the batch, or on a GPU of itself."""
@@ -18,15 +22,15 @@ FEW = 32
 FIRST = "first answers"
 
 
-def _ask(evidence: Evidence, x: Images) -> Logits:
-    """One answer, on a copy of the images.
+def _ask(evidence: Evidence, x: Images, forward: Callable[[Images], Tensor] | None = None) -> Tensor:
+    """One answer, on a copy of the images, by `forward` of the defense or by the one given; always of the same seed.
 
     Raises:
         PluginError: the defense raised, called exit() or changed the images in place.
     """
     defense, what = evidence.defense, f'defense "{evidence.defense.name}": forward'
     with torch.no_grad(), seeded(evidence.seed, "audit", "contract", device=evidence.device), plugin_errors(what):
-        logits: Logits = pass_once(defense, defense, x.clone())
+        logits: Tensor = pass_once(defense, forward or defense, x.clone())
     return logits
 
 
@@ -64,6 +68,13 @@ def _judge_answers(evidence: Evidence) -> Outcome:
         if gap > TOLERANCE:
             reason = "one seed gives two answers: randomness beyond the generators of torch, numpy and Python"
             return Outcome("fail", gap, TOLERANCE, reason)
+        if has_shared_layers(evidence.defense):
+            copies = _ask(evidence, x.repeat(2, 1, 1, 1)).unflatten(0, (2, -1))
+            draws = _ask(evidence, x, lambda x: evidence.defense.forward_draws(x, 2))
+            gap = float((draws - copies).abs().max()) / scale
+            if not gap <= TOLERANCE:
+                reason = "forward_draws, which the attacks ask, answers otherwise than forward under the same seed"
+                return Outcome("fail", gap, TOLERANCE, reason)
         return Outcome("pass", gap, TOLERANCE, "logits are finite, no probabilities, and repeat under one seed")
     alone = torch.cat([_ask(evidence, x[i : i + 1]) for i in range(min(8, len(x)))])
     gap = float((logits[: len(alone)] - alone).abs().max()) / scale
