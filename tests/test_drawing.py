@@ -74,3 +74,12 @@ def test_text_stays_text_and_harmless(drawn: tuple[Drawings, list[str]]) -> None
     assert "<script>" not in drawn[1][1]
     assert INK not in "".join(drawn[1]) + drawn[0].css()
     assert "currentColor" in drawn[0].css()
+
+
+def test_letters_that_the_font_of_matplotlib_lacks_are_drawn_without_a_warning() -> None:
+    """The page's reader has them; of a picture in pixels the warning is true."""
+    with page_style():
+        text = Drawings().svg(draw("名前"))
+    assert "名前" in text
+    with pytest.warns(UserWarning, match="Glyph .* missing from font"):
+        draw("名").savefig(io.BytesIO(), format="png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -43,7 +44,10 @@ def row_id(number: int) -> str:
 
 @contextmanager
 def page_style() -> Iterator[None]:
-    """Within it matplotlib draws for a page; two pages of the same figures are the same bytes."""
+    """Within it matplotlib draws for a page; two pages of the same figures are the same bytes.
+
+    A letter that its font lacks is drawn by the reader's browser, so that its warning of an empty box is wrong here.
+    """
     import matplotlib as mpl
 
     style: dict[Any, Any] = {
@@ -53,7 +57,8 @@ def page_style() -> Iterator[None]:
         "font.size": 9,
     }
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with mpl.rc_context(style):
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield
 
 
