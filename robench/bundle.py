@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from robench.check_names import VERDICTS, overall
 from robench.errors import DataError, UsageError
 from robench.files import write_atomic
+from robench.text import parse_json
 from robench.unit_table import CLEAN, WORST
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def read_bundle(folder: Path) -> Bundle:
     if digest != folder.resolve().name:
         raise DataError(f"{folder}: {MANIFEST} has the digest {digest}, not the one that names the folder")
     try:
-        manifest = json.loads(content)
+        manifest = parse_json(content)
         wrong = _misfits(manifest, KINDS)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: {MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
@@ -222,7 +223,7 @@ def check_audit(content: bytes, path: Path) -> dict[str, Any]:
     from robench.audit.effort import read_effort
 
     try:
-        audit: dict[str, Any] = json.loads(content)
+        audit: dict[str, Any] = parse_json(content)
         wrong = _misfits(audit, AUDIT_KINDS)
         for name, values in audit["accuracies"].items():
             value, low, high = values

@@ -29,6 +29,7 @@ from robench.registry import builtin_names, load_defense, parse_spec
 from robench.settings import RANDOMIZED_EOT
 from robench.shares import in_percent
 from robench.stats import most_by_chance, paired_interval, smallest_shown
+from robench.text import find_forbidden
 from robench.threat import ThreatModel
 from robench.unit_table import WORST
 from robench.verify import Report, verify_evidence
@@ -141,6 +142,7 @@ def check_form(leaderboards: Path, evidence: str) -> tuple[Report, tuple[Bundle,
         report.check("the evidence can be read", held=False, detail=str(error))
         return report, None
     _check_name(report, bundle.spec)
+    _check_texts(report, bundle)
     _check_audit(report, bundle)
     row = _check_form(report, bundle, leaderboards)
     return report, (bundle, row) if row is not None and report.holds else None
@@ -239,6 +241,12 @@ def _check_name(report: Report, spec: RunSpec) -> None:
     )
     detail = f"not so: {', '.join(outside)}; {advice}" if outside else "no path leads elsewhere"
     report.check("defense, weights and data lie in the repository, if in files", not outside, detail)
+
+
+def _check_texts(report: Report, bundle: Bundle) -> None:
+    """Refuses names and texts of the audit with characters that a page cannot show."""
+    odd = [ascii(text) for text in find_forbidden([bundle.spec.to_json(), bundle.audit])]
+    report.check("no text holds a control character", not odd, f"not so: {odd[0]}" if odd else "names and audit")
 
 
 def _leads_outside(text: str) -> bool:

@@ -24,7 +24,7 @@ from robench.registry import load_defense
 TOY = f"{Path(__file__).with_name('engine_toys.py')}:Prototypes"
 EPS, N = 0.03, 24
 BOARD = "fashion_mnist-linf-0.03"
-HOSTILE = "<script>alert(1)</script>"
+HOSTILE = "<script>alert(1)</script>\x07\x1b[31m"
 FORMULA = '=HYPERLINK("http://example.org")'
 
 

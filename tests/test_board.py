@@ -324,6 +324,17 @@ def audited(board: Board, **changes: Any) -> tuple[dict[str, Any], Board]:
     return audit, dataclasses.replace(board, entries=(changed,))
 
 
+def test_labels_with_characters_that_no_drawing_can_hold_are_drawn(boards: Path) -> None:
+    """An audit is text from outside, too."""
+    odd = "\0\x07\x1b[31m\uffff"
+    curves = [{"label": f"curve{odd}", "x": [0, 1], "y": [0, 1], "low": [], "high": []}]
+    plot = {"x_label": f"x{odd}", "y_label": f"y{odd}", "curves": curves}
+    _, board = audited(the_board(boards), findings=[{"check": odd, "verdict": "fail", "reason": "", "plot": plot}])
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", render_boards([board]))
+    shown = "\ufffd\ufffd\ufffd[31m\ufffd"
+    assert {f"curve{shown}", f"x{shown}", f"y{shown}", f"{shown}: fail"} <= set(texts)
+
+
 def test_the_effort_of_an_audit_is_told_in_its_row(boards: Path) -> None:
     audit, board = audited(the_board(boards))
     assert "Made with the usual effort." in render_boards([board])

@@ -132,6 +132,7 @@ def test_each_bound_has_its_bundle(tmp_path: Path) -> None:
         ({"findings": [{"check": "pgd"}]}, "cannot be read"),
         ({"findings": 3}, "cannot be read|wrong kind"),
         ({"failed": "all"}, "failed is of the wrong kind"),
+        ({"paper": "\ud800"}, "audit.json cannot be read .*surrogates not allowed"),  # no page could be written
     ],
 )
 def test_an_audit_that_does_not_fit_is_refused(

@@ -59,7 +59,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 19 + 14
+    assert len(report.lines) == 20 + 14
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -124,6 +124,7 @@ IDLE = dict.fromkeys(CHECKS, "not run")
         ({"findings": passing(**IDLE)[:-1] + passing()[-1:]}, ["the audit ran every check that it can"]),
         ({"findings": [*passing(), passing()[0]]}, ["the audit made every check once"]),
         ({"findings": passing(other="pass")}, ["the audit made every check once"]),
+        ({"findings": [{**one, "reason": "\x1b[2J"} for one in passing()]}, ["no text holds a control character"]),
     ],
 )
 def test_an_audit_that_tells_less_than_it_must_is_refused(
@@ -148,12 +149,13 @@ def test_an_audit_of_a_randomized_defense_with_too_few_draws_is_refused(
     assert "the audit had enough draws" in refused(report)
 
 
-def test_a_borrowed_name_and_hidden_options_are_refused(whole: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_borrowed_or_hidden_name_and_hidden_options_are_refused(whole: tuple[Path, str], tmp_path: Path) -> None:
     boards, digest = whole
     for number, (change, reason) in enumerate(
         [
             ({"defense_name": "convnet_at"}, "the defense has a name of its own"),
             ({"defense_options": {"gain": 0.2}}, "the defense's options stand in its name"),
+            ({"defense_name": "toy\a"}, "no text holds a control character"),
         ]
     ):
         copy = shutil.copytree(boards / "evidence" / digest, tmp_path / str(number) / "evidence" / digest)

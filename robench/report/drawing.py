@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree
 
 from robench.errors import UsageError
+from robench.text import replace_forbidden
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +81,7 @@ class Drawings:
         """A figure as an `svg` element, hidden from screen readers: the page's tables say the same."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        root = ElementTree.fromstring(buffer.getvalue())
+        root = ElementTree.fromstring(replace_forbidden(buffer.getvalue().decode()))
         for metadata in root.findall(f"{NAMESPACE}metadata"):
             root.remove(metadata)
         for name in ("width", "height"):
