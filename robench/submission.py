@@ -24,7 +24,7 @@ from robench.evaluate import evaluate
 from robench.leaderboard import Row, board_name, identity, is_complete, rank_rows, read_rows, rows_csv
 from robench.plan import RunSpec
 from robench.protocol import PROTOCOLS
-from robench.publish import EVIDENCE, audit_fits
+from robench.publish import EVIDENCE, audit_fits, find_misplaced
 from robench.registry import builtin_names, load_defense, parse_spec
 from robench.settings import RANDOMIZED_EOT
 from robench.shares import in_percent
@@ -103,7 +103,7 @@ def check_submission(
 
     Raises:
         UsageError: there is no such bundle, or something that the check needs is missing.
-        DataError: the leaderboard cannot be read.
+        DataError: a leaderboard cannot be read.
     """
     report, found = check_form(leaderboards, evidence)
     if found is None:
@@ -131,7 +131,7 @@ def check_form(leaderboards: Path, evidence: str) -> tuple[Report, tuple[Bundle,
 
     Raises:
         UsageError: there is no such bundle, or its defense has a name that cannot be read.
-        DataError: the leaderboard cannot be read.
+        DataError: a leaderboard cannot be read.
     """
     folder = bundle_folder(leaderboards / EVIDENCE, evidence)
     report = Report(folder)
@@ -274,6 +274,8 @@ def _check_form(report: Report, bundle: Bundle, leaderboards: Path) -> Row | Non
     row = mine[0]
     canonical = rows_csv(rank_rows(rows)).encode() == path.read_bytes()
     report.check(f"{name} is as 'robench leaderboard add' writes it", canonical, "order, ranks and quoting")
+    fault = find_misplaced(leaderboards).get((path, bundle.digest))
+    report.check("the row's rank and evidence are its own", not fault, fault or name)
     alike = sum(identity(one) == identity(row) for one in rows)
     report.check("no other row is of this defense, protocol and weights", alike == 1, f"{alike - 1} others")
     known = ", ".join(PROTOCOLS)

@@ -113,7 +113,7 @@ def test_the_row_holds(path: Path, row: Row) -> None:
             fresh = Answers(votes, stored.labels[::16])
             assert not answers_differ(stored.right[::16], fresh.right, stored.repeats, fresh.repeats)
         return
-    report = verify_evidence(bundle_folder(FOLDER / EVIDENCE, row["evidence"]), row=row, device="cpu", trust=True)
+    report = verify_evidence(bundle.folder, row=row, board=path.name, device="cpu", trust=True)
     assert report.holds, report.failures
 
 

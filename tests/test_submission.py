@@ -59,7 +59,7 @@ def test_a_whole_row_is_taken(whole: tuple[Path, str]) -> None:
     boards, digest = whole
     report = check_submission(boards, digest, device="cpu", trust=True)
     assert report.holds, report.failures
-    assert len(report.lines) == 20 + 14
+    assert len(report.lines) == 21 + 14
 
 
 def test_code_of_others_is_not_run_unasked(whole: tuple[Path, str]) -> None:
@@ -172,6 +172,16 @@ def test_two_rows_of_one_defense_are_refused(tmp_path: Path) -> None:
     assert refused(check_form(boards, digest)[0]) == ["no other row is of this defense, protocol and weights"]
 
 
+def test_a_row_that_stands_on_another_board_too_is_refused(whole: tuple[Path, str], tmp_path: Path) -> None:
+    """As under a larger bound, where its figure would lead."""
+    boards, digest = Path(shutil.copytree(whole[0], tmp_path / "boards")), whole[1]
+    (path,) = boards.glob("*.csv")
+    shutil.copy(path, path.with_name("fashion_mnist-linf-0.3.csv"))
+    report, found = check_form(boards, digest)
+    assert report.failures == ["the row's rank and evidence are its own (2 rows have this evidence)"]
+    assert found is None
+
+
 def test_a_defense_whose_images_share_draws_unseen_is_refused(tmp_path: Path) -> None:
     """Its interval takes the images' answers as independent, as they are where they were judged one by one."""
     threat = ThreatModel("linf", EPS)
@@ -203,7 +213,8 @@ def test_a_row_written_by_hand_is_named(whole: tuple[Path, str], tmp_path: Path)
     assert "row is that of the evidence" in refused(check_submission(boards, digest, device="cpu", trust=True))
     path.write_text(content.replace("\n1,", "\n2,"))
     assert refused(check_submission(boards, digest, device="cpu", trust=True)) == [
-        f"{path.name} is as 'robench leaderboard add' writes it"
+        f"{path.name} is as 'robench leaderboard add' writes it",
+        "the row's rank and evidence are its own",
     ]
     path.write_text(content.splitlines()[0] + "\n")
     assert refused(check_submission(boards, digest, device="cpu", trust=True)) == [
