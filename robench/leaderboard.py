@@ -55,7 +55,7 @@ TAIL: Final = (
 )
 """The columns before and after those of the attacks, which are named by their keys."""
 
-_NUMBERS: Final = (
+_SHARES: Final = (
     "clean_acc",
     "clean_low",
     "clean_high",
@@ -63,13 +63,9 @@ _NUMBERS: Final = (
     "robust_low",
     "robust_high",
     "majority_acc",
-    "n",
-    "eot",
-    "judge_repeats",
-    "seed",
-    "forwards_per_example",
-    "backwards_per_example",
 )
+_WHOLE: Final = ("n", "eot", "judge_repeats", "seed")
+_NUMBERS: Final = (*_SHARES, *_WHOLE, "forwards_per_example", "backwards_per_example")
 
 _DEFUSED: Final = ("=", "+", "-", "@", "\t", "\r", "'")
 """What a spreadsheet takes for the start of a formula, and the apostrophe that says it is none."""
@@ -227,7 +223,8 @@ def read_rows(path: Path) -> list[Row]:
     """Reads a leaderboard; a cell of an attack that the row's protocol does not have is left out of the row.
 
     Raises:
-        DataError: columns are missing, a row has another number of cells, or a number is none.
+        DataError: columns are missing, a row has another number of cells, or a cell is not what its column holds: a
+            number, whole or a share where the column is one of such, and no interval that is upside down.
     """
     try:
         text = path.read_bytes().decode("utf-8")  # read_text would turn a \r inside a cell into \n
@@ -242,12 +239,28 @@ def read_rows(path: Path) -> list[Row]:
         if len(cells) != len(columns):
             raise DataError(f"leaderboard {path}, line {number}: expected {len(columns)} cells, got {len(cells)}")
         row = dict(zip(columns, (_restore(cell) for cell in cells), strict=True))
-        numbers = *_NUMBERS, *(key for key in columns if key not in (*HEAD, *TAIL))
-        wrong = [key for key in numbers if row[key] and not _is_number(row[key])]
-        if wrong:
-            raise DataError(f'leaderboard {path}, line {number}: {wrong[0]} must be a number; got "{row[wrong[0]]}"')
+        if misfit := _find_misfit(row):
+            raise DataError(f"leaderboard {path}, line {number}: {misfit}")
         rows.append({key: cell for key, cell in row.items() if cell or key in (*HEAD, *TAIL)})
     return rows
+
+
+def _find_misfit(row: Row) -> str:
+    """What is wrong with the first cell that cannot be of its column; "" if nothing is. An empty cell can."""
+    attacks = [key for key in row if key not in (*HEAD, *TAIL)]
+    for key in (*_NUMBERS, *attacks):
+        cell = row[key]
+        if cell and not _is_number(cell):
+            return f'{key} must be a number; got "{cell}"'
+        if cell and key in _WHOLE and not re.fullmatch("-?[0-9]{1,18}", cell):
+            return f'{key} must be a whole number; got "{cell}"'
+        if cell and key in (*_SHARES, *attacks) and not 0 <= float(cell) <= 1:
+            return f'{key} must be a share between 0 and 1; got "{cell}"'
+    for kind in ("clean", "robust"):
+        low, high = row[f"{kind}_low"], row[f"{kind}_high"]
+        if low and high and float(low) > float(high):
+            return f'{kind}_low must not be above {kind}_high; got "{low}" and "{high}"'
+    return ""
 
 
 def _restore(cell: str) -> str:

@@ -30,9 +30,13 @@ FORMULA = '=HYPERLINK("http://example.org")'
 
 def make_row(defense: str = "toy", low: str = "0.5000", **cells: str) -> Row:
     """A complete row with the attacks' columns given in `cells`."""
-    numbers = ("clean_acc", "clean_low", "clean_high", "robust_acc", "robust_high", "majority_acc")
+    numbers = ("clean_acc", "clean_low", "clean_high", "robust_acc", "majority_acc")
     counts = ("n", "eot", "judge_repeats", "seed", "forwards_per_example", "backwards_per_example")
-    known = {"defense": defense, "robust_low": low} | dict.fromkeys(numbers, "0.6000") | dict.fromkeys(counts, "8")
+    known = (
+        {"defense": defense, "robust_low": low, "robust_high": max(low, "0.6000")}
+        | dict.fromkeys(numbers, "0.6000")
+        | dict.fromkeys(counts, "8")
+    )
     return {
         **{name: known.get(name, "") for name in HEAD},
         "pgd": "0.6",

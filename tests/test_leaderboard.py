@@ -346,6 +346,30 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read_rows(path)
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"n": "1e3"}, 'n must be a whole number; got "1e3"'),
+        ({"n": "128.5"}, 'n must be a whole number; got "128.5"'),
+        ({"n": "9" * 19}, "n must be a whole number"),
+        ({"eot": "1_0"}, "eot must be a whole number"),
+        ({"judge_repeats": "20.0"}, "judge_repeats must be a whole number"),
+        ({"seed": "0x1"}, "seed must be a number"),
+        ({"robust_acc": "5"}, 'robust_acc must be a share between 0 and 1; got "5"'),
+        ({"clean_low": "-0.1"}, "clean_low must be a share"),
+        ({"majority_acc": "60"}, "majority_acc must be a share"),
+        ({"pgd": "1.1"}, "pgd must be a share"),
+        ({"robust_low": "0.9", "robust_high": "0.1"}, 'robust_low must not be above robust_high; got "0.9" and "0.1"'),
+        ({"clean_low": "0.9", "clean_high": "0.1"}, "clean_low must not be above clean_high"),
+    ],
+)
+def test_a_cell_that_its_column_cannot_hold_is_named(cells: dict[str, str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "board.csv"
+    path.write_text(rows_csv([make_row("a"), make_row("b", **cells)]))
+    with pytest.raises(DataError, match=f"leaderboard {path}, line 3: {message}"):
+        read_rows(path)
+
+
 def test_a_damaged_board_is_not_overwritten(result: Evaluation, tmp_path: Path) -> None:
     (path,) = add(named(result), tmp_path)
     path.write_text("rank,defense\n")
