@@ -10,6 +10,8 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,23 @@ def test_every_row_agrees_with_its_evidence_and_every_bundle_has_a_row() -> None
             assert entry.row["audit_verdict"] in ("pass", "suspect", "masked")
     digests = {row["evidence"] for _, row in ROWS}
     assert {folder.name for folder in (FOLDER / EVIDENCE).iterdir()} == digests
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_git_turns_no_line_ends_of_what_digests_name(tmp_path: Path) -> None:
+    """As it does on Windows by default. A cell of a CSV may hold a line end of its own."""
+    root, repository = FOLDER.parent, tmp_path / "repository"
+    bundle = FOLDER / EVIDENCE / ROWS[0][1]["evidence"]
+    files = [*boards(FOLDER), *bundle.iterdir(), *root.glob("tests/golden/*"), root / "defenses" / "__init__.py"]
+    contents = {path.relative_to(root): path.read_bytes() for path in [*files, root / ".gitattributes"]}
+    contents[Path("leaderboards", "own.csv")] = b'a,"b\r\nc"\n'
+    for path, content in contents.items():
+        (repository / path).parent.mkdir(parents=True, exist_ok=True)
+        (repository / path).write_bytes(content)
+    windows = ("git", "-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@example.org")
+    for words in (["init"], ["add", "."], ["commit", "-m", "all"], ["clone", ".", tmp_path / "clone"]):
+        subprocess.run([*windows, *words], cwd=repository, check=True, capture_output=True)
+    assert [path for path, content in contents.items() if (tmp_path / "clone" / path).read_bytes() != content] == []
 
 
 @pytest.mark.parametrize("row", [row for _, row in ROWS], ids=NAMES)
