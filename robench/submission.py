@@ -302,7 +302,8 @@ def _check_audit(report: Report, bundle: Bundle) -> None:
     report.check("the audit is of these weights and this bound", audit_fits(audit, spec, bundle.eps), f"{bundle.eps:g}")
     effort = read_effort(audit)
     fitting = may_have_effort(spec.defense, effort)
-    report.check("the audit is of an effort it may have", fitting, str(effort or "not told: audit again"))
+    untold = "not told; robench ships the defense" if fitting else "not told: audit again"
+    report.check("the audit is of an effort it may have", fitting, str(effort or untold))
     draws = audit.get("eot")
     enough = not spec.randomized or (isinstance(draws, int) and draws >= RANDOMIZED_EOT)
     report.check("the audit had enough draws", enough, f"{draws}, at least {RANDOMIZED_EOT if spec.randomized else 1}")

@@ -100,9 +100,16 @@ def test_an_effort_that_the_defense_chose_is_refused(tmp_path: Path) -> None:
     defense.first_look = {"n": 32}
     reduced = audit(defense, ThreatModel("linf", EPS), "fashion_mnist", checks=["zero_gradients"]).to_json()
     assert reduced["n"] == 32
+    claim = "the audit is of an effort it may have"
     for number, effort in enumerate((reduced["effort"], None)):
-        report, _ = check_form(*submit_with(tmp_path / str(number), {"effort": effort}))
-        assert refused(report) == ["the audit is of an effort it may have"]
+        boards, digest = submit_with(tmp_path / str(number), {"effort": effort})
+        assert refused(check_form(boards, digest)[0]) == [claim]
+    bundle = read_bundle(boards / "evidence" / digest)
+    whys = {TOY: "DOES NOT HOLD: {} (not told: audit again)", "jem": "holds: {} (not told; robench ships the defense)"}
+    for name, told in whys.items():
+        report = Report(bundle.folder)
+        submission._check_audit(report, replace(bundle, spec=replace(bundle.spec, defense=name)))
+        assert told.format(claim) in report.lines
 
 
 def passing(**verdicts: str) -> list[dict[str, Any]]:
