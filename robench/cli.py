@@ -280,13 +280,14 @@ def verify(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     data_dir: DataDir = None,
     trust: Trust = False,
+    seed: Annotated[int | None, typer.Option(help="Draws the fresh answers; default those everybody gets.")] = None,
     as_json: Json = False,
 ) -> None:
     """Re-judge saved adversarial images under fresh randomness: does the claim still hold?"""
     from robench.verify import verify as verify_folder
 
     place = as_place(folder)
-    end_with_report(lambda: verify_folder(place, device=device, data_dir=data_dir, trust=trust), as_json)
+    end_with_report(lambda: verify_folder(place, device=device, data_dir=data_dir, trust=trust, seed=seed), as_json)
 
 
 @app.command()

@@ -47,6 +47,7 @@ class Report:
         shared: the noise of an accuracy where images of a pass share draws, as a multiple of that of single independent
             ones; 0 of a deterministic defense.
         notes: what was not checked.
+        seed: of the fresh answers, where one was given; None: those that everybody gets.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     shared: float = 0.0
     notes: list[str] = field(default_factory=list)
+    seed: int | None = None
 
     @property
     def holds(self) -> bool:
@@ -69,15 +71,19 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
         told = {"claims": self.lines, "failures": self.failures, "notes": self.notes}
-        return {"run": str(self.folder), "holds": self.holds, **told}
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return {"run": str(self.folder), "holds": self.holds, **seed, **told}
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else f"does not hold: {len(self.failures)} of {len(self.lines)} claims fail"
         notes = [f"not checked: {note}" for note in self.notes]
-        return "\n".join([*self.lines, *notes, f"{self.folder}: {verdict}"])
+        seed = "" if self.seed is None else f", on answers of seed {self.seed}"
+        return "\n".join([*self.lines, *notes, f"{self.folder}: {verdict}{seed}"])
 
 
-def verify(path: Path, *, device: str = "auto", data_dir: Path | None = None, trust: bool = False) -> Report:
+def verify(
+    path: Path, *, device: str = "auto", data_dir: Path | None = None, trust: bool = False, seed: int | None = None
+) -> Report:
     """Verifies a run folder, or an evidence bundle with its row; see `verify_run` and `verify_evidence`.
 
     The row is looked for on the leaderboards in whose folder `evidence` the bundle lies, wherever it stands there.
@@ -87,13 +93,13 @@ def verify(path: Path, *, device: str = "auto", data_dir: Path | None = None, tr
         DataError: the run folder or a leaderboard is damaged.
     """
     if not (path / MANIFEST).exists():
-        return verify_run(path, device=device, data_dir=data_dir)
+        return verify_run(path, device=device, data_dir=data_dir, seed=seed)
     place = path.resolve()
     leaderboards = place.parent.parent
     rows = all_rows(leaderboards) if place.parent.name == EVIDENCE else ()
     board, row = next(((file, row) for file, row in rows if row["evidence"] == place.name), (None, None))
     name = board.name if board else None
-    report = verify_evidence(path, row=row, board=name, device=device, data_dir=data_dir, trust=trust)
+    report = verify_evidence(path, row=row, board=name, device=device, data_dir=data_dir, trust=trust, seed=seed)
     if board is None:
         report.notes.append(f"the row: no leaderboard beside {path} has one with this evidence")
     else:
@@ -102,19 +108,25 @@ def verify(path: Path, *, device: str = "auto", data_dir: Path | None = None, tr
     return report
 
 
-def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = None) -> Report:
+def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = None, seed: int | None = None) -> Report:
     """Re-judges a run: the figures it tells, digests, settings, its table, box and eps, clean and worst case anew.
 
     A deterministic defense must give the same answers; those of a randomized one must agree within the noise of two
     runs of the judge (`robench.stats.answers_differ`). That an attack was run, and at full strength, no judging of its
     images shows.
 
+    Args:
+        folder: the run.
+        device: `auto`, `cpu` or `cuda`.
+        data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        seed: draws the fresh answers; None draws those that everybody gets.
+
     Raises:
         UsageError: the defense or the data cannot be had by name.
         DataError: the run folder is damaged or incomplete.
     """
     result = Evaluation.load(folder)
-    report = Report(folder)
+    report = Report(folder, seed=seed)
     data = _load_data(result.spec, folder, data_dir)
     _verify(report, result, data, device)
     _check_told(report, result)
@@ -153,6 +165,7 @@ def verify_evidence(
     device: str = "auto",
     data_dir: Path | None = None,
     trust: bool = False,
+    seed: int | None = None,
 ) -> Report:
     """Re-judges the bundle of a leaderboard row: its files, its row, and then as `verify_run` does.
 
@@ -163,11 +176,12 @@ def verify_evidence(
         device: `auto`, `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         trust: run the defense's code also where it comes from a file or a package that is not robench's.
+        seed: as in `verify_run`.
 
     Raises:
         UsageError: something that the check needs is missing; the message says what.
     """
-    report = Report(folder)
+    report = Report(folder, seed=seed)
     try:
         bundle = read_bundle(folder)
         published = bundle.row()
@@ -270,7 +284,8 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
         right = [(torch.stack(passes[start : start + repeats]) == labels).numpy() for start, labels in units]
         return Answers(votes.numpy(), data.y.numpy()), shared_noise(right)
 
-    with seeded(spec.seed, "verify", device=device):
+    stream = ("verify",) if report.seed is None else ("verify", report.seed)
+    with seeded(spec.seed, *stream, device=device):
         claims = [("clean accuracy", result.answers(CLEAN), data.x)]
         for eps in spec.eps:
             claim, stored = f"robust accuracy at eps {eps:g}", result.answers(WORST, eps)

@@ -767,7 +767,20 @@ def test_verify_holds(call: Call, finished: Path) -> None:
 def test_verify_of_a_randomized_defense_holds(call: Call, squares: Path) -> None:
     outcome = run_squares(call, squares, "--defense", NOISY, "--out", "noisy", "--judge-repeats", 20, attack="fgsm")
     assert outcome.status == 0, outcome.err
-    assert call("verify", "noisy", "--device", "cpu").status == 0
+    outcome = call("verify", "noisy", "--device", "cpu")
+    assert outcome.status == 0
+    assert outcome.out == call("verify", "noisy", "--device", "cpu").out  # the same answers for everybody
+
+
+def test_verify_draws_other_answers_by_a_seed_and_tells_it(call: Call, squares: Path) -> None:
+    """Else a claim could be made that holds on the one draw that everybody gets."""
+    run_squares(call, squares, "--defense", NOISY, "--out", "noisy", "--judge-repeats", 20, attack="fgsm")
+    told = [call("verify", "noisy", "--device", "cpu", "--json", *seed).json() for seed in ([], *[["--seed", 7]] * 2)]
+    assert [one["holds"] for one in told] == [True] * 3
+    assert [one.get("seed") for one in told] == [None, 7, 7]
+    assert told[1] == told[2]
+    assert told[0]["claims"] != told[1]["claims"]
+    assert call("verify", "noisy", "--device", "cpu", "--seed", 7).out.endswith("noisy: holds, on answers of seed 7\n")
 
 
 @pytest.mark.parametrize(
