@@ -239,7 +239,7 @@ def read_references(path: Path) -> list[Reference]:
     if not path.exists():
         return []
     try:
-        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
         if tuple(reader.fieldnames or ()) != REFERENCE_COLUMNS:
             raise DataError(f"{path} must have the columns {', '.join(REFERENCE_COLUMNS)}")
         found = [Reference(**row) for row in reader]

@@ -222,13 +222,17 @@ def row_csv(row: Row) -> str:
 def read_rows(path: Path) -> list[Row]:
     """Reads a leaderboard; a cell of an attack that the row's protocol does not have is left out of the row.
 
+    What spreadsheets add is passed over: a mark of UTF-8 at the start, blank lines at the end.
+
     Raises:
         DataError: columns are missing, a row has another number of cells, or a cell is not what its column holds: a
             number, whole or a share where the column is one of such, and no interval that is upside down.
     """
     try:
-        text = path.read_bytes().decode("utf-8")  # read_text would turn a \r inside a cell into \n
-        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        text = path.read_bytes().decode("utf-8-sig")  # read_text would turn a \r inside a cell into \n
+        if text.partition("\n")[0].count(";") >= len((*HEAD, *TAIL)) - 1:
+            raise DataError(f'leaderboard {path} must have "," between its cells; it has ";". Save it with commas')
+        lines = list(csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"leaderboard {path} cannot be read: {error}") from None
     columns = [_restore(name) for name in lines[0]] if lines else []

@@ -132,10 +132,13 @@ def test_a_wrong_reference_file_is_refused(text: str, message: str, tmp_path: Pa
         read_references(tmp_path / "a.csv")
 
 
-def test_shipped_references_can_be_read() -> None:
+def test_shipped_references_can_be_read_also_as_a_spreadsheet_saves_them(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "leaderboards" / "reference"
     for path in folder.glob("*.csv"):
         assert read_references(path)
+        saved = tmp_path / path.name
+        saved.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+        assert read_references(saved) == read_references(path)
 
 
 # tables

@@ -327,6 +327,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
         "": "must have, each once, the columns rank, defense",
         whole.replace("robust_low", "robust", 1): "must have, each once, the columns",
         whole.replace("pgd", "rank", 1): "must have, each once, the columns",
+        rows_csv([make_row("a", **{"pgd(steps=2, restarts=3)": "0.5"})]).replace(",", ";"): (
+            'must have "," between its cells; it has ";". Save it with commas'
+        ),
+        whole.replace("\n", "\n\n", 2): "line 2: expected 29 cells, got 0",
         whole[: -len(whole.splitlines()[-1]) // 2]: "line 3: expected 29 cells, got",
         whole.replace("0.5000", "half", 1): 'line 2: robust_low must be a number; got "half"',
         whole.replace("0.5000", "nan", 1): "robust_low must be a number",
@@ -344,6 +348,12 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         read_rows(path)
+
+
+def test_what_a_spreadsheet_adds_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "board.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + rows_csv([make_row("a")]).replace("\n", "\r\n").encode() + b"\r\n\r\n")
+    assert [row["defense"] for row in read_rows(path)] == ["a"]
 
 
 @pytest.mark.parametrize(
