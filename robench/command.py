@@ -282,8 +282,6 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
         RobenchError: see `train_named`.
         Interrupted: the message names the command that resumes.
     """
-    if not request.scale > 0:
-        raise UsageError(f"scale must be positive; got {request.scale}")
     folder = request.out or Path("runs") / "train" / _train_folder(request)
     settings = TrainSettings(
         seed=request.seed,

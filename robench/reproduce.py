@@ -77,8 +77,7 @@ class ReproduceRequest:
         Raises:
             UsageError: a count is below 1, a scale that is not positive, or no such protocol.
         """
-        if not self.scale > 0:
-            raise UsageError(f"scale must be positive; got {self.scale}")
+        TrainSettings(scale=self.scale)
         if self.protocol:
             get_protocol(self.protocol)
         for name, count in (("n", self.n), ("protocol-n", self.protocol_n)):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robench import Defense, load_data, load_defense, wrap
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
-from robench.defenses.fortified import Fortified, blackbox, paper
+from robench.defenses.fortified import Fortified, Training, blackbox, fortify, paper
 from robench.defenses.fortified.blackbox import (
     Protocol,
     augment,
@@ -157,6 +157,19 @@ def test_snippets_of_the_docs_train_a_network_of_ones_own(tmp_path: Path, monkey
     assert [stage["name"] for stage in space["card"]["stages"]] == ["clean", "half", "adversarial"]
     assert space["card"]["training_attack"].startswith("2 steps of 0.75 eps")
     assert (tmp_path / "runs" / "mine" / "weights.pt").exists()
+
+
+@pytest.mark.parametrize("train_attack", ["pgd", "fgsm"])
+def test_running_statistics_are_those_of_what_is_learned_from(train_attack: Any) -> None:
+    """One loss passes the images and the adversarial ones; the passes of the attack leave batch normalisation alone."""
+    net = fortify(make_small(), ["layer4"], input_shape=(3, 32, 32), training=Training(train_attack=train_attack))
+    defense = wrap(net, num_classes=10, input_shape=(3, 32, 32), name="mine")
+    defense.train()
+    norm = net.module.get_submodule("layer1.1")
+    with seeded("statistics"):
+        defense.recipe().adversarial_loss(torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64))  # type: ignore[attr-defined]
+    assert int(norm.get_buffer("num_batches_tracked")) == 2
+    assert all(part.training for part in defense.modules())
 
 
 def test_check_fails_where_one_step_and_twenty_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robench.defense import Defense
+from robench.defense import Defense, in_eval_mode
 from robench.errors import UsageError
 from robench.types import PerExample
 
@@ -205,8 +205,7 @@ def _check_layers(module: nn.Module, layers: Sequence[str]) -> None:
 def _shapes(module: nn.Module, layers: Sequence[str], x: Tensor) -> dict[str, tuple[int, ...]]:
     """Shape of each layer's output; the module's mode is as before afterwards."""
     found: dict[str, list[Any]] = {layer: [] for layer in layers}
-    modes = {part: part.training for part in module.modules()}
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    with contextlib.ExitStack() as stack, torch.no_grad(), in_eval_mode(module):
         for layer in layers:
 
             def note(part: nn.Module, inputs: tuple[Any, ...], output: Any, layer: str = layer) -> None:
@@ -214,7 +213,6 @@ def _shapes(module: nn.Module, layers: Sequence[str], x: Tensor) -> dict[str, tu
                 found[layer].append(output)
 
             stack.callback(module.get_submodule(layer).register_forward_hook(note).remove)
-        module.eval()
         try:
             module(x)
         except (RuntimeError, ValueError) as error:  # what torch raises for shapes that do not fit
@@ -222,9 +220,6 @@ def _shapes(module: nn.Module, layers: Sequence[str], x: Tensor) -> dict[str, tu
             raise UsageError(
                 f"fortify: the module does not take images of input_shape {tuple(x.shape[1:])}: {told}"
             ) from error
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
     return {layer: _shape(layer, outputs) for layer, outputs in found.items()}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from robench.defense import in_eval_mode
 from robench.threat import ThreatModel
 from robench.train.adversarial import Inner, WatchedRecipe, measure_attacked, perturb
 from robench.train.recipe import Stage, autocast
@@ -78,15 +79,21 @@ class FortifiedRecipe(WatchedRecipe):
         return total_loss(self.defense, clean, adversarial, y)
 
     def perturb(self, x: Images, y: Labels, eps: float) -> Images:
-        """The images that the training attack finds; the weights count as constants meanwhile."""
-        threat = ThreatModel("linf", eps)
+        """The images that the training attack finds; the weights count as constants meanwhile.
+
+        In eval mode, so that the running statistics of a network of one's own are those of the images it learns from.
+        """
+        with in_eval_mode(self.defense):
+            return self._attack(x, y, ThreatModel("linf", eps))
+
+    def _attack(self, x: Images, y: Labels, threat: ThreatModel) -> Images:
         if self.name == "pgd":
             return perturb(lambda found: self._cross_entropy(found, y), x, threat, self.inner)
         with torch.no_grad(), autocast(x):
             y = self.defense.adaptive_forward(x).argmax(1)  # the label would leak into the image
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(self._cross_entropy(leaf, y), leaf)
-        return threat.project(x, x + eps * threat.steepest(grad))
+        return threat.project(x, x + threat.eps * threat.steepest(grad))
 
     @property
     def inner(self) -> Inner:

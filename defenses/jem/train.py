@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from robench.defense import in_eval_mode
 from robench.detection import expected_calibration_error
 from robench.train.recipe import Recipe, Stage, autocast
 from robench.types import Images, Labels, PerExample
@@ -123,11 +124,8 @@ class JEMRecipe(Recipe):
             self.prepare_starts()
             self.buffer = ReplayBuffer(self.draw_starts(BUFFER))
         places, chains = self.buffer.draw(count, self.draw_starts(count), RESTART)
-        training = self.defense.training
-        self.defense.eval()
-        with autocast(chains):
+        with in_eval_mode(self.defense), autocast(chains):
             chains = sample(self.defense.log_density, chains, self.sampler)
-        self.defense.train(training)
         self.buffer.put(places, chains)
         return chains
 

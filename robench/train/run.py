@@ -62,13 +62,14 @@ class TrainSettings:
     lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the precision and the scale of the learning rate.
+        """Checks the precision, and the scales of iterations and learning rate.
 
         Raises:
-            UsageError: the one is neither `auto` nor `float32`, or the other is not positive and finite.
+            UsageError: the precision is neither `auto` nor `float32`, or a scale is not positive and finite.
         """
-        if not 0 < self.lr_scale < math.inf:
-            raise UsageError(f"lr-scale must be positive and finite; got {self.lr_scale}")
+        for name, scale in (("scale", self.scale), ("lr-scale", self.lr_scale)):
+            if not 0 < scale < math.inf:
+                raise UsageError(f"{name} must be positive and finite; got {scale}")
         if self.precision not in ("auto", "float32"):
             raise UsageError(f'training takes precision auto or float32; got "{self.precision}"')
 
