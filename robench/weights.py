@@ -75,8 +75,9 @@ def _check_training(cls: type[Defense], asked: dict[str, Any], trained: dict[str
         if found is None:  # the constructor fills it in
             found = getattr(_build(cls, trained), name, None)
         if asked[name] not in (found, "auto"):
+            how = f"with {name}={found}" if found is not None else f"without {name}"
             raise UsageError(
-                f'defense "{cls.name}": the weights {path.name} were trained with {name}={found}, not {asked[name]}. '
+                f'defense "{cls.name}": the weights {path.name} were trained {how}, not with {name}={asked[name]}. '
                 f"Leave {name} out, or train others and pass --weights FILE"
             )
 
@@ -89,7 +90,7 @@ def _locate(
     if not cls.needs_weights:
         return None
     dataset = dataset or DEFAULT_DATASET
-    stem = weights_stem(cls, dataset, options)
+    stem = weights_stem(cls, dataset, {**_usual_options(cls, dataset), **options})
     path = weights_folder(cls) / f"{stem}.safetensors"
     if not path.exists():
         shipped = ", ".join(shipped_weights(cls)) or "none"
@@ -99,6 +100,15 @@ def _locate(
             advice = f"Train them with '{train}' or pass --weights FILE"
         raise UsageError(f'no weights "{stem}" of defense "{cls.name}" (shipped: {shipped}). {advice}')
     return path
+
+
+def _usual_options(cls: type[Defense], dataset: str) -> dict[str, Any]:
+    """The options that a training on a dataset would take; none where robench does not know its images' shape."""
+    known = KNOWN.get(dataset)
+    try:
+        return cls.options_for(known.image_shape, known.num_classes) if known else {}
+    except UsageError:
+        return {}  # it cannot take such images, so there are no weights either
 
 
 def _spec(cls: type[Defense], options: dict[str, Any]) -> str:

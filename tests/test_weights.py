@@ -164,10 +164,10 @@ def test_load_defense_takes_options_from_the_card_and_overrides_them(saved: Path
 @pytest.mark.parametrize(
     ("spec", "dataset", "told"),
     [
-        ("convnet_at(width=16, train_eps=0.3)", "fashion_mnist", "train_eps=0.1, not 0.3"),
-        ("fortified(train_eps=0.3)", "fashion_mnist", "train_eps=0.1, not 0.3"),
-        ("fortified(augment=True)", "mnist", "augment=False, not True"),
-        ("shortrun(sigma=0.5)", "fashion_mnist", "sigma=None, not 0.5"),
+        ("convnet_at(width=16, train_eps=0.3)", "fashion_mnist", "with train_eps=0.1, not with train_eps=0.3"),
+        ("fortified(train_eps=0.3)", "fashion_mnist", "with train_eps=0.1, not with train_eps=0.3"),
+        ("fortified(augment=True)", "mnist", "with augment=False, not with augment=True"),
+        ("shortrun(sigma=0.5)", "fashion_mnist", "without sigma, not with sigma=0.5"),
     ],
 )
 def test_options_do_not_claim_another_training_than_the_card(spec: str, dataset: str, told: str) -> None:
@@ -180,8 +180,10 @@ def test_options_do_not_claim_another_training_than_the_card(spec: str, dataset:
     [
         ("convnet_at(train_eps=0.3)", "mnist"),
         ("convnet_at(width=16, train_eps=0.1, train_norm='linf')", "fashion_mnist"),
-        ("fortified(lambda_rec=0, lambda_adv=0)", "mnist"),
+        ("fortified(lambda_adv=2, train_attack=pgd)", "mnist"),
         ("shortrun(sigma=auto)", "fashion_mnist"),
+        ("convnet(width=64)", "mnist"),
+        ("convnet(width=32)", "cifar10"),
     ],
 )
 def test_options_may_repeat_what_the_card_says_of_training(spec: str, dataset: str) -> None:
@@ -349,5 +351,7 @@ def test_save_replaces_weights_in_one_step_or_not_at_all(saved: Path, monkeypatc
 
 
 def test_missing_weights_name_the_training_that_makes_them() -> None:
-    with pytest.raises(UsageError, match=r"robench train --defense 'convnet\(width=8\)' --dataset fashion_mnist"):
-        load_defense("convnet(width=8)", "fashion_mnist")
+    for width, dataset in ((8, "fashion_mnist"), (64, "cifar10")):
+        advice = rf"robench train --defense 'convnet\(width={width}\)' --dataset {dataset}"
+        with pytest.raises(UsageError, match=advice):
+            load_defense(f"convnet(width={width})", dataset)

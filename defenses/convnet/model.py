@@ -73,7 +73,7 @@ class ConvNet(Defense):
             UsageError: a width that the layers cannot be scaled by, or images too small for them.
         """
         super().__init__()
-        width = width if width is not None else THESIS_WIDTH if side == THESIS_SIDE else THESIS_WIDTH // 2
+        width = _usual_width(side) if width is None else width
         if width < 1 or 200 * width % THESIS_WIDTH:
             raise UsageError(f"{self.name}: width must be a positive multiple of 8; got {width}")
         if channels < 1 or side < SMALLEST_SIDE:
@@ -101,9 +101,9 @@ class ConvNet(Defense):
 
     @classmethod
     def weights_variant(cls, options: Mapping[str, Any]) -> str:
-        """The width, where one other than the thesis's is asked for."""
+        """The width, where one other than usual for images of that side is asked for."""
         width = options.get("width")
-        return "" if width in (None, THESIS_WIDTH) else f"width{width}"
+        return "" if width in (None, _usual_width(options.get("side", THESIS_SIDE))) else f"width{width}"
 
     def recipe(self, name: str | None = None) -> Recipe:
         """Plain training on clean images, `clean`; `clean(labelled=10000)` takes a subset."""
@@ -113,3 +113,7 @@ class ConvNet(Defense):
 
         spec = name or "clean"
         return ConvNetRecipe(self, spec, **parse_recipe("convnet", "clean", spec, {"labelled": int}))
+
+
+def _usual_width(side: int) -> int:
+    return THESIS_WIDTH if side == THESIS_SIDE else THESIS_WIDTH // 2
