@@ -58,6 +58,15 @@ def test_card_tells_what_the_file_is(cls: type[Defense], path: Path) -> None:
     assert weights_digest(defense) == card["weights_digest"]
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["convnet", "convnet_at", "fortified", "jem", "shortrun"])
+def test_card_compares_what_was_reached_with_what_was_aimed_at(name: str, dataset: str) -> None:
+    path = weights_folder(resolve("defense", name)) / f"{dataset}.safetensors"
+    told = read_card(path)["against_target"]
+    assert "aimed at" in told
+    assert "reached" in told
+
+
 @pytest.mark.parametrize("path", [pytest.param(path, id=f"{cls.name}-{path.stem}") for cls, path in SHIPPED])
 def test_card_tells_what_was_held_out_all_the_way_back(path: Path) -> None:
     """So that training may go on from the weights without images that it is measured on."""
