@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -634,3 +635,15 @@ def test_what_was_published_is_of_the_cells_that_there_are(path: Path) -> None:
         assert line["recipe"].startswith(cell.recipe) or not line["ours"]
     page = path.with_suffix(".md").read_text(encoding="utf-8")
     assert page.count("\n| ") == len(lines) + 2 * len({line["table"] for line in lines})
+
+
+def test_summary_in_the_docs_tells_what_was_measured() -> None:
+    """Each interval below "In short" in docs/defenses.md is that of a figure in docs/reproduced."""
+    page = (REPRODUCED.parent / "defenses.md").read_text(encoding="utf-8")
+    told = re.findall(r"\[\d[\d.]*, [\d.]+\]", page.partition("In short, ")[2])
+    texts = [path.read_text(encoding="utf-8") for path in REPRODUCED.glob("*.csv")]
+    lines = [line for text in texts for line in csv.DictReader(text.splitlines())]
+    columns = (("ours", "low", "high"), ("worst", "worst_low", "worst_high"))
+    figures = [[float(line[one]) for one in three] for line in lines for three in columns if line[three[0]]]
+    assert len(told) > 5
+    assert set(told) <= {str(Figure(value, low, high, 1)).partition(" ")[2] for value, low, high in figures}
