@@ -102,7 +102,8 @@ class Fortified(FortifiedDefense):
                 bound that is customary for the dataset.
             augment: train on randomly shifted and mirrored images (photographs; never digits).
             num_classes: classes.
-            train_steps: gradient steps of the training attack `pgd`; seven cost two and a half times as much as two.
+            train_steps: gradient steps of the training attack `pgd`; seven cost two and a half times as much as two and
+                are worth 30 points at 0.3 on MNIST.
 
         Raises:
             UsageError: an option is out of range.
