@@ -590,5 +590,5 @@ def test_bound_of_training_stands_in_the_card(job: TrainJob) -> None:
     path, card = train_named(l2)
     assert (card["options"]["train_eps"], card["train_threat"]) == (1.5, "l2 eps=1.5")
     assert load_defense("convnet_at(train_eps=1.5)", weights=path).needs_weights
-    with pytest.raises(UsageError, match=r"train_eps=1\.5, not 0.1"):
+    with pytest.raises(UsageError, match=r"train_eps=1\.5, not with train_eps=0\.1"):
         load_defense("convnet_at(train_eps=0.1)", weights=path)
