@@ -109,7 +109,8 @@ class Defense(nn.Module):
         """The logits of several draws for each image, where the layers before the first draw can run once for all.
 
         An attack on a randomized defense asks for `eot` draws of each image. It calls this instead of `forward` on
-        copies of the images if the class that defines `forward` overrides it and `adaptive_forward` is the default.
+        copies of the images if a class overrides it, none below that changes `forward`, and `adaptive_forward` is the
+        default.
         What it returns must be what `forward` returns for the copies under the same seed, which the audit's check
         `contract` compares. Default: just that.
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robench.errors import UsageError
-from robench.types import Images, Logits
+from robench.types import Images
 
 from .dae import LEAK, Activation, check_dae
 from .fortify import fortify
@@ -126,10 +126,6 @@ class Fortified(FortifiedDefense):
             noise=noise,
             activation=activation,
         )
-
-    def forward(self, x: Images) -> Logits:
-        """Classifies images in [0, 1] with fresh noise."""
-        return self.net(x)
 
     def forward_draws(self, x: Images, draws: int) -> Float[Tensor, "draws b k"]:
         """The layers before the first autoencoder, which are nearly all of the cost, run once for all draws."""

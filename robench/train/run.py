@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from robench.data import Dataset, draw_stratified
-from robench.defense import Defense
+from robench.defense import Defense, in_eval_mode
 from robench.errors import DataError, UsageError
 from robench.files import write_atomic
 from robench.precision import mixes_precision, training_precision
@@ -184,21 +184,19 @@ class Run:
 
     def check(self, stage: Stage) -> bool:
         """Measures on the held-out images how the stage goes."""
-        self.defense.eval()
         iteration = self.state.iteration
-        with seeded(self.settings.seed, stage.name, "check", iteration, device=self.settings.device):
+        draws = seeded(self.settings.seed, stage.name, "check", iteration, device=self.settings.device)
+        with in_eval_mode(self.defense), draws:
             figures, fine = self.recipe.check(stage, self.x_held, self.y_held)
-        self.defense.train()
         self.checks.append({"stage": stage.name, "iteration": iteration, "fine": fine, **figures})
         return fine
 
     def look(self, stage: Stage) -> None:
         """Takes figures of a stage without checks on a part of the held-out images; training is as without them."""
-        self.defense.eval()
         iteration = self.state.iteration
-        with seeded(self.settings.seed, stage.name, "look", iteration, device=self.settings.device):
+        draws = seeded(self.settings.seed, stage.name, "look", iteration, device=self.settings.device)
+        with in_eval_mode(self.defense), draws:
             figures = self.recipe.look(stage, self.x_held[:LOOKED_AT], self.y_held[:LOOKED_AT])
-        self.defense.train()
         if figures:
             self.checks.append({"stage": stage.name, "iteration": iteration, **figures})
 
