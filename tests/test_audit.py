@@ -149,6 +149,13 @@ class Quieter(Shared):
         return self(x).repeat(draws, 1, 1)
 
 
+class Flat(Shared):
+    """Forgets the axis of the draws."""
+
+    def forward_draws(self, x: Images, draws: int) -> Tensor:
+        return self(x.repeat(draws, 1, 1, 1))
+
+
 class Optimises(Prototypes):
     """Takes a gradient of its own to answer, and says nothing of it."""
 
@@ -177,6 +184,7 @@ class Declares(Optimises):
         (Unseeded, "contract", "fail", "one seed gives two answers"),
         (Shared, "contract", "pass", "repeat under one seed"),
         (Quieter, "contract", "fail", "forward_draws"),
+        (Flat, "contract", "fail", "forward_draws"),
         (Prototypes, "contract", "pass", "own answer"),
         (Optimises, "inference_time", "suspect", "says nothing"),
         (Declares, "inference_time", "pass", "offers full"),

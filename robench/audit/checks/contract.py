@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -71,7 +72,7 @@ def _judge_answers(evidence: Evidence) -> Outcome:
         if has_shared_layers(evidence.defense):
             copies = _ask(evidence, x.repeat(2, 1, 1, 1)).unflatten(0, (2, -1))
             draws = _ask(evidence, x, lambda x: evidence.defense.forward_draws(x, 2))
-            gap = float((draws - copies).abs().max()) / scale
+            gap = float((draws - copies).abs().max()) / scale if draws.shape == copies.shape else math.inf
             if not gap <= TOLERANCE:
                 reason = "forward_draws, which the attacks ask, answers otherwise than forward under the same seed"
                 return Outcome("fail", gap, TOLERANCE, reason)
