@@ -43,8 +43,9 @@ from robench.source import digest_source, find_edits
 from robench.store import RunStore
 from robench.threat import ThreatModel, as_threats
 from robench.types import Images, Labels
-from robench.unit import UnitWork, run_unit
+from robench.unit import run_unit
 from robench.unit_table import CLEAN
+from robench.unit_work import RECALLED, UnitWork
 
 LOG = logging.getLogger("robench")
 Data = str | tuple[Any, Any] | Dataset
@@ -139,6 +140,7 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
     units = plan_units(work.spec)
     for reason in store.set_aside_damaged(units) if store is not None else ():
         LOG.warning(reason)
+    work.drafts = store.drafts if store is not None else None
     done = store.finished() if store is not None else {}
     missing = [unit for unit in units if unit.index not in done]
     tables: list[Any] = []
@@ -181,6 +183,8 @@ def _hear(progress: Progress, passes: int, kind: str) -> None:
         progress.begin(passes, "attack")
     elif kind == "spared":
         progress.spare(passes, "attack")
+    elif kind.startswith(RECALLED):
+        progress.recall(passes, kind.removeprefix(RECALLED))
     else:
         progress.advance(passes, kind)
 

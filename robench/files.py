@@ -137,6 +137,16 @@ def move(path: Place, target: Place) -> None:
             path.unlink()
 
 
+def remove_folder(folder: Place) -> None:
+    """Deletes a folder of files, if there is one, and the folder above it if that is empty then; what resists stays."""
+    names = list_names(folder)
+    with contextlib.suppress(OSError):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        for empty in (folder, folder.parent) if names else ():
+            empty.rmdir()
+
+
 @contextlib.contextmanager
 def explained(path: Place) -> Iterator[None]:
     """Turns what the file system says into one line on what to do.

@@ -14,7 +14,7 @@ from robench.judge import checked_logits
 from robench.registry import plugin_errors
 from robench.rng import seeded
 from robench.types import Images, Logits
-from robench.unit import UnitWork
+from robench.unit_work import UnitWork
 
 CALLS: Final = 10
 """Answers on the same images, to tell a randomized defense from a deterministic one."""

@@ -80,6 +80,12 @@ class Progress:
         elif self.bar is None and self.enabled and now - self.printed >= LINE_SECONDS:
             self._print()
 
+    def recall(self, steps: int, kind: str) -> None:
+        """Counts steps of a kind that were done before: they say nothing of the speed."""
+        self.seen = time.monotonic()
+        self.steps[kind] = min(self.steps[kind] + steps, self.totals[kind])
+        self.before[kind] = min(self.before[kind] + steps, self.steps[kind])
+
     def begin(self, steps: int, kind: str) -> None:
         """Notes that work of at most so many steps of a kind was begun."""
         self.begun[kind] += steps

@@ -6,6 +6,7 @@ run.json                          schema version, spec, day of creation, digests
 damaged/                          units that were found damaged and done again
 units/00003-<sha256>.parquet      the per-example table of unit 3 with its adversarial images; the name carries the
                                   digest of the content, so that damage is found
+drafts/00003/                     what unit 3 has found so far, while it is at work; see `robench.drafts`
 failures/00003-<attack>.txt       the traceback of an attack that failed
 timings.json                      seconds per unit; the only file that differs between two equal runs
 result.json, row.csv              written at the end, from the units alone
@@ -31,10 +32,12 @@ from robench.files import Place, explain_folder, list_names, locked, make_folder
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from robench.drafts import Drafts
     from robench.plan import RunSpec, Unit
 
 SPEC_FILE, UNIT_FOLDER, FAILURE_FOLDER, TIMINGS_FILE = "run.json", "units", "failures", "timings.json"
 LOCK_FILE, DAMAGED_FOLDER, RESULT_FILE, ROW_FILE = ".lock", "damaged", "result.json", "row.csv"
+DRAFT_FOLDER: Final = "drafts"
 TIMINGS_EVERY_S: Final = 5.0
 """Seconds between two writes of timings.json, which grows with the run."""
 
@@ -118,7 +121,7 @@ class RunStore:
         return found
 
     def write(self, unit: Unit, table: pa.Table, failures: Mapping[str, str] | None = None) -> None:
-        """Stores a finished unit in one atomic step, after the tracebacks of the attacks that failed in it.
+        """Stores a finished unit in one atomic step, after the tracebacks of its failed attacks; its drafts go.
 
         Raises:
             UsageError: no space left, or no permission.
@@ -133,6 +136,13 @@ class RunStore:
         content = buffer.getvalue()
         name = f"{unit.index:05d}-{hashlib.sha256(content).hexdigest()}.parquet"
         write_atomic(self.folder / UNIT_FOLDER / name, content)
+        self.drafts(unit).clear()
+
+    def drafts(self, unit: Unit) -> Drafts:
+        """What a unit that is not finished has found so far."""
+        from robench.drafts import Drafts
+
+        return Drafts(self.folder / DRAFT_FOLDER / f"{unit.index:05d}", self._identity(unit))
 
     def read(self, unit: Unit, path: Place | None = None) -> pa.Table:
         """Reads a finished unit.

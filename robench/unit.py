@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,86 +14,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from robench.attack import Attack
 from robench.batches import own_batches
-from robench.defense import Defense, tensor_digests
+from robench.drafts import KEEP_AFTER_S, Purpose
 from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
-from robench.plain import note_passing
-from robench.plan import AttackEntry, RunSpec, Unit
+from robench.plan import AttackEntry, Unit
 from robench.precision import engine_numerics
 from robench.rng import check_unseeded, seeded
 from robench.settings import RANDOMIZED_REPEATS
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.unit_table import CLEAN, WORST, UnitTable
+from robench.unit_work import RECALLED, UnitWork
 from robench.victim import Victim
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-@dataclass
-class UnitWork:
-    """What a unit works with: the run's spec, the defense, the attacks by key, the images, and who hears of progress.
-
-    Attributes:
-        spec: the run's spec.
-        defense: on the run's device.
-        attacks: built attacks, by key of the spec's entries.
-        x: all images of the run.
-        y: their labels.
-        index: position of each image in its split.
-        on_query: called after each query with the number of passes and who asked: `judge` or `attack`. Also told, for
-            the time left: `begun`, the passes of attacks that a unit takes at most, and `spared`, those of them that
-            turn out not to be needed.
-        failures: tracebacks of attacks that failed in this unit, by key; filled by `run_unit`.
-        passes: of attacks so far, in all units.
-        tensors: digest of each weight, buffer and plain tensor of the defense before any work.
-    """
-
-    spec: RunSpec
-    defense: Defense
-    attacks: dict[str, Attack]
-    x: Images
-    y: Labels
-    index: Tensor
-    on_query: Callable[[int, str], None] | None = None
-    failures: dict[str, str] = field(default_factory=dict)
-    passes: int = 0
-    tensors: dict[str, str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tensors = tensor_digests(self.defense)
-
-    def tell(self, kind: str, passes: int) -> None:
-        """Tells whoever hears of progress."""
-        if kind == "attack":
-            self.passes += passes
-        if self.on_query is not None and passes > 0:
-            self.on_query(passes, kind)
-
-    def expected(self, entry: AttackEntry, images: int) -> int:
-        """Passes of an attack on images at one bound if none of them goes wrong before its end."""
-        return images * self.attacks[entry.key].passes() * self.spec.eot
-
-    def check_unchanged(self) -> None:
-        """Checks that the defense still has the weights that the run was planned with.
-
-        Raises:
-            PluginError: it has not; names the first that changed.
-        """
-        note_passing(self.defense, self.tensors)
-        after = tensor_digests(self.defense)
-        changed = [name for name in sorted({*self.tensors, *after}) if self.tensors.get(name) != after.get(name)]
-        if changed:
-            advice = "BatchNorm left in train mode? Call eval()"
-            if changed[0] not in self.defense.state_dict():
-                advice = "If a pass leaves it behind, and it is no weight: None before the run, or a local variable"
-            raise PluginError(
-                f'defense "{self.defense.name}": its weights or buffers changed during the run (first '
-                f'"{changed[0]}"); nothing counts. {advice}'
-            )
 
 
 @dataclass
@@ -147,22 +84,59 @@ class _Scene:
     unit: Unit
     x: Images
     y: Labels
-    clean: Tensor
     table: UnitTable
     found: dict[str, Found] = field(default_factory=dict)
     worst: Worst | None = None
 
     def __post_init__(self) -> None:
+        self.drafts = self.work.drafts(self.unit) if self.work.drafts is not None else None
+        self.clean = self.judge(self.x, self.work.spec.seed, self.unit.index, CLEAN)
         self.right = ~self.is_wrong(self.count_right(self.clean))
 
     def count_right(self, votes: Tensor) -> Tensor:
         return votes.gather(1, self.y.cpu()[:, None])[:, 0]
 
-    def purpose(self, key: str, eps: float) -> tuple[str | int, ...]:
+    def purpose(self, key: str, eps: float) -> Purpose:
         return self.work.spec.seed, self.unit.index, key, repr(eps)
 
     def judge(self, x: Images, *purpose: str | int) -> Tensor:
-        return judge_seeded(self.work, x, *purpose)
+        """The judge's answers on images, `b k`, on randomness of their own."""
+        work = self.work
+
+        def ask() -> dict[str, Tensor]:
+            with seeded(*purpose, device=x.device):
+                votes = judge(work.defense, x, work.spec.judge_repeats, on_query=functools.partial(work.tell, "judge"))
+                check_unseeded(*purpose, who=f'defense "{work.defense.name}"')
+            return {"votes": votes}
+
+        return self.once("judge", purpose, (x,), ask)["votes"]
+
+    def once(
+        self, kind: str, purpose: Purpose, inputs: tuple[Tensor, ...], find: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What `find` returns, or, on the CPU, what it returned before this unit was interrupted.
+
+        Args:
+            kind: whose passes it takes: `judge` or `attack`.
+            purpose: what it is for; of each unit one at most.
+            inputs: what, beside run, unit and purpose, its result depends on.
+            find: the work.
+        """
+        work, defense = self.work, self.work.defense
+        if self.drafts is None:
+            return find()
+        name = self.drafts.name((kind, *purpose), inputs)
+        draft = self.drafts.recall(name)
+        if draft is not None:
+            defense.batch_rows = int(draft["batch_rows"]) or None  # memory may have run out in what is not done again
+            work.tell(RECALLED + kind, int(draft["passes"]))
+            return draft
+        began, before = time.monotonic(), work.passes[kind]
+        found = find()
+        if time.monotonic() - began >= KEEP_AFTER_S and not work.find_change():
+            notes = {"batch_rows": defense.batch_rows or 0, "passes": work.passes[kind] - before}
+            self.drafts.keep(name, found | {key: torch.tensor(value) for key, value in notes.items()})
+        return found
 
     def is_wrong(self, right: Tensor) -> Tensor:
         """Where no answer at all was right, so that no attack can add to it; nowhere if luck may be behind that."""
@@ -193,25 +167,12 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     x, y = work.x[unit.start : unit.stop].to(device), work.y[unit.start : unit.stop].to(device)
     table = UnitTable(work.index[unit.start : unit.stop], y)
     with own_batches(work.defense, device) as notes, contextlib.redirect_stdout(sys.stderr):  # what plugins print
-        clean = judge_seeded(work, x, work.spec.seed, unit.index, CLEAN)
-        table.add(0.0, CLEAN, ["ok"] * len(x), clean)
+        scene = _Scene(work, unit, x, y, table)
+        table.add(0.0, CLEAN, ["ok"] * len(x), scene.clean)
         work.tell("begun", len(work.spec.eps) * sum(work.expected(entry, len(x)) for entry in work.spec.attacks))
-        scene = _Scene(work, unit, x, y, clean, table)
         for eps in work.spec.eps:
             _run_bound(scene, ThreatModel(work.spec.norm, eps))
     return table.build(notes)
-
-
-def judge_seeded(work: UnitWork, x: Images, *purpose: str | int) -> Tensor:
-    """The judge's answers on images, `b k`, on randomness of their own.
-
-    Raises:
-        PluginError: the defense broke the contract.
-    """
-    with seeded(*purpose, device=x.device):
-        votes = judge(work.defense, x, work.spec.judge_repeats, on_query=functools.partial(work.tell, "judge"))
-        check_unseeded(*purpose, who=f'defense "{work.defense.name}"')
-    return votes
 
 
 def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
@@ -224,7 +185,7 @@ def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
         gone = alive - _open(scene, worst) if work.spec.cascade else 0
         work.tell("spared", sum(work.expected(later, gone) for later in work.spec.attacks[number:]))
         alive -= gone
-        until = work.passes + work.expected(entry, alive)
+        until = work.passes["attack"] + work.expected(entry, alive)
         try:
             found = _search(scene, entry, threat, worst)
         except Exception:  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so
@@ -232,7 +193,7 @@ def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
             scene.table.add(threat.eps, entry.key, ["failed"] * len(x), torch.zeros_like(scene.clean))
             continue
         finally:
-            work.tell("spared", until - work.passes)
+            work.tell("spared", until - work.passes["attack"])
         votes = scene.judge(found.x_adv, *scene.purpose(entry.key, threat.eps), "judge")
         found.right = scene.count_right(votes)
         scene.found[entry.key] = found
@@ -318,6 +279,7 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
     if count == 0:
         return found
     attack = scene.work.attacks[entry.key]
+    start = before.x_adv[mask] if before and spec.query_budget is None else None
     victim = Victim(
         scene.work.defense,
         attack.access,
@@ -328,26 +290,32 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
         randomness=attack.randomness,
         precision=spec.precision,
         dataset=spec.dataset,
-        start=before.x_adv[mask] if before and spec.query_budget is None else None,
+        start=start,
         on_query=functools.partial(scene.work.tell, "attack"),
     )
     originals, labels = scene.x[mask], scene.y[mask]
     if spec.query_budget is not None:
         victim.watch(originals, labels, threat, attack.goal)
     purpose = (*scene.purpose(entry.key, threat.eps), "attack")
-    with seeded(*purpose, device=device):
-        try:
-            x_adv = attack(victim, originals.clone(), labels.clone(), threat)
-        except BudgetExhausted:
-            x_adv = victim.ledger.best if victim.ledger.best is not None else originals
-        check_unseeded(*purpose, who=f'attack "{entry.key}" or the defense')
-    broken = check_bounds(originals, x_adv, threat).broken_rule()
-    if broken:
-        raise PluginError(f'attack "{entry.key}": {broken}; the threat model is {threat}')
+
+    def search() -> dict[str, Tensor]:
+        with seeded(*purpose, device=device):
+            try:
+                x_adv = attack(victim, originals.clone(), labels.clone(), threat)
+            except BudgetExhausted:
+                x_adv = victim.ledger.best if victim.ledger.best is not None else originals
+            check_unseeded(*purpose, who=f'attack "{entry.key}" or the defense')
+        broken = check_bounds(originals, x_adv, threat).broken_rule()
+        if broken:
+            raise PluginError(f'attack "{entry.key}": {broken}; the threat model is {threat}')
+        ledger = victim.ledger
+        return {"x_adv": x_adv.detach(), "forwards": ledger.forwards, "backwards": ledger.backwards}
+
+    ended = scene.once("attack", purpose, (mask,) if start is None else (mask, start), search)
     found.x_adv = scene.x.clone()
-    found.x_adv[mask] = x_adv.detach()
-    found.forwards[wanted] += victim.ledger.forwards
-    found.backwards[wanted] += victim.ledger.backwards
+    found.x_adv[mask] = ended["x_adv"].to(device)
+    found.forwards[wanted] += ended["forwards"]
+    found.backwards[wanted] += ended["backwards"]
     return found
 
 

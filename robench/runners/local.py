@@ -40,7 +40,7 @@ GOODBYE_S: Final = 5.0
 
 
 def run_here(units: Iterable[Unit], work: Callable[[Unit], None]) -> None:
-    """Runs `work` on each unit in order. An interrupt leaves all finished units stored."""
+    """Runs `work` on each unit in order. An interrupt leaves finished units stored, and drafts of the one at work."""
     for unit in units:
         work(unit)
 

@@ -30,8 +30,9 @@ from robench.settings import make_settings
 from robench.source import digest_source, find_edits
 from robench.store import SPEC_FILE, RunStore
 from robench.threat import ThreatModel
-from robench.unit import UnitWork, run_unit
+from robench.unit import run_unit
 from robench.unit_table import WORST
+from robench.unit_work import UnitWork
 from robench.victim import Victim
 
 
@@ -268,7 +269,7 @@ def _prepare(folder: str, data_dir: str) -> tuple[UnitWork, RunStore]:
         raise PluginError(f'a worker loads other code by "{spec.defense}": {", ".join(changed)} changed since')
     attacks = {entry.key: load_attack(entry.spec) for entry in spec.attacks}
     note_draws(defense.to(spec.device), data.x[:IMAGES].to(spec.device))
-    return UnitWork(spec, defense, attacks, data.x, data.y, data.index), store
+    return UnitWork(spec, defense, attacks, data.x, data.y, data.index, drafts=store.drafts), store
 
 
 def _seconds_per_pass(work: UnitWork) -> tuple[float, float]:
