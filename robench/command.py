@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robench.advice import advise_without_gradient
 from robench.command_audit import check_auditable
 from robench.data import load_dataset
@@ -178,6 +180,11 @@ def _resume(folder: Place, request: RunRequest) -> Evaluation:
 
     spec = RunStore.open(folder).spec
     _check_same(request, spec, folder)
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"{folder} holds a run that was begun on a GPU, and torch sees no CUDA device here: resume it where it "
+            "does, or begin another with another --out"
+        )
     if not spec.defense or not spec.dataset:
         raise UsageError(f"{folder} was run from Python on a defense or data without a name; resume it there")
     defense = load_defense(spec.defense, spec.dataset, **spec.defense_options)

@@ -13,14 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import engine_toys
 import pytest
+import torch
 
 from robench.cli import main
 from robench.result import Evaluation
+from robench.store import RunStore
 
 LAUNCH = (  # a job of a shell that is not interactive starts with SIGINT ignored
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from robench.cli import main; main()"
@@ -264,6 +267,22 @@ def test_resume_of_a_protocol_stays_what_it_was(
     shown = json.loads(capsys.readouterr().out)
     assert (shown["protocol"], shown["cascade"]) == (protocol, bool(cascade))
     assert contents(folder) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_run_begun_on_a_gpu_is_not_told_to_go_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--device cpu` would be refused next, as another spec."""
+    words = ["--defense", f"{engine_toys.__file__}:Prototypes", "--attack", "fgsm", "--n", "4", "--device", "cpu"]
+    assert call(monkeypatch, "run", *words, "--out", str(tmp_path / "cpu")) == 0
+    RunStore.create(tmp_path / "gpu", replace(Evaluation.load(tmp_path / "cpu").spec, device="cuda"))
+    capsys.readouterr()
+    assert call(monkeypatch, "run", "--resume", str(tmp_path / "gpu")) == 2
+    shown = capsys.readouterr().err
+    assert "begun on a GPU" in shown
+    assert "--device cpu" not in shown
+    assert shown.count("\n") == 1
 
 
 def test_resume_of_what_is_no_run_is_refused(
