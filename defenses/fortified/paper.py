@@ -37,7 +37,7 @@ NO_ADV: Final = "fortified(lambda_adv=0)"
 FULL_FGSM: Final = "fortified(train_attack=fgsm)"
 PLAIN_FGSM: Final = "fortified(layers=[], train_attack=fgsm)"
 PLAIN_RELU: Final = "fortified(layers=[], activation=relu)"
-RECIPES: Final = {NO_LOSSES: "pgd", NO_ADV: "pgd", PLAIN_RELU: "pgd"}
+RECIPES: Final = {NO_LOSSES: "pgd", NO_ADV: "pgd", PLAIN_RELU: "pgd", FULL_FGSM: "fgsm", PLAIN_FGSM: "fgsm"}
 """Of the nets without shipped weights."""
 PGD: Final = "pgd(steps=40)"
 
