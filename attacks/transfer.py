@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Final
 
 from robench.attack import Attack
+from robench.batches import own_batches
 from robench.defense import Defense
 from robench.errors import UsageError
 from robench.registry import load_attack, load_defense
@@ -95,15 +96,12 @@ class Transfer(Attack):
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""
         inner = self._inner(threat.norm)
+        surrogate = _load_surrogate(self.source, victim.dataset, str(x.device))
         own_victim = Victim(
-            _load_surrogate(self.source, victim.dataset, str(x.device)),
-            inner.access,
-            len(x),
-            eot=self.eot,
-            randomness=inner.randomness,
-            dataset=victim.dataset,
+            surrogate, inner.access, len(x), eot=self.eot, randomness=inner.randomness, dataset=victim.dataset
         )
-        return inner(own_victim, x, y, threat)
+        with own_batches(surrogate, x.device):  # where its memory runs out, the next call begins as this one did
+            return inner(own_victim, x, y, threat)
 
     def _inner(self, norm: str = "linf") -> Attack:
         return load_attack(self.attack or (L0_SEARCH if norm == "l0" else CLIMB))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from robench.errors import StorageError
 from robench.files import Place, list_names, make_folder, remove_folder, write_atomic
+from robench.source import digest_own_code
 
 LOG = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ Purpose = tuple[str | int, ...]
 class Drafts:
     """The drafts of one unit: each the tensors that one search, or one question to the judge, has ended with.
 
-    A draft is found again by what it was asked for and by the tensors that it depends on, so that one that belongs to
-    another course of events is not taken up. Only whole and undamaged files are.
+    A draft is found again by what it was asked for, by the tensors that it depends on and by robench's own code, so
+    that one of another course of events is not taken up. Only whole and undamaged files are. Whatever goes wrong with
+    a file costs time alone: what came of the work is had without.
 
     Attributes:
         folder: of this unit's drafts alone; made when the first is kept.
@@ -44,11 +46,13 @@ class Drafts:
     @cached_property
     def names(self) -> list[str]:
         """The files that were there at the start."""
-        return sorted(list_names(self.folder))
+        with self._told("cannot be listed"):
+            return sorted(list_names(self.folder))
+        return []
 
     def name(self, purpose: Purpose, inputs: tuple[Tensor, ...]) -> str:
         """What a draft is called that was asked for a purpose, and depends on tensors."""
-        digest = hashlib.sha256(self.owner + json.dumps(purpose).encode())
+        digest = hashlib.sha256(self.owner + json.dumps([digest_own_code(), *purpose]).encode())
         for tensor in inputs:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -57,23 +61,26 @@ class Drafts:
         """The tensors of a draft, on the CPU; None where there is none, or a damaged one."""
         for file in self.names:
             match = re.fullmatch(rf"{name}-([0-9a-f]{{64}})\.safetensors", file)
-            content = (self.folder / file).read_bytes() if match else b""
-            if match and hashlib.sha256(content).hexdigest() == match[1]:
-                try:
+            with self._told("cannot be read"):
+                content = (self.folder / file).read_bytes() if match else b""
+                if match and hashlib.sha256(content).hexdigest() == match[1]:
                     return load(content)
-                except SafetensorError:  # not written here
-                    LOG.debug("%s is no draft", self.folder / file)
         return None
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps the tensors of a draft; where they cannot be written it only says so, since a draft may be missing."""
-        content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        try:
+        """Keeps the tensors of a draft."""
+        with self._told("cannot be kept, so that an interrupted unit would have to begin anew"):
+            content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
             make_folder(self.folder)
             write_atomic(self.folder / f"{name}-{hashlib.sha256(content).hexdigest()}.safetensors", content)
-        except StorageError as error:
-            LOG.warning("an interrupted unit would have to begin anew: %s", error)
 
     def clear(self) -> None:
         """Deletes the drafts: the unit is stored."""
         remove_folder(self.folder)
+
+    @contextlib.contextmanager
+    def _told(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - of a file system, a store behind a URL, or out of memory
+            LOG.warning("drafts in %s %s: %s", self.folder, problem, f"{type(error).__name__}: {error}")

@@ -140,8 +140,10 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
     units = plan_units(work.spec)
     for reason in store.set_aside_damaged(units) if store is not None else ():
         LOG.warning(reason)
-    work.drafts = store.drafts if store is not None else None
     done = store.finished() if store is not None else {}
+    if store is not None:
+        work.drafts = store.drafts
+        store.drop_drafts(done)
     missing = [unit for unit in units if unit.index not in done]
     tables: list[Any] = []
     started = time.monotonic()
@@ -163,7 +165,7 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
             store.write(unit, table, work.failures)
             work.failures.clear()
             give_back_memory()
-            store.note_time(unit, time.monotonic() - start)
+            store.note_time(unit, time.monotonic() - start + work.recalled_s)
 
     shown = settings.progress and bool(missing)
     totals, weights = expected_passes(work, missing), {"judge": work.defense.forward_cost}

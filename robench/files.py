@@ -138,12 +138,14 @@ def move(path: Place, target: Place) -> None:
 
 
 def remove_folder(folder: Place) -> None:
-    """Deletes a folder of files, if there is one, and the folder above it if that is empty then; what resists stays."""
-    names = list_names(folder)
-    with contextlib.suppress(OSError):
-        for name in names:
+    """Deletes a folder of files, if there is one, and the folder above it if that is empty then; what resists stays.
+
+    Behind a URL the folders stay: most stores have none, and others delete one with all that is in it.
+    """
+    with contextlib.suppress(Exception):  # clients of stores behind URLs have exceptions of their own
+        for name in list_names(folder):
             (folder / name).unlink(missing_ok=True)
-        for empty in (folder, folder.parent) if names else ():
+        for empty in (folder, folder.parent) if isinstance(folder, Path) else ():
             empty.rmdir()
 
 

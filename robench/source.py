@@ -7,7 +7,9 @@ what such code imports: the digest shows an edit, it does not prove that there w
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
@@ -44,6 +46,24 @@ def digest_source(defense: Defense, name: str) -> dict[str, str]:
     told = _fold((f"class {cls.__qualname__}", _digest_class(cls)) for cls in classes)
     options = [f"{path}: {found}" for path, module in defense.named_modules() if (found := _options(module))]
     return {**told, **({OPTIONS: _digest("\n".join(options).encode())} if options else {})}
+
+
+def digest_class_code(cls: type) -> str:
+    """The digest of the code of a class and those above it; `UNKNOWN` where a part of it is not at hand."""
+    digests = [_digest_class(each) for each in cls.__mro__ if _is_tracked(each)]
+    return UNKNOWN if UNKNOWN in digests else _digest(" ".join(digests).encode())
+
+
+@functools.cache
+def digest_own_code() -> str:
+    """The digest of robench's code, its plugins and the cards of their weights, which an edit in a checkout changes."""
+    found = hashlib.sha256()
+    for package in ("robench", "robench.defenses", "robench.attacks"):
+        spec = importlib.util.find_spec(package)
+        for root in sorted(spec.submodule_search_locations or ()) if spec is not None else ():
+            for path in sorted(path for path in Path(root).rglob("*") if path.suffix in (".py", ".json")):
+                found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def find_edits(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

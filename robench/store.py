@@ -22,12 +22,12 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import DataError, UsageError
-from robench.files import Place, explain_folder, list_names, locked, make_folder, move, write_atomic
+from robench.files import Place, explain_folder, list_names, locked, make_folder, move, remove_folder, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,6 +143,12 @@ class RunStore:
         from robench.drafts import Drafts
 
         return Drafts(self.folder / DRAFT_FOLDER / f"{unit.index:05d}", self._identity(unit))
+
+    def drop_drafts(self, done: Container[int]) -> None:
+        """Deletes drafts of finished units, left by a process that was killed in between."""
+        for name in list_names(self.folder / DRAFT_FOLDER):
+            if name.isdecimal() and int(name) in done:
+                remove_folder(self.folder / DRAFT_FOLDER / name)
 
     def read(self, unit: Unit, path: Place | None = None) -> pa.Table:
         """Reads a finished unit.

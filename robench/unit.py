@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from robench.batches import own_batches
+from robench.batches import own_batches, usual_rows
 from robench.drafts import KEEP_AFTER_S, Purpose
 from robench.errors import BudgetExhausted, PluginError
 from robench.judge import check_bounds, judge
@@ -22,6 +22,7 @@ from robench.plan import AttackEntry, Unit
 from robench.precision import engine_numerics
 from robench.rng import check_unseeded, seeded
 from robench.settings import RANDOMIZED_REPEATS
+from robench.source import UNKNOWN, digest_class_code
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.unit_table import CLEAN, WORST, UnitTable
@@ -128,13 +129,17 @@ class _Scene:
         name = self.drafts.name((kind, *purpose), inputs)
         draft = self.drafts.recall(name)
         if draft is not None:
-            defense.batch_rows = int(draft["batch_rows"]) or None  # memory may have run out in what is not done again
+            rows = int(draft["batch_rows"])
+            if 0 < rows < (defense.batch_rows or usual_rows(self.x.device)):  # memory ran out in what is not done again
+                defense.batch_rows = rows
             work.tell(RECALLED + kind, int(draft["passes"]))
+            work.recalled_s += float(draft["seconds"])
             return draft
         began, before = time.monotonic(), work.passes[kind]
         found = find()
-        if time.monotonic() - began >= KEEP_AFTER_S and not work.find_change():
-            notes = {"batch_rows": defense.batch_rows or 0, "passes": work.passes[kind] - before}
+        seconds = time.monotonic() - began
+        if seconds >= KEEP_AFTER_S and not work.find_change():
+            notes = {"batch_rows": defense.batch_rows or 0, "passes": work.passes[kind] - before, "seconds": seconds}
             self.drafts.keep(name, found | {key: torch.tensor(value) for key, value in notes.items()})
         return found
 
@@ -164,6 +169,7 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
         PluginError: the defense broke the contract.
     """
     device = work.spec.device
+    work.recalled_s = 0.0
     x, y = work.x[unit.start : unit.stop].to(device), work.y[unit.start : unit.stop].to(device)
     table = UnitTable(work.index[unit.start : unit.stop], y)
     with own_batches(work.defense, device) as notes, contextlib.redirect_stdout(sys.stderr):  # what plugins print
@@ -311,7 +317,9 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
         ledger = victim.ledger
         return {"x_adv": x_adv.detach(), "forwards": ledger.forwards, "backwards": ledger.backwards}
 
-    ended = scene.once("attack", purpose, (mask,) if start is None else (mask, start), search)
+    code = digest_class_code(type(attack))
+    inputs = (mask,) if start is None else (mask, start)
+    ended = search() if code == UNKNOWN else scene.once("attack", (*purpose, code), inputs, search)
     found.x_adv = scene.x.clone()
     found.x_adv[mask] = ended["x_adv"].to(device)
     found.forwards[wanted] += ended["forwards"]

@@ -38,6 +38,7 @@ class UnitWork:
         drafts: what a unit found before it was interrupted, and where to keep what it finds; None keeps nothing.
         failures: tracebacks of attacks that failed in this unit, by key; filled by `run_unit`.
         passes: so far in all units, by who asked.
+        recalled_s: seconds that what a unit need not do again had taken; of the unit at work.
         tensors: digest of each weight, buffer and plain tensor of the defense before any work.
     """
 
@@ -51,6 +52,7 @@ class UnitWork:
     drafts: Callable[[Unit], Drafts] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     passes: Counter[str] = field(default_factory=Counter)
+    recalled_s: float = 0.0
     tensors: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +13,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from engine_toys import Blindfold, Linear, Prototypes
+from safetensors.torch import load
 from torch import Tensor
 
 from robench import unit
@@ -18,6 +22,8 @@ from robench.drafts import Drafts
 from robench.errors import StorageError
 from robench.evaluate import evaluate
 from robench.progress import Progress
+from robench.registry import load_attack
+from robench.source import digest_class_code, digest_own_code
 from robench.store import TIMINGS_FILE
 from robench.threat import ThreatModel
 from robench.types import Images, Logits
@@ -179,19 +185,87 @@ def test_nothing_is_kept_of_a_defense_that_has_changed(tmp_path: Path, keep_all:
     assert kept < len(drafts(tmp_path / "other"))
 
 
-def test_a_full_disk_costs_the_drafts_alone(
-    tmp_path: Path, keep_all: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("where", ["robench.drafts.write_atomic", "robench.drafts.save", "robench.drafts.load"])
+@pytest.mark.parametrize("error", [StorageError("no space left"), OSError("stale handle"), MemoryError()])
+def test_drafts_that_cannot_be_kept_or_read_cost_time_alone(
+    where: str,
+    error: Exception,
+    tmp_path: Path,
+    keep_all: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run(Interrupted(), tmp_path / "whole")
+    """No attack counts as failed for it."""
 
     def refuse(*_: object) -> NoReturn:
-        raise StorageError("cannot write: no space left")
+        raise error
 
-    monkeypatch.setattr("robench.drafts.write_atomic", refuse)
+    run(Interrupted(), tmp_path / "whole")
+    if where.endswith("load"):
+        interrupted(tmp_path / "run")
+    monkeypatch.setattr(where, refuse)
     run(Interrupted(), tmp_path / "run")
-    assert "would have to begin anew" in caplog.text
-    found = {name: content for name, content in contents(tmp_path / "run").items() if "drafts" not in name}
-    assert found == contents(tmp_path / "whole")
+    assert type(error).__name__ in caplog.text
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_drafts_of_other_code_are_not_taken_up(tmp_path: Path, keep_all: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack, or robench itself, was edited between interrupt and resume: all that depends on it is done again."""
+    whole = run(Interrupted(), tmp_path / "whole")
+    for name in ("robench.drafts.digest_own_code", "robench.unit.digest_class_code"):
+        interrupted(tmp_path / name)
+        with monkeypatch.context() as edited:
+            edited.setattr(name, lambda *_: "another")
+            rest = run(Interrupted(), tmp_path / name)
+        assert rest == whole if "own" in name else rest > whole - 20  # the judge's answers stand
+
+
+def test_nothing_is_kept_of_an_attack_without_source(
+    tmp_path: Path, keep_all: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robench.unit.digest_class_code", lambda _: "")
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), tmp_path / "run", left=60)
+    assert all("x_adv" not in load(path.read_bytes()) for path in drafts(tmp_path / "run"))
+
+
+def test_code_by_digest() -> None:
+    typed: dict[str, Any] = {"__name__": "typed"}
+    exec("class Typed: pass", typed)
+    assert digest_class_code(typed["Typed"]) == ""
+    assert digest_class_code(Interrupted) != digest_class_code(InterruptedBlindfold)
+    assert digest_class_code(type(load_attack("pgd"))) == digest_class_code(type(load_attack("fgsm")))  # has a version
+    assert len(digest_own_code()) == 64
+
+
+def test_drafts_left_by_a_kill_after_the_unit_was_stored_go(tmp_path: Path, keep_all: None) -> None:
+    run(Interrupted(), tmp_path / "whole")
+    interrupted(tmp_path / "run")
+    kept = shutil.copytree(tmp_path / "run" / "drafts", tmp_path / "kept")
+    run(Interrupted(), tmp_path / "run")
+    shutil.copytree(kept, tmp_path / "run" / "drafts")
+    run(Interrupted(), tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert not (tmp_path / "run" / "drafts").exists()
+
+
+def test_the_time_before_the_interrupt_counts(tmp_path: Path, keep_all: None) -> None:
+    kept = interrupted(tmp_path / "run")
+    before = sum(float(load(path.read_bytes())["seconds"]) for path in kept)
+    start = time.monotonic()
+    run(Interrupted(), tmp_path / "run")
+    told = json.loads((tmp_path / "run" / TIMINGS_FILE).read_text())["0"]
+    assert before < told < before + time.monotonic() - start
+
+
+def test_behind_a_url_only_the_units_own_drafts_go() -> None:
+    upath = pytest.importorskip("upath")
+    folder = upath.UPath("memory://drafts-test/drafts")
+    for number in ("00000", "00001"):
+        Drafts(folder / number, b"").keep("a" * 64, {"votes": torch.zeros(1)})
+    Drafts(folder / "00000", b"").clear()
+    assert Drafts(folder / "00000", b"").names == []
+    assert len(Drafts(folder / "00001", b"").names) == 1
 
 
 class Narrow(Interrupted):
@@ -217,6 +291,16 @@ def test_memory_that_ran_out_before_the_interrupt_is_remembered(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     note = b"out of memory: batches of 1 images instead of"
     assert any(note in content for content in contents(tmp_path / "run").values())
+
+
+def test_a_batch_made_smaller_since_stays_so(tmp_path: Path, keep_all: None) -> None:
+    """Whoever lowers it after the process was killed for its memory must not be killed again."""
+    interrupted(tmp_path / "run")
+    defense = Interrupted()
+    defense.batch_rows = 2
+    run(defense, tmp_path / "run")
+    assert defense.batch_rows == 2
+    assert b"out of memory" not in b"".join(contents(tmp_path / "run").values())
 
 
 def test_recalled_passes_say_nothing_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:

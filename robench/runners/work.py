@@ -119,7 +119,7 @@ class AuditWork:
 
 
 def do_unit(request: UnitRequest, hear: Hear | None) -> float:
-    """Does a unit and stores it; returns its seconds.
+    """Does a unit and stores it; returns its seconds, those before an interrupt included.
 
     Raises:
         RobenchError: see `run_unit` and `RunStore.write`.
@@ -137,7 +137,7 @@ def do_unit(request: UnitRequest, hear: Hear | None) -> float:
         store.write(request.unit, table, work.failures)
     work.failures.clear()
     give_back_memory()
-    return time.monotonic() - started
+    return time.monotonic() - started + work.recalled_s
 
 
 def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
@@ -159,6 +159,8 @@ def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
         with store.locked(shared=True):
             notes = store.set_aside_damaged(units)
     done = store.finished() if store is not None else {}
+    if store is not None and not request.dry:
+        store.drop_drafts(done)
     missing = tuple(unit for unit in units if unit.index not in done)
     passes = expected_passes(work, units)
     per_judge, per_attack = _seconds_per_pass(work) if missing else (0.0, 0.0)
