@@ -38,6 +38,7 @@ from robench.defenses.convnet_at import ConvNetAT
 from robench.defenses.fortified import Fortified
 from robench.defenses.shortrun import ShortRun, auto_sigma
 from robench.errors import Interrupted
+from robench.files import locked
 from robench.registry import resolve
 from robench.rng import seeded
 from robench.train import TrainSettings, run, train
@@ -426,6 +427,13 @@ def test_fewer_images_than_are_kept_aside(job: TrainJob) -> None:
     with pytest.raises(UsageError, match=r"^training keeps 600 images aside; the split has 600\. .*$"):
         train_named(wide)
     assert not job.folder.exists()
+
+
+def test_two_processes_do_not_train_into_one_folder(trained: TrainJob) -> None:
+    before = (trained.folder / "checkpoint.pt").read_bytes()
+    with locked(trained.folder / ".lock"), pytest.raises(UsageError, match=r"^another process works on .*/run; "):
+        train_named(dataclasses.replace(trained, settings=TrainSettings(scale=0.03)))
+    assert (trained.folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_folder_that_cannot_be_made(job: TrainJob, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import robench
 from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import DataError, UsageError
+from robench.files import locked
 from robench.precision import training_precision
 from robench.progress import Progress
 from robench.rng import reseed, seeded
+from robench.store import LOCK_FILE
 from robench.train.log import Log, open_log
 from robench.train.recipe import Recipe, Stage
 from robench.train.run import SLOW_DOWN, Run, TrainSettings
@@ -70,7 +72,7 @@ def train(
 
     Raises:
         UsageError: a checkpoint of another run, none to resume, too few images, no weights or stage to start from, or
-            a folder that cannot be made.
+            a folder that cannot be made, or that another process trains into.
         DataError: the loss is no longer finite, too many checks failed, or the weights to start from do not fit.
     """
     run = Run(defense, recipe, data, folder, settings, variant)
@@ -88,6 +90,7 @@ def train(
             "is too little"
         )
     with (
+        locked(folder / LOCK_FILE),
         training_precision(settings.precision),
         seeded(settings.seed, "init", device=settings.device),
         open_log(folder, settings.tensorboard) as log,
