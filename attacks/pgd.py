@@ -13,9 +13,10 @@ from robench.attack import Attack
 from robench.defense import Defense
 from robench.errors import UsageError
 from robench.losses import best_wrong_classes, check_classes, get_loss, margin
+from robench.queries import Gradient, Value
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Mask, PerExample
-from robench.victim import Gradient, Value, Victim
+from robench.victim import Victim
 
 
 @dataclass(frozen=True)

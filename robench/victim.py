@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -19,36 +19,13 @@ from robench.draws import has_shared_layers
 from robench.errors import BudgetExhausted, PluginError
 from robench.ledger import Ledger, Watched
 from robench.losses import Loss, TargetedLoss, aim, margin
+from robench.queries import Gradient, Value, standard_error
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, PerExample
 
 AnyLogits = Float[Tensor, "*draws b k"]
 """Of one draw, or of several with these as the first axis."""
-
-
-class Gradient(NamedTuple):
-    """What one gradient query returns.
-
-    Attributes:
-        loss: the loss of each example, averaged over the EOT samples.
-        grad: its gradient with respect to the images.
-        logits: the logits, averaged over the EOT samples.
-        noise: standard error of the loss, from the scatter of the EOT samples; 0 where there is one sample.
-    """
-
-    loss: PerExample
-    grad: Images
-    logits: Logits
-    noise: PerExample
-
-
-class Value(NamedTuple):
-    """What one query for the loss alone returns; as `Gradient`."""
-
-    loss: PerExample
-    logits: Logits
-    noise: PerExample
 
 
 class Victim:
@@ -196,7 +173,7 @@ class Victim:
         draws = self._draw(x)
         losses = aim(loss, target)(draws.flatten(0, 1), self._fold(y), self._fold(goal))
         losses = losses.unflatten(0, (self.eot, -1))
-        return Value(losses.mean(0), draws.mean(0), _standard_error(losses))
+        return Value(losses.mean(0), draws.mean(0), standard_error(losses))
 
     def loss_grad(self, x: Images, y: Labels, loss: str | Loss = "ce") -> tuple[PerExample, Images]:
         """Loss of each example and its gradient with respect to x; see `gradient`."""
@@ -227,7 +204,7 @@ class Victim:
             losses, grads, logits = self._over_draws(
                 lambda x, y, goal: self._differentiate(x, y, goal, aimed), *map(self._spread, (x, y, goal))
             )
-        mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0), _standard_error(losses))
+        mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0), standard_error(losses))
         result = self._confirm(mean, x, y, goal, aimed)
         self._remember(x, result.logits)
         return result
@@ -408,8 +385,3 @@ class Victim:
         size = len(self._rows)
         for images, answers in zip(x.split(size), logits.split(size), strict=True):  # one candidate of each example
             self.ledger.watched.see(self._rows, images, answers)
-
-
-def _standard_error(draws: Tensor) -> PerExample:
-    """That of the mean over the draws (eot b); 0 where one draw says nothing of it."""
-    return draws.std(0) / len(draws) ** 0.5 if len(draws) > 1 else torch.zeros_like(draws[0])

@@ -13,12 +13,13 @@ from robench.attacks.apgd import APGD, _checkpoints, _State
 from robench.errors import UsageError
 from robench.evaluate import evaluate
 from robench.losses import Loss, best_wrong_classes, get_loss, margin
+from robench.queries import Gradient
 from robench.rng import seeded
 from robench.testing import ConvToy, LinearToy, NoisyLinearToy
 from robench.testing.attacks import attack_once, conv_case, count_errors, linear_case, scale_bound
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
-from robench.victim import Gradient, Victim
+from robench.victim import Victim
 
 NORMS = ("linf", "l2")
 TIGHT = {"linf": ThreatModel("linf", 0.01), "l2": ThreatModel("l2", 0.05)}

@@ -16,12 +16,13 @@ from robench.attacks.pgd import PGD, _Offer, _sparse_sign
 from robench.errors import UsageError
 from robench.evaluate import evaluate
 from robench.losses import Loss, best_wrong_classes, get_loss, margin, targeted_margin
+from robench.queries import Gradient
 from robench.rng import seeded
 from robench.testing import ConvToy, LinearToy, NoisyLinearToy
 from robench.testing.attacks import attack_once, conv_case, count_errors, linear_case, scale_bound
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
-from robench.victim import Gradient, Victim
+from robench.victim import Victim
 
 
 class Watcher(Victim):

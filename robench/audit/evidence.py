@@ -22,12 +22,13 @@ from robench.errors import PluginError
 from robench.estimate import Answers, Estimate
 from robench.evaluate import evaluate as evaluate
 from robench.losses import Loss
+from robench.queries import Gradient
 from robench.result import Evaluation
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels
 from robench.unit_table import CLEAN
-from robench.victim import Gradient, Victim
+from robench.victim import Victim
 from robench.weights import has_weights
 
 SOURCES: Final = ("convnet", "convnet_at")
