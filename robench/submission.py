@@ -244,7 +244,7 @@ def _check_name(report: Report, spec: RunSpec) -> None:
 
 
 def _check_texts(report: Report, bundle: Bundle) -> None:
-    """Refuses names and texts of the audit with characters that a page cannot show."""
+    """Refuses names and texts of the audit with characters that a page cannot show, or that turn what it shows."""
     odd = [ascii(text) for text in find_forbidden([bundle.spec.to_json(), bundle.audit])]
     report.check("no text holds a control character", not odd, f"not so: {odd[0]}" if odd else "names and audit")
 

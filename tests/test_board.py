@@ -338,6 +338,14 @@ def test_labels_with_characters_that_no_drawing_can_hold_are_drawn(boards: Path)
     assert {f"curve{shown}", f"x{shown}", f"y{shown}", f"{shown}: fail"} <= set(texts)
 
 
+def test_a_name_cannot_turn_what_the_page_shows(boards: Path) -> None:
+    """After a mark of direction, `ta_tenvnoc` is shown as `convnet_at`."""
+    _, board = audited(the_board(boards), findings=[{"check": "\u202etsrif", "verdict": "fail", "reason": "\u2067x"}])
+    page = render_boards([board])
+    assert "\ufffdtsrif" in page
+    assert not set("\u202e\u2067") & set(page)
+
+
 def test_the_effort_of_an_audit_is_told_in_its_row(boards: Path) -> None:
     audit, board = audited(the_board(boards))
     assert "Made with the usual effort." in render_boards([board])

@@ -163,6 +163,7 @@ def test_a_borrowed_or_hidden_name_and_hidden_options_are_refused(whole: tuple[P
             ({"defense_name": "convnet_at"}, "the defense has a name of its own"),
             ({"defense_options": {"gain": 0.2}}, "the defense's options stand in its name"),
             ({"defense_name": "toy\a"}, "no text holds a control character"),
+            ({"defense_name": "toy \u202eta_tenvnoc"}, "no text holds a control character"),  # shown as convnet_at
         ]
     ):
         copy = shutil.copytree(boards / "evidence" / digest, tmp_path / str(number) / "evidence" / digest)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from robench.errors import UsageError
+from robench.text import replace_turning
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -23,4 +24,10 @@ def load_template(name: str, what: str) -> Template:
     except ImportError:
         raise UsageError(f"{what} page needs an extra: pip install 'robench[report]'") from None
     text = importlib.resources.files("robench.report").joinpath(f"templates/{name}").read_text(encoding="utf-8")
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    pages = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_without_turns)
+    return pages.from_string(text)
+
+
+def _without_turns(value: Any) -> Any:
+    """What a template shows, but for marks of direction in plain text; the pages' own markup stays."""
+    return replace_turning(value) if type(value) is str else value
