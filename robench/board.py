@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
 from robench.registry import is_shipped
 from robench.settings import Settings
+from robench.shell import join_words
 from robench.threat import exact_eps
 from robench.unit_table import WORST
 
@@ -127,7 +127,7 @@ class Entry:
         name = self.bundle.spec.defense
         foreign = bool(name) and not is_shipped(name)
         words = ["robench", "verify", f"{self.place}/{EVIDENCE}/{self.bundle.digest}"]
-        return shlex.join([*words, *(["--trust"] if foreign else [])])
+        return join_words([*words, *(["--trust"] if foreign else [])])
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def repeat_command(spec: RunSpec, *, audit: bool = False) -> str:
         words.append("--cascade" if spec.cascade else "--no-cascade")
     words += ["--precision", spec.precision] if spec.precision != Settings.precision else []
     words += ["--audit"] if audit else []
-    return shlex.join(words)
+    return join_words(words)
 
 
 def is_audit_of_run(audit: Mapping[str, Any], spec: RunSpec) -> bool:
@@ -297,7 +297,7 @@ def repeat_audit_command(audit: Mapping[str, Any], spec: RunSpec) -> str:
     words = ["robench", "audit", *_subject_words(spec), "--eps", exact_eps(audit["eps"], spec.norm)]
     words += ["--n", str(audit["n"]), "--seed", str(audit.get("seed", 0))]
     words += ["--eot", str(audit["eot"])] if spec.randomized and "eot" in audit else []
-    return shlex.join(words)
+    return join_words(words)
 
 
 def _subject_words(spec: RunSpec) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from robench.cli_study import StudyOptions, run_study_file
 from robench.errors import Interrupted, RobenchError, UsageError
 from robench.files import as_place
 from robench.memory import keep_memory
+from robench.shell import join_words
 
 app = typer.Typer(
     name="robench",
@@ -341,7 +341,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     sys.stdout.write(
         f"clean accuracy {100 * test['clean_accuracy']:.1f} % [{100 * test['clean_low']:.1f}, "
         f"{100 * test['clean_high']:.1f}] on {test['images']} test images\nweights {path}\n"
-        f"next: {shlex.join(again)}\n"
+        f"next: {join_words(again)}\n"
     )
 
 

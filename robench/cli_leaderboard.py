@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
 from robench.files import as_place, write_text
+from robench.shell import join_words
 
 leaderboard_app = typer.Typer(
     help="Leaderboards: add rows, make the page, check what was published.", no_args_is_help=True
@@ -63,7 +63,7 @@ def leaderboard_add(
         print_json({"leaderboards": [str(path) for path in written], "rows": rows})
         return
     elsewhere = [] if folder == Path("leaderboards") else ["--leaderboards", str(folder)]
-    lines.append(f"next: {shlex.join(['robench', 'leaderboard', 'build', *elsewhere])}")
+    lines.append(f"next: {join_words(['robench', 'leaderboard', 'build', *elsewhere])}")
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

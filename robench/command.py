@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from robench.protocol import default_eps, get_protocol
 from robench.registry import load_defense
 from robench.result import Evaluation
 from robench.settings import Settings
+from robench.shell import join_words
 from robench.store import RunStore
 from robench.threat import ThreatModel, parse_eps
 from robench.train import TrainSettings
@@ -78,7 +78,7 @@ class RunRequest:
         words += ["--norm", spec.norm, "--eps", eps_text(spec), "--n", str(n), "--seed", str(spec.seed)]
         if "weights" in spec.defense_options:
             words += ["--weights", str(spec.defense_options["weights"])]
-        return shlex.join([*words, *data_words(self.data_dir)])
+        return join_words([*words, *data_words(self.data_dir)])
 
     def _most_images(self, spec: RunSpec) -> int:
         """FULL_N, or all images where the data has fewer; as many as were run where the data is gone."""
@@ -172,7 +172,7 @@ def _run(
 
 def resume_command(folder: object, data_dir: Path | None, *, audit: bool = False) -> str:
     """The command that finishes a run."""
-    return shlex.join(["robench", "run", "--resume", str(folder), *(["--audit"] * audit), *data_words(data_dir)])
+    return join_words(["robench", "run", "--resume", str(folder), *(["--audit"] * audit), *data_words(data_dir)])
 
 
 def _resume(folder: Place, request: RunRequest) -> Evaluation:
@@ -348,4 +348,4 @@ def _train_again(request: TrainRequest, folder: Path, *, resume: bool) -> str:
     words += ["--first-stage", request.first_stage] if request.first_stage else []
     words += ["--precision", request.precision] if request.precision != "auto" else []
     words += ["--split", request.split] if request.split != "train" else []
-    return shlex.join([*words, *data_words(request.data_dir)])
+    return join_words([*words, *data_words(request.data_dir)])

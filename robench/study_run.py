@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from robench.errors import Interrupted, StorageError, UsageError
 from robench.files import Place, as_place, locked, make_folder, write_atomic
 from robench.report.page import load_template
 from robench.runners.task import Limits, Outcome, Runner, Task
+from robench.shell import join_words
 from robench.store import LOCK_FILE, RunStore
 from robench.study import STUDY_CSV, Study, StudyRun, read_study
 from robench.study_progress import StudyProgress
@@ -150,7 +150,7 @@ def do_study(path: Path, settings: StudySettings) -> StudyResult:
         ):
             words += [] if value is None else [option, str(value)]
         words += [] if settings.runner == "local" or settings.ray else ["--runner", settings.runner]
-        raise Interrupted(f"interrupted; what is finished is stored. Go on with: {shlex.join(words)}") from None
+        raise Interrupted(f"interrupted; what is finished is stored. Go on with: {join_words(words)}") from None
 
 
 def run_study(study: Study, settings: StudySettings) -> StudyResult:

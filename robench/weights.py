@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shlex
 import warnings
 from collections.abc import Set
 from itertools import takewhile
@@ -18,6 +17,7 @@ from robench.data_names import KNOWN, list_plugins
 from robench.defense import Defense, state_digest
 from robench.errors import DataError, PluginError, UsageError
 from robench.files import write_atomic
+from robench.shell import quote_word
 
 D = TypeVar("D", bound=Defense)
 WRAPPERS: Final = ("module.", "_orig_mod.")
@@ -97,7 +97,7 @@ def _locate(
         advice = "Pass --weights FILE"
         if dataset in KNOWN or dataset in list_plugins():  # training takes no other
             train = f"robench train --defense {_spec(cls, options)} --dataset {dataset}"
-            advice = f"Train them with '{train}' or pass --weights FILE"
+            advice = f"Pass --weights FILE, or train them: {train}"
         raise UsageError(f'no weights "{stem}" of defense "{cls.name}" (shipped: {shipped}). {advice}')
     return path
 
@@ -114,7 +114,7 @@ def _usual_options(cls: type[Defense], dataset: str) -> dict[str, Any]:
 def _spec(cls: type[Defense], options: dict[str, Any]) -> str:
     """The defense as the command line takes it, quoted for a shell where it has options."""
     written = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return shlex.quote(f"{cls.name}({written})") if written else cls.name
+    return quote_word(f"{cls.name}({written})") if written else cls.name
 
 
 def weights_stem(cls: type[Defense], dataset: str, options: dict[str, Any]) -> str:

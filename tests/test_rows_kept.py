@@ -419,7 +419,7 @@ def test_tables_go_into_a_file_where_one_is_named(call: Any) -> None:
 def test_training_is_advised_only_where_it_takes_the_data() -> None:
     from robench.defenses.convnet.model import ConvNet
 
-    with pytest.raises(UsageError, match=r"robench train --defense .* --dataset svhn'"):
+    with pytest.raises(UsageError, match=r"train them: robench train --defense .* --dataset svhn$"):
         _locate(ConvNet, "svhn", None, {"width": 3})
     with pytest.raises(UsageError, match="Pass --weights FILE") as error:
         _locate(ConvNet, "d/good.parquet", None, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -16,6 +15,7 @@ from robench.leaderboard import csv_line
 from robench.paper import Outcome
 from robench.report.markdown import escape, markdown_table
 from robench.reproduce import ReproduceRequest
+from robench.shell import join_words
 
 COLUMNS: Final = (
     "table",
@@ -95,7 +95,7 @@ def _command(request: ReproduceRequest) -> str:
     }
     told = [*chosen, *((f"--{name}", str(value)) for name, value in options.items() if value is not None)]
     words = ["robench", "reproduce", request.name, *itertools.chain.from_iterable(told)]
-    return shlex.join([*words, *(["--train"] if request.train else [])])
+    return join_words([*words, *(["--train"] if request.train else [])])
 
 
 def _by_table(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from robench.protocol import find_protocol
+from robench.shell import join_words
 from robench.threat import format_eps
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def print_run(result: Evaluation, request: RunRequest, audits: Mapping[Path, Aud
     if not result.complete:
         console.print(f"next: mend what failed; tracebacks are in {result.folder}/failures. A row of this has no rank")
         return
-    words = shlex.join([str(result.folder), *data_words(request.data_dir)])
+    words = join_words([str(result.folder), *data_words(request.data_dir)])
     console.print(f"next: robench leaderboard add {words}   (or: robench verify {words})")
 
 
