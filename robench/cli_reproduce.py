@@ -24,6 +24,10 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
             "JEM-0,JEM-1. May be repeated."
         ),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Likewise only these columns: 'linf 0.1'. With --row, a single cell. May be repeated."),
+    ] = None,
     dataset: Annotated[str, typer.Option(help="Only what is measured on this dataset.")] = "",
     n: Annotated[
         int | None,
@@ -57,6 +61,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
         out or Path("runs") / f"reproduce-{name}",
         tables=tuple(table or ()),
         rows=tuple(row or ()),
+        columns=tuple(column or ()),
         dataset=dataset,
         n=n,
         protocol="" if protocol == "none" else protocol,

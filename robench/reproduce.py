@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from robench.data import load_dataset
 from robench.defense import Defense, weights_digest
@@ -46,6 +45,7 @@ class ReproduceRequest:
         tables: only tables whose name holds one of these texts; () for all. A text that no name holds is taken for
             several with commas between them.
         rows: likewise, only rows whose heading holds one of these texts.
+        columns: likewise, only these columns of them.
         dataset: only what is measured on it; "" for all.
         n: images of each figure; None: 128, or the defense's first look where it is slow.
         protocol: measured besides the paper's attack; "" for none.
@@ -61,6 +61,7 @@ class ReproduceRequest:
     folder: Path
     tables: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     dataset: str = ""
     n: int | None = None
     protocol: str = "standard"
@@ -228,7 +229,9 @@ def _asked_for(request: ReproduceRequest) -> list[Cell]:
         UsageError: as `reproduce`.
     """
     cells = _on_dataset(load_tables(request.name), request.dataset)
-    return _choose(_choose(cells, request.tables, "table"), request.rows, "row")
+    for what, texts in (("table", request.tables), ("row", request.rows), ("column", request.columns)):
+        cells = _choose(cells, texts, what)
+    return cells
 
 
 def reproduce_all(
@@ -278,8 +281,8 @@ def _on_dataset(cells: list[Cell], dataset: str) -> list[Cell]:
     return [cell for cell in cells if dataset in ("", cell.dataset)]
 
 
-def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row"]) -> list[Cell]:
-    """The cells whose table or row holds one of the texts; all without a text.
+def _choose(cells: list[Cell], texts: Sequence[str], what: str) -> list[Cell]:
+    """The cells whose `what` (table, row or column) holds one of the texts; all without a text.
 
     A text that stands somewhere as whole words is not looked for in parts of words: JEM-1 is not JEM-10. A text that is
     nowhere is taken for several with commas between them: names have commas too.

@@ -399,6 +399,16 @@ def test_rows_with_commas_in_their_names_are_chosen_by_the_command_on_the_page(
     assert shlex.split(command)[3:7] == ["--row", rows[0], "--row", rows[3]]
 
 
+def test_a_single_cell_is_chosen_by_row_and_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = ("mnist, linf 0.1", "mnist, linf 0.2", "mnist, l2 1")
+    cells = [Cell("t", row, c, None, "", "mnist", measure=ten) for row in ("JEM-0", "JEM-1") for c in columns]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    assert call(monkeypatch, "toy", "--row", "JEM-1", "--column", "linf 0.2", "--out", tmp_path) == 0
+    with (tmp_path / "tables.csv").open(encoding="utf-8", newline="") as file:
+        assert [(line["row"], line["column"]) for line in csv.DictReader(file)] == [("JEM-1", "mnist, linf 0.2")]
+    assert "--row JEM-1 --column 'linf 0.2'" in (tmp_path / "tables.md").read_text()
+
+
 def test_what_is_not_measured_on_purpose_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -467,6 +477,7 @@ def test_whole_words_choose_rows_before_parts_of_words_and_commas_split_last(
         ("--row", "9.9", 'no row has "9.9" in its name'),
         ("--row", "Prototypes,9.9", 'no row has "9.9" in its name'),
         ("--row", ",", 'no row has "," in its name'),
+        ("--column", "9.9", 'no column has "9.9" in its name'),
         ("--protocol", "standrd", 'there is no protocol "standrd"'),
         ("--n", 0, "n must be at least 1; got 0"),
         ("--protocol-n", 0, "protocol-n must be at least 1; got 0"),

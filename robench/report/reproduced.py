@@ -84,7 +84,8 @@ def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest) -> str:
 
 
 def _command(request: ReproduceRequest) -> str:
-    chosen = [("--table", text) for text in request.tables] + [("--row", text) for text in request.rows]
+    texts = {"--table": request.tables, "--row": request.rows, "--column": request.columns}
+    chosen = [(option, text) for option, each in texts.items() for text in each]
     options = {
         "n": request.n,
         "protocol": request.protocol or "none",
