@@ -50,15 +50,16 @@ class Drafts:
             return sorted(list_names(self.folder))
         return []
 
-    def name(self, purpose: Purpose, inputs: tuple[Tensor, ...]) -> str:
+    def _name(self, purpose: Purpose, inputs: tuple[Tensor, ...]) -> str:
         """What a draft is called that was asked for a purpose, and depends on tensors."""
         digest = hashlib.sha256(self.owner + json.dumps([digest_own_code(), *purpose]).encode())
         for tensor in inputs:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def recall(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of a draft, on the CPU; None where there is none, or a damaged one."""
+    def recall(self, purpose: Purpose, inputs: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
+        """The tensors that were kept for a purpose, on the CPU; None where there are none, or damaged ones."""
+        name = self._name(purpose, inputs) if self.names else ""  # most units are short and keep nothing
         for file in self.names:
             match = re.fullmatch(rf"{name}-([0-9a-f]{{64}})\.safetensors", file)
             with self._told("cannot be read"):
@@ -67,9 +68,10 @@ class Drafts:
                     return load(content)
         return None
 
-    def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps the tensors of a draft."""
+    def keep(self, purpose: Purpose, inputs: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> None:
+        """Keeps tensors for a purpose."""
         with self._told("cannot be kept, so that an interrupted unit would have to begin anew"):
+            name = self._name(purpose, inputs)
             content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
             make_folder(self.folder)
             write_atomic(self.folder / f"{name}-{hashlib.sha256(content).hexdigest()}.safetensors", content)

@@ -138,12 +138,10 @@ def prepare(
 def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[list[Any], float]:
     """Runs the units that are missing; returns their tables (empty where they were stored) and the time."""
     units = plan_units(work.spec)
-    for reason in store.set_aside_damaged(units) if store is not None else ():
+    for reason in store.tidy(units) if store is not None else ():
         LOG.warning(reason)
+    work.drafts = store.drafts if store is not None else None
     done = store.finished() if store is not None else {}
-    if store is not None:
-        work.drafts = store.drafts
-        store.drop_drafts(done)
     missing = [unit for unit in units if unit.index not in done]
     tables: list[Any] = []
     started = time.monotonic()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from robench.data import load_dataset
 from robench.defense import Defense, weights_digest
@@ -229,9 +230,8 @@ def _asked_for(request: ReproduceRequest) -> list[Cell]:
         UsageError: as `reproduce`.
     """
     cells = _on_dataset(load_tables(request.name), request.dataset)
-    for what, texts in (("table", request.tables), ("row", request.rows), ("column", request.columns)):
-        cells = _choose(cells, texts, what)
-    return cells
+    cells = _choose(_choose(cells, request.tables, "table"), request.rows, "row")
+    return _choose(cells, request.columns, "column")
 
 
 def reproduce_all(
@@ -281,8 +281,8 @@ def _on_dataset(cells: list[Cell], dataset: str) -> list[Cell]:
     return [cell for cell in cells if dataset in ("", cell.dataset)]
 
 
-def _choose(cells: list[Cell], texts: Sequence[str], what: str) -> list[Cell]:
-    """The cells whose `what` (table, row or column) holds one of the texts; all without a text.
+def _choose(cells: list[Cell], texts: Sequence[str], what: Literal["table", "row", "column"]) -> list[Cell]:
+    """The cells whose table, row or column holds one of the texts; all without a text.
 
     A text that stands somewhere as whole words is not looked for in parts of words: JEM-1 is not JEM-10. A text that is
     nowhere is taken for several with commas between them: names have commas too.

@@ -22,12 +22,12 @@ import io
 import json
 import re
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final
 
 from robench.errors import DataError, UsageError
-from robench.files import Place, explain_folder, list_names, locked, make_folder, move, remove_folder, write_atomic
+from robench.files import Place, explain_folder, list_names, locked, make_folder, move, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -144,12 +144,6 @@ class RunStore:
 
         return Drafts(self.folder / DRAFT_FOLDER / f"{unit.index:05d}", self._identity(unit))
 
-    def drop_drafts(self, done: Container[int]) -> None:
-        """Deletes drafts of finished units, left by a process that was killed in between."""
-        for name in list_names(self.folder / DRAFT_FOLDER):
-            if name.isdecimal() and int(name) in done:
-                remove_folder(self.folder / DRAFT_FOLDER / name)
-
     def read(self, unit: Unit, path: Place | None = None) -> pa.Table:
         """Reads a finished unit.
 
@@ -197,9 +191,12 @@ class RunStore:
         """Names a unit of this run in its file."""
         return json.dumps([self.spec.digest(), unit.index]).encode()
 
-    def set_aside_damaged(self, units: Iterable[Unit]) -> list[str]:
-        """Moves the files of finished units that cannot be read to `damaged/`; returns what was wrong with each."""
-        found, reasons = self.finished(), []
+    def tidy(self, units: Iterable[Unit]) -> list[str]:
+        """Makes the folder ready to go on; returns what was wrong with each unit that was found damaged.
+
+        Such units move to `damaged/`. Drafts of finished units go, which a process leaves that is killed in between.
+        """
+        found, begun, reasons = self.finished(), list_names(self.folder / DRAFT_FOLDER), []
         for unit in units:
             if unit.index not in found:
                 continue
@@ -210,6 +207,9 @@ class RunStore:
                 make_folder(self.folder / DAMAGED_FOLDER)
                 move(path, self.folder / DAMAGED_FOLDER / path.name)
                 reasons.append(str(error))
+            else:
+                if begun:
+                    self.drafts(unit).clear()
         return reasons
 
     def locked(self, *, shared: bool = False) -> AbstractContextManager[None]:

@@ -126,8 +126,7 @@ class _Scene:
         work, defense = self.work, self.work.defense
         if self.drafts is None:
             return find()
-        name = self.drafts.name((kind, *purpose), inputs)
-        draft = self.drafts.recall(name)
+        draft = self.drafts.recall((kind, *purpose), inputs)
         if draft is not None:
             rows = int(draft["batch_rows"])
             if 0 < rows < (defense.batch_rows or usual_rows(self.x.device)):  # memory ran out in what is not done again
@@ -140,7 +139,8 @@ class _Scene:
         seconds = time.monotonic() - began
         if seconds >= KEEP_AFTER_S and not work.find_change():
             notes = {"batch_rows": defense.batch_rows or 0, "passes": work.passes[kind] - before, "seconds": seconds}
-            self.drafts.keep(name, found | {key: torch.tensor(value) for key, value in notes.items()})
+            told = {key: torch.tensor(value) for key, value in notes.items()}
+            self.drafts.keep((kind, *purpose), inputs, found | told)
         return found
 
     def is_wrong(self, right: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
         ledger = victim.ledger
         return {"x_adv": x_adv.detach(), "forwards": ledger.forwards, "backwards": ledger.backwards}
 
-    code = digest_class_code(type(attack))
+    code = digest_class_code(type(attack)) if scene.drafts is not None else UNKNOWN
     inputs = (mask,) if start is None else (mask, start)
     ended = search() if code == UNKNOWN else scene.once("attack", (*purpose, code), inputs, search)
     found.x_adv = scene.x.clone()

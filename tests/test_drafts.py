@@ -21,6 +21,7 @@ from robench.defense import Defense
 from robench.drafts import Drafts
 from robench.errors import StorageError
 from robench.evaluate import evaluate
+from robench.files import as_place
 from robench.progress import Progress
 from robench.registry import load_attack
 from robench.source import digest_class_code, digest_own_code
@@ -152,11 +153,9 @@ def test_drafts_of_another_course_of_events_are_not_taken_up(tmp_path: Path, kee
     """A draft depends on run, unit, purpose and what it was computed from."""
     x = torch.rand(3, 1, 2, 2)
     for owner, purpose, inputs in ((b"b", ("judge", 1), x), (b"a", ("judge", 2), x), (b"a", ("judge", 1), x + 1e-6)):
-        Drafts(tmp_path, b"a").keep(Drafts(tmp_path, b"a").name(("judge", 1), (x,)), {"votes": x})
-        found = Drafts(tmp_path, owner)
-        assert found.recall(found.name(purpose, (inputs,))) is None
-    again = Drafts(tmp_path, b"a")
-    draft = again.recall(again.name(("judge", 1), (x.clone(),)))
+        Drafts(tmp_path, b"a").keep(("judge", 1), (x,), {"votes": x})
+        assert Drafts(tmp_path, owner).recall(purpose, (inputs,)) is None
+    draft = Drafts(tmp_path, b"a").recall(("judge", 1), (x.clone(),))
     assert draft is not None
     assert torch.equal(draft["votes"], x)
 
@@ -259,10 +258,9 @@ def test_the_time_before_the_interrupt_counts(tmp_path: Path, keep_all: None) ->
 
 
 def test_behind_a_url_only_the_units_own_drafts_go() -> None:
-    upath = pytest.importorskip("upath")
-    folder = upath.UPath("memory://drafts-test/drafts")
+    folder = as_place("memory://drafts-test/drafts")
     for number in ("00000", "00001"):
-        Drafts(folder / number, b"").keep("a" * 64, {"votes": torch.zeros(1)})
+        Drafts(folder / number, b"").keep(("judge",), (), {"votes": torch.zeros(1)})
     Drafts(folder / "00000", b"").clear()
     assert Drafts(folder / "00000", b"").names == []
     assert len(Drafts(folder / "00001", b"").names) == 1

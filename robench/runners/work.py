@@ -157,10 +157,8 @@ def plan_run(request: PlanRequest, hear: Hear | None = None) -> Planned:
     units, notes = plan_units(work.spec), list[str]()
     if store is not None and not request.dry:
         with store.locked(shared=True):
-            notes = store.set_aside_damaged(units)
+            notes = store.tidy(units)
     done = store.finished() if store is not None else {}
-    if store is not None and not request.dry:
-        store.drop_drafts(done)
     missing = tuple(unit for unit in units if unit.index not in done)
     passes = expected_passes(work, units)
     per_judge, per_attack = _seconds_per_pass(work) if missing else (0.0, 0.0)
