@@ -134,6 +134,7 @@ def write_bundle(
     audit: Mapping[str, Any] | None = None,
     defense: Defense | None = None,
     data_dir: Path | None = None,
+    device: str = "cpu",
 ) -> Bundle:
     """Writes the bundle of a finished run at one of its bounds into `root/<digest>`; the same run gives the same bytes.
 
@@ -144,6 +145,7 @@ def write_bundle(
         audit: what `Audit.to_json` gave for this defense and threat model.
         defense: the defense, to see which images may be rounded without a change of its answers; None keeps float32.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
+        device: `cpu` or `cuda`, where the defense answers.
 
     Raises:
         UsageError: the run's data has no name, an attack failed, or the folder cannot be written.
@@ -157,7 +159,7 @@ def write_bundle(
     data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
     if data.digest != spec.data_digest:
         raise UsageError(f'"{spec.dataset}" here holds other images than those of the run')
-    images, encodings = pixels.encode(result, eps, data.x, defense)
+    images, encodings = pixels.encode(result, eps, data.x, defense, device)
     files = {EXAMPLES: _table_bytes(_examples(result, eps)), IMAGES: _table_bytes(images)}
     if audit is not None:
         files[AUDIT] = _json(audit)

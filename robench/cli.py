@@ -13,7 +13,7 @@ import typer
 
 import robench
 from robench.cli_leaderboard import leaderboard_app
-from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
+from robench.cli_options import DataDir, Device, Json, Trust, end_with_report, print_json
 from robench.cli_reproduce import reproduce
 from robench.cli_study import StudyOptions, run_study_file
 from robench.errors import Interrupted, RobenchError, UsageError
@@ -256,7 +256,7 @@ def audit(  # noqa: PLR0913 - each parameter is an option of the command line
     checks: Annotated[str | None, typer.Option(help="Only these: zero_gradients,square.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
     eot: Annotated[int | None, typer.Option(help="Draws averaged in each gradient of a randomized defense.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of runs and report; what is there is taken up.")] = None,
     data_dir: DataDir = None,
@@ -277,7 +277,7 @@ def audit(  # noqa: PLR0913 - each parameter is an option of the command line
 @app.command()
 def verify(
     folder: Annotated[str, typer.Argument(metavar="RUN|EVIDENCE", help="A run folder, or a row's evidence.")],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     data_dir: DataDir = None,
     trust: Trust = False,
     seed: Annotated[int | None, typer.Option(help="Draws the fresh answers; default those everybody gets.")] = None,
@@ -298,7 +298,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     out: Annotated[Path | None, typer.Option(help="Folder of checkpoint and weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything.")] = 0,
     scale: Annotated[float, typer.Option(help="Multiplies the iterations; 0.01 is a smoke test.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log losses and figures into --out.")] = False,
     init: Annotated[Path | None, typer.Option(help="Weights to start from, instead of random ones.")] = None,
@@ -357,7 +357,7 @@ def show(  # noqa: PLR0913 - each parameter is an option of the command line
     ] = None,
     n: Annotated[int, typer.Option(help="Images behind the figures.")] = 256,
     seed: Annotated[int, typer.Option(help="Seeds the draw and all randomness.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     weights: Annotated[Path | None, typer.Option(help="Weights file to read instead of the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
     data_dir: DataDir = None,

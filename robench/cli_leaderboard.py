@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from robench.cli_options import DataDir, Json, Trust, end_with_report, print_json
+from robench.cli_options import DataDir, Device, Json, Trust, end_with_report, print_json
 from robench.files import as_place, write_text
 from robench.shell import join_words
 
@@ -39,6 +39,7 @@ def leaderboard_add(
     replace: Annotated[
         bool, typer.Option("--replace", help="Also replace a row that is better evidenced: more images, an audit.")
     ] = False,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Add the rows of finished runs, with their audits and evidence, to leaderboards/<dataset>-<norm>-<eps>.csv."""
@@ -56,6 +57,7 @@ def leaderboard_add(
         folder,
         data_dir,
         replace=replace,
+        device=device,
         tell=_tell,
         tell_row=tell_row,
     )
@@ -125,7 +127,7 @@ def leaderboard_verify(
     folder: Folder = Path("leaderboards"),
     sample: Annotated[int | None, typer.Option(help="Only so many rows, drawn by --seed.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the draw of rows.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     data_dir: DataDir = None,
     trust: Trust = False,
     as_json: Json = False,
@@ -150,7 +152,7 @@ def leaderboard_verify(
 def leaderboard_check(  # noqa: PLR0913 - each parameter is an option of the command line
     row: Annotated[str, typer.Argument(metavar="ROW", help="The row's evidence: its digest or its folder.")],
     folder: Folder = Path("leaderboards"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     data_dir: DataDir = None,
     trust: Trust = False,
     attack: Annotated[int, typer.Option(help="Also attack so many of its images again; 0: none.")] = 0,

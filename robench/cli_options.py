@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from robench.verify import Report
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of <name>/{train,test}-*.parquet; default ROBENCH_DATA.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run the code of a defense that is not one of robench's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 

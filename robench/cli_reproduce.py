@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from robench.cli_options import DataDir, Json, print_json
+from robench.cli_options import DataDir, Device, Json, print_json
 
 
 def reproduce(  # noqa: PLR0913 - each parameter is an option of the command line
@@ -45,7 +45,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
         bool, typer.Option("--train", help="Also train what no shipped weights are of; goes on where it stopped.")
     ] = False,
     scale: Annotated[float, typer.Option(help="Multiplies the iterations of --train; 0.01 is a smoke test.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; what is finished there is not repeated.")
     ] = None,

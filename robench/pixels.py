@@ -37,7 +37,9 @@ LARGEST_DRIFT: Final = 0.5
 which gave back 0.6 points on 1,000 images: `verify` saw it. In l2 half precision moved 17 of 100,000 answers: 0.3."""
 
 
-def encode(result: Evaluation, eps: float, x: Images, defense: Defense | None) -> tuple[pa.Table, dict[str, int]]:
+def encode(
+    result: Evaluation, eps: float, x: Images, defense: Defense | None, device: str = "cpu"
+) -> tuple[pa.Table, dict[str, int]]:
     """The images of the worst case as a table, and how many are stored in which way.
 
     Each image of a deterministic defense takes the shortest encoding under which its answer is the one of the run. Of a
@@ -47,7 +49,8 @@ def encode(result: Evaluation, eps: float, x: Images, defense: Defense | None) -
         result: the run.
         eps: the bound.
         x: the originals.
-        defense: None stores all as float32.
+        defense: None stores all as float32. It is moved to the device.
+        device: `cpu` or `cuda`, where the defense answers.
 
     Returns:
         Columns `index` (in the dataset), `encoding`, `pixels`; without rows where the worst case is not known.
@@ -62,14 +65,14 @@ def encode(result: Evaluation, eps: float, x: Images, defense: Defense | None) -
     chosen = np.full(len(x), "float32", dtype=object)
     exact = stored.votes
     if defense is not None and defense.randomized:
-        exact = _judge(result.spec, x_adv, defense)
+        exact = _judge(result.spec, x_adv, defense, device)
     for encoding in ROUNDINGS[:-1]:
         left = chosen == "float32"
         if defense is None or not left.any():
             break
         rounded = _round(encoding, x, x_adv, threat)
         inside = threat.contains(x, rounded) & ((rounded >= 0) & (rounded <= 1)).flatten(1).all(1)
-        harmless = inside & _harmless(exact, _judge(result.spec, rounded, defense), stored.labels, defense)
+        harmless = inside & _harmless(exact, _judge(result.spec, rounded, defense, device), stored.labels, defense)
         if defense.randomized:
             harmless[:] = harmless.all()
         chosen[left & harmless.numpy()] = encoding
@@ -122,10 +125,12 @@ def _harmless(
     return torch.full((len(rows),), not moved)
 
 
-def _judge(spec: RunSpec, x: Images, defense: Defense) -> npt.NDArray[np.int64]:
-    with seeded(spec.seed, "bundle"):
-        votes: npt.NDArray[np.int64] = judge_in_units(defense, x, spec.judge_repeats, spec.unit_size).numpy()
-    return votes
+def _judge(spec: RunSpec, x: Images, defense: Defense, device: str) -> npt.NDArray[np.int64]:
+    defense = defense.to(device)
+    with seeded(spec.seed, "bundle", device=device):
+        votes = judge_in_units(defense, x.to(device), spec.judge_repeats, spec.unit_size)
+    found: npt.NDArray[np.int64] = votes.numpy()
+    return found
 
 
 def _round(encoding: str, x: Images, x_adv: Images, threat: ThreatModel) -> Images:

@@ -34,6 +34,7 @@ from robench.leaderboard import (
 from robench.plan import RunSpec
 from robench.registry import load_defense
 from robench.result import Evaluation
+from robench.settings import Settings
 from robench.store import RESULT_FILE, SPEC_FILE
 from robench.study import STUDY_CSV
 
@@ -47,6 +48,7 @@ def publish(
     data_dir: Path | None = None,
     *,
     replace: bool = False,
+    device: str = "cpu",
     tell: Callable[[str], None] | None = None,
     tell_row: Callable[[Path, Row], None] | None = None,
 ) -> list[Path]:
@@ -61,6 +63,7 @@ def publish(
         leaderboards: the folder of the CSV files.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         replace: let a row take the place of one that is better evidenced.
+        device: `auto`, `cpu` or `cuda`: where a defense answers on its images as they were and as they are stored.
         tell: hears one line for each row that was replaced by another run's, and for each that nobody can check.
         tell_row: hears of each row that is on a leaderboard now: the CSV file and the row.
 
@@ -69,6 +72,7 @@ def publish(
             the runs would be one row, or a row would take the place of one that is better evidenced.
         DataError: a run, an audit or a leaderboard is damaged.
     """
+    device = Settings(device=device).resolve_device()
     every = [inner for folder in folders for inner in _inside(folder)]
     runs = [Evaluation.load(folder) for folder in every if (folder / SPEC_FILE).exists()]
     audits = {folder: read_audit(folder) for folder in every if not (folder / SPEC_FILE).exists()}
@@ -90,7 +94,7 @@ def publish(
     written: dict[Path, None] = {}
     for result, eps, found in pairs:
         audit = audits[found] if found is not None else None
-        bundle = write_bundle(result, eps, leaderboards / EVIDENCE, audit, defenses[result.folder], data_dir)
+        bundle = write_bundle(result, eps, leaderboards / EVIDENCE, audit, defenses[result.folder], data_dir, device)
         path, row = leaderboards / board_name(result.spec.dataset, result.spec.norm, eps), bundle.row()
         for old in add_row(row, path, replace=replace):
             if tell is not None and old["evidence"] != bundle.digest:

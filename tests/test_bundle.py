@@ -506,6 +506,38 @@ def test_rounding_that_helps_a_randomized_defense_is_seen() -> None:
     assert set(encodings) <= {"float16", "float32"}
 
 
+class Placed(Prototypes):
+    """Notes where it is asked."""
+
+    name = "placed"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_on: set[str] = set()
+
+    def forward(self, x: Images) -> torch.Tensor:
+        self.asked_on.add(x.device.type)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+)
+def test_what_is_rounded_is_judged_on_the_device_that_is_asked_for(device: str) -> None:
+    result = evaluate(Placed(), "pgd(steps=1)", ThreatModel("linf", EPS), "fashion_mnist", n=8, device="cpu")
+    defense = Placed()
+    _, encodings = pixels.encode(result, EPS, load_dataset("fashion_mnist", "test", 8, 0).x, defense, device)
+    assert defense.asked_on == {device}
+    assert sum(encodings.values()) == 8
+
+
+def test_an_unknown_device_is_refused_before_anything_is_written(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="device must be auto, cpu or cuda"):
+        publish([finished / "run"], tmp_path / "boards", device="tpu")
+    assert not (tmp_path / "boards").exists()
+
+
 def test_an_image_whose_answer_would_change_is_kept_as_it_is() -> None:
     defense: Defense = Brittle()
     result = evaluate(defense, "pgd(steps=3)", ThreatModel("linf", EPS), "fashion_mnist", n=N)
