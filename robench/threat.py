@@ -41,9 +41,9 @@ def parse_eps(text: str) -> float:
 
 
 def format_eps(eps: float, norm: str) -> str:
-    """Prints a bound the way the field writes it: `8/255` where that is exact and 0.1 where it is not."""
+    """Prints a bound the way the field writes it: `8/255`, in l2 `36/255`, where that is exact, and 0.1 where not."""
     numerator = eps * 255
-    is_pixel_step = norm == "linf" and abs(numerator - round(numerator)) < 1e-9 and 0 < round(numerator) < 255
+    is_pixel_step = norm in ("linf", "l2") and round(numerator) > 0 and abs(numerator - round(numerator)) < 1e-9
     return f"{round(numerator)}/255" if is_pixel_step and eps != round(eps, 4) else f"{eps:g}"
 
 

@@ -225,7 +225,10 @@ def test_parse_eps_refuses_the_rest(text: str) -> None:
         (0.2, "linf", "0.2"),
         (1.0, "linf", "1"),
         (0.0, "linf", "0"),
-        (8 / 255, "l2", "0.0313725"),
+        (36 / 255, "l2", "36/255"),
+        (300 / 255, "l2", "300/255"),
+        (0.5, "l2", "0.5"),
+        (0.123456, "l2", "0.123456"),
         (1.5, "l2", "1.5"),
         (5.0, "l0", "5"),
     ],
@@ -235,10 +238,10 @@ def test_format_eps_writes_what_the_field_writes(eps: float, norm: str, text: st
     assert parse_eps(text) == pytest.approx(eps, rel=1e-5)
 
 
-@given(numerator=st.integers(1, 254))
-def test_pixel_steps_survive_the_round_trip(numerator: int) -> None:
+@given(numerator=st.integers(1, 254), norm=st.sampled_from(["linf", "l2"]))
+def test_pixel_steps_survive_the_round_trip(numerator: int, norm: str) -> None:
     eps = parse_eps(f"{numerator}/255")
-    assert parse_eps(format_eps(eps, "linf")) == pytest.approx(eps, abs=1e-12)
+    assert parse_eps(format_eps(eps, norm)) == pytest.approx(eps, abs=1e-12)
 
 
 # the threat model itself
