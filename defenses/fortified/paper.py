@@ -38,7 +38,9 @@ FULL_FGSM: Final = "fortified(train_attack=fgsm)"
 PLAIN_FGSM: Final = "fortified(layers=[], train_attack=fgsm)"
 PLAIN_RELU: Final = "fortified(layers=[], activation=relu)"
 RECIPES: Final = {NO_LOSSES: "pgd", NO_ADV: "pgd", PLAIN_RELU: "pgd", FULL_FGSM: "fgsm", PLAIN_FGSM: "fgsm"}
-"""Of the nets without shipped weights."""
+"""Of the nets without shipped weights on any data."""
+RECIPES_BY_DATA: Final = {(PLAIN, "cifar10"): "pgd"}
+"""Of those that have weights on other data."""
 PGD: Final = "pgd(steps=40)"
 
 MLP_IMAGES: Final = 10_000
@@ -151,7 +153,7 @@ def _accuracies(
             attack,
             eps=eps,
             note=_note(defense, dataset, eps),
-            recipe=RECIPES.get(defense, ""),
+            recipe=RECIPES_BY_DATA.get((defense, dataset)) or RECIPES.get(defense, ""),
             **more,
         )
         for row, (defense, figures) in rows.items()
