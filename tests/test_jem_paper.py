@@ -77,7 +77,8 @@ def test_curves_have_every_refinement_under_each_kind_of_attack() -> None:
             names = {(cell.norm, parse_spec(cell.attack.partition("@")[0])[0]) for cell in own}
             wanted = {("linf", "pgd"), ("l2", "pgd"), ("linf", "hopskipjump"), ("l2", "boundary"), ("l0", "pointwise")}
             assert names == wanted
-            assert any(cell.attack.endswith("@bpda") for cell in own) == (defense != "jem")
+            for path in ("@bpda", "@detached"):
+                assert any(cell.attack.endswith(path) for cell in own) == (defense != "jem")
 
 
 def test_cells_name_defenses_and_attacks_that_exist() -> None:

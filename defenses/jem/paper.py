@@ -152,7 +152,7 @@ def _curve_cells() -> list[Cell]:
     cells = []
     for data, steps in ((data, steps) for data in LINF for steps in REFINEMENTS):
         defense = f"jem(refine_steps={steps})" if steps else "jem"
-        white = [f"pgd(steps={PGD_STEPS})", *([f"pgd(steps={PGD_STEPS})@bpda"] if steps else [])]
+        white = [f"pgd(steps={PGD_STEPS}){path}" for path in ("", *(("@bpda", "@detached") if steps else ()))]
         black = {"linf": f"hopskipjump(queries={QUERIES})", "l2": f"boundary(queries={QUERIES})"}
         threats = [("linf", eps) for eps in LINF[data]] + [("l2", eps) for eps in L2[data]]
         wanted = [(norm, eps, attack) for norm, eps in threats for attack in (*white, black[norm])]
@@ -184,6 +184,8 @@ def _curve_note(norm: str, attack: str) -> str:
         return "stands for the boundary attack, which is of l2"
     if attack.endswith("bpda"):
         return "the released script's gradient: refinement taken for the identity on the way back"
+    if attack.endswith("detached"):
+        return "the gradient of the net without refinement, at the image itself"
     return ""
 
 
