@@ -14,7 +14,10 @@ from .model import ConvNet
 
 
 class ConvNetRecipe(Recipe):
-    """Cross-entropy on clean images with the thesis's optimizer and schedule (Ranger, flat then cosine)."""
+    """Cross-entropy on clean images with the thesis's optimizer and kind of schedule (Ranger, flat then cosine).
+
+    For a training of minutes the rate is 1e-3 instead of 5e-4, and flat for half of it instead of three quarters.
+    """
 
     def __init__(self, defense: ConvNet, name: str = "clean", *, labelled: int = 0) -> None:
         """Keeps the net to train.

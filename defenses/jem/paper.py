@@ -22,6 +22,7 @@ from robench.weights import has_weights
 
 if TYPE_CHECKING:
     from robench.defense import Defense
+    from robench.types import Images, PerExample
 
     from .model import JEM
 
@@ -32,11 +33,18 @@ CURVES: Final = "refinement curves"
 WIDE: Final = "the paper's net is a WRN-28-10"
 ROWS: Final = 250
 
-SCORES: Final = {"log_px": "log p(x)", "max_py": "max p(y|x)", "grad_norm": "-|d log p(x) / dx|"}
+SCORES: Final = {
+    "log_px": "log p(x)",
+    "max_py": "max p(y|x)",
+    "grad_norm": "-|d log p(x) / dx|",
+    "undefended": "max p(y|x), undefended classifier",
+}
+"""The detection scores of JEM-0, and what a plain classifier has without a density."""
 PUBLISHED_DETECTION: Final = {
     "log_px": {"svhn": 0.67, "interpolation": 0.65, "CIFAR-100": 0.67, "CelebA": 0.75},
     "max_py": {"svhn": 0.89, "interpolation": 0.75, "CIFAR-100": 0.87, "CelebA": 0.79},
     "grad_norm": {"svhn": 0.83, "interpolation": 0.78, "CIFAR-100": 0.82, "CelebA": 0.79},
+    "undefended": {"svhn": 0.93, "interpolation": 0.77, "CIFAR-100": 0.85, "CelebA": 0.62},
 }
 """Slides: CIFAR-10 inside, the columns outside."""
 NOT_READ: Final = ("CIFAR-100", "CelebA")
@@ -58,19 +66,33 @@ QUERIES: Final = 1000
 
 
 def measure_auroc(inside: str, outside: str, kind: str) -> Callable[[Context], Figure]:
-    """How well a score of JEM-0 tells test images of `inside` from those of `outside`, as a measurement."""
+    """How well a score tells test images of `inside` from those of `outside`, as a measurement.
+
+    A score of JEM-0, but for `undefended`: the largest probability of the undefended ConvNet.
+    """
 
     def measure(context: Context) -> Figure:
-        model = cast("JEM", load_defense("jem", inside)).to(context.device)
+        model = load_defense(_scored_by(kind), inside).to(context.device)
+
+        def score(rows: Images) -> PerExample:
+            if kind == "undefended":
+                return -model(rows).softmax(1).amax(1)  # larger on outliers, as `detection_score`
+            return cast("JEM", model).detection_score(rows, kind)
+
         own, _ = load_data(inside, "test", context.n, context.seed, context.data_dir)
         scores = [
-            torch.cat([model.detection_score(rows.to(context.device), kind).detach() for rows in x.split(ROWS)])
+            torch.cat([score(rows.to(context.device)).detach() for rows in x.split(ROWS)])
             for x in (own, make_outliers(outside, own, context.n, context.seed, context.data_dir).x)
         ]
         found = auroc(*scores)
         return Figure(found.value, found.low, found.high, len(own))
 
     return measure
+
+
+def _scored_by(kind: str) -> str:
+    """The defense behind a score."""
+    return "convnet" if kind == "undefended" else "jem"
 
 
 def measure_calibration(name: str, dataset: str) -> Callable[[Context], Figure]:
@@ -112,7 +134,7 @@ def _detection_cells() -> list[Cell]:
     for kind, row in SCORES.items():
         for outside, figure in PUBLISHED_DETECTION[kind].items():
             column = f"cifar10 against {outside}"
-            how: dict[str, Any] = {"measure": measure_auroc("cifar10", outside, kind), "reads": "jem"}
+            how: dict[str, Any] = {"measure": measure_auroc("cifar10", outside, kind), "reads": _scored_by(kind)}
             if outside in NOT_READ:
                 how = {
                     "measure": leave_out,
@@ -123,7 +145,8 @@ def _detection_cells() -> list[Cell]:
             measure = measure_auroc(inside, outside, kind)
             column = f"{inside} against {outside}"
             note = "not in the paper"
-            cells.append(Cell(DETECTION, row, column, None, "", inside, measure=measure, note=note, reads="jem"))
+            reads = _scored_by(kind)
+            cells.append(Cell(DETECTION, row, column, None, "", inside, measure=measure, note=note, reads=reads))
     return cells
 
 
