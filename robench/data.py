@@ -59,6 +59,7 @@ class Dataset:
         index: position of each example in the whole split, ascending, int64.
         class_names: one name a class; the numbers as text where the source has no names.
         digest: `digest_data(x, y)`.
+        split_size: number of examples in the whole split; 0 where it is not told.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Dataset:
     index: Labels
     class_names: tuple[str, ...]
     digest: str
+    split_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,8 @@ def load_dataset(
     if not all(re.fullmatch(r"\w[\w.-]*", one) for one in names) or len(set(names)) < len(names):
         raise UsageError(f'split takes a name such as test or train; it is "{split}". Choose how many with n.')
     source = _join([_open(name, one, data_dir) for one in names])
-    labels = torch.from_numpy(source.labels)
-    count = len(labels) if n is None else min(n, len(labels)) if at_most else n
-    index = torch.arange(len(labels)) if n is None else draw_stratified(labels, count, seed)
+    labels, size = torch.from_numpy(source.labels), len(source.labels)
+    index = torch.arange(size) if n is None else draw_stratified(labels, min(n, size) if at_most else n, seed)
     x = source.take(index.numpy())
     if name in KNOWN and tuple(x.shape[1:]) != KNOWN[name].image_shape:
         raise DataError(
@@ -133,7 +134,7 @@ def load_dataset(
             f" {tuple(x.shape[1:])}. Put the files of {KNOWN[name].hub_repo} there, or pass a file's path instead."
         )
     y = labels[index]
-    return Dataset(name, split, x, y, index, source.class_names, digest_data(x, y))
+    return Dataset(name, split, x, y, index, source.class_names, digest_data(x, y), size)
 
 
 def draw_stratified(y: Labels, n: int, seed: int) -> Int[Tensor, " n"]:

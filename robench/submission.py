@@ -113,6 +113,7 @@ def check_submission(
     judged = verify_evidence(folder, row=row, device=device, data_dir=data_dir, trust=trust)
     report.lines += judged.lines
     report.failures += judged.failures
+    report.notes += judged.notes
     held = judged.shared <= MOST_SHARED
     told = f"the judge's noise is {judged.shared:.2g} of that of single answers, at most {MOST_SHARED:g}"
     report.check("answers are drawn for each image", held, told if held else f"{told}; {SHARED_ADVICE}")

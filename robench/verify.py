@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from robench.bundle import MANIFEST, read_bundle
@@ -33,7 +31,8 @@ from robench.source import digest_source, find_edits
 from robench.stats import INDEPENDENT, SharedNoise, answers_differ, majorities_differ, shared_noise
 from robench.store import RESULT_FILE, ROW_FILE
 from robench.threat import ThreatModel
-from robench.unit_table import CLEAN, STATUSES, WORST
+from robench.unit_table import CLEAN, WORST
+from robench.verify_data import find_gap, is_shipped_split, tell_other_images
 
 
 @dataclass
@@ -122,15 +121,15 @@ def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = No
         seed: draws the fresh answers; None draws those that everybody gets.
 
     Raises:
-        UsageError: the defense or the data cannot be had by name.
+        UsageError: the defense or the data cannot be had by name, or the images here are others and nothing else fails.
         DataError: the run folder is damaged or incomplete.
     """
     result = Evaluation.load(folder)
     report = Report(folder, seed=seed)
     data = _load_data(result.spec, folder, data_dir)
-    _verify(report, result, data, device)
+    missing = _verify(report, result, data, device)
     _check_told(report, result)
-    return report
+    return _settle(report, missing)
 
 
 def _check_told(report: Report, result: Evaluation) -> None:
@@ -179,7 +178,8 @@ def verify_evidence(
         seed: as in `verify_run`.
 
     Raises:
-        UsageError: something that the check needs is missing; the message says what.
+        UsageError: something that the check needs is missing, as where the images here are others; the message says
+            what.
     """
     report = Report(folder, seed=seed)
     try:
@@ -203,7 +203,7 @@ def verify_evidence(
             f'{folder} cannot be checked: defense "{name}" is not one of robench\'s. --trust runs its code'
         )
     data = _load_data(bundle.spec, folder, data_dir)
-    if data.digest == bundle.spec.data_digest:  # else _verify says so, and the images would not fit the originals
+    if data.digest == bundle.spec.data_digest:  # else _verify says so: stored images are differences from the originals
         try:
             result = bundle.result(data.x)
         except (ValueError, KeyError, TypeError, DataError) as error:
@@ -213,7 +213,19 @@ def verify_evidence(
         report.check("images are stored as the manifest says", bundle.is_told_right, told or "none")
     else:
         result = bundle.figures
-    _verify(report, result, data, device)
+    return _settle(report, _verify(report, result, data, device))
+
+
+def _settle(report: Report, missing: str) -> Report:
+    """The report, unless nothing in it fails and something is missing that the rest needs.
+
+    Raises:
+        UsageError: that is so.
+    """
+    if missing and not report.failures:
+        raise UsageError(f"{report.folder} cannot be checked: {missing}")
+    if missing:
+        report.notes.append(f"images and answers: {missing}")
     return report
 
 
@@ -233,14 +245,10 @@ def _load_defense(spec: RunSpec, folder: Path) -> Defense:
         raise UsageError(f"{folder} cannot be checked: {error}") from None
 
 
-def _check_form(report: Report, result: Evaluation, data: Dataset, defense: Defense) -> None:
-    """What shows without asking the defense: digests, labels, its name and kind, the protocol, the table."""
-    spec, clean = result.spec, result.answers(CLEAN)
+def _check_defense(report: Report, result: Evaluation, defense: Defense) -> None:
+    """What shows without images, and without asking the defense: its weights, its name and kind, the protocol."""
+    spec = result.spec
     _check_weights(report, spec, defense)
-    report.check("images are those of the run", data.digest == spec.data_digest, f"digest {data.digest[:16]}")
-    if clean is not None:
-        wrong = int((clean.labels != data.y.numpy()).sum()) if len(clean.labels) == len(data.y) else len(data.y)
-        report.check("labels are those of the data", wrong == 0, f"{wrong} of {len(data.y)} differ")
     told = "randomized" if spec.randomized else "deterministic"
     alike = (spec.defense_name, spec.randomized) == (defense.name, defense.randomized)
     report.check("the defense is what the run calls it", alike, f"{spec.defense_name}, {told}")
@@ -250,8 +258,24 @@ def _check_form(report: Report, result: Evaluation, data: Dataset, defense: Defe
     changed = ", ".join(find_edits(result.source, digest_source(defense, spec.defense)))
     if changed:
         report.notes.append(f"the code of the defense: {changed} changed since the run; the answers below tell")
-    problem = _find_gap(result, data, defense)
+
+
+def _check_data(report: Report, result: Evaluation, data: Dataset, defense: Defense) -> str:
+    """Compares images, labels and table with the data; returns what is missing to do so, empty where nothing is."""
+    spec, clean = result.spec, result.answers(CLEAN)
+    same = data.digest == spec.data_digest
+    if not same and not is_shipped_split(spec.dataset):
+        return tell_other_images(result, data)
+    detail = f"digest {data.digest[:16]}"
+    report.check("images are those of the run", same, detail if same else f"robench ships this split; its {detail}")
+    if not same:
+        return ""  # labels and table are of images that nobody has
+    if clean is not None:
+        wrong = int((clean.labels != data.y.numpy()).sum()) if len(clean.labels) == len(data.y) else len(data.y)
+        report.check("labels are those of the data", wrong == 0, f"{wrong} of {len(data.y)} differ")
+    problem = find_gap(result, data, defense)
     report.check("every image has its answers, clean and under each attack", not problem, problem or f"{spec.n} images")
+    return ""
 
 
 def _check_weights(report: Report, spec: RunSpec, defense: Defense) -> None:
@@ -266,13 +290,15 @@ def _check_weights(report: Report, spec: RunSpec, defense: Defense) -> None:
         report.notes.append(f"tensors outside the state_dict ({paths}): the digest of an earlier run lacks them")
 
 
-def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> None:
+def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> str:
+    """Judges a run again; returns what is missing to do so, empty where nothing is."""
     spec = result.spec
     device = Settings(device=device).resolve_device()
     defense = _load_defense(spec, report.folder)
-    _check_form(report, result, data, defense)
-    if report.failures:
-        return
+    _check_defense(report, result, defense)
+    missing = _check_data(report, result, data, defense)
+    if missing or report.failures:
+        return missing
     note_draws(defense.to(device), data.x[:IMAGES].to(device))
 
     def fresh(x: torch.Tensor) -> tuple[Answers, SharedNoise]:
@@ -306,6 +332,7 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> N
                 report.check(claim, held=False, detail="an attack failed, so there is no claim")
                 continue
             _compare(report, claim, stored, *fresh(x), randomized=defense.randomized)
+    return ""
 
 
 def _departure(spec: RunSpec, defense: Defense) -> str:
@@ -317,52 +344,6 @@ def _departure(spec: RunSpec, defense: Defense) -> str:
     if list(spec.attacks) != entries:
         return f"the attacks are {', '.join(entry.key for entry in spec.attacks)}"
     return find_departure(replace(spec, randomized=defense.randomized), protocol)
-
-
-def _find_gap(result: Evaluation, data: Dataset, defense: Defense) -> str:
-    """What is wrong in the per-example table, which holds one row for each image clean, under each attack, at worst."""
-    spec = result.spec
-    keys = [entry.key for entry in spec.attacks]
-    blocks = [(CLEAN, 0.0), *((key, eps) for eps in spec.eps for key in (*keys, WORST))]
-    if len(result.table) != len(blocks) * spec.n:
-        return f"{len(result.table)} rows, not {len(blocks) * spec.n}"
-    for key, eps in blocks:
-        rows = result.table[(result.table["attack"] == key) & (result.table["eps"] == eps)]
-        if rows["index"].tolist() != data.index.tolist() or rows["label"].tolist() != data.y.tolist():
-            return f"the images or labels of {key} are not those of the data"
-        votes = np.stack(rows["votes"].tolist())
-        judged = (rows["status"] != "failed").to_numpy()
-        if votes.shape[1] != defense.num_classes or (votes < 0).any():
-            return f"the answers of {key} are no counts over {defense.num_classes} classes"
-        if (votes[judged].sum(1) != spec.judge_repeats).any():
-            return f"not {spec.judge_repeats} answers for each image under {key}"
-        numbers = rows[["forwards", "backwards", "distance"]].to_numpy(dtype=float)[judged]
-        if not set(rows["status"]) <= set(STATUSES) or not (numbers >= 0).all():
-            return f"the status, passes or distances of {key} are none"
-    if defense.randomized:
-        return ""  # the worst case was judged on draws of its own
-    return next(filter(None, (_find_contradiction(result, keys, eps) for eps in spec.eps)), "")
-
-
-def _find_contradiction(result: Evaluation, keys: Sequence[str], eps: float) -> str:
-    """Where a deterministic defense's answers at worst contradict those under the attacks; empty if nowhere.
-
-    They are those on the image of the chosen attack, so the same, and no attack has left fewer right ones.
-    """
-    table = result.table[result.table["eps"] == eps]
-    blocks = {key: table[table["attack"] == key] for key in (*keys, WORST)}
-    worst = blocks.pop(WORST)
-    votes, chosen = np.stack(worst["votes"].tolist()), worst["chosen"].to_numpy()
-    known = (worst["status"] != "failed").to_numpy()
-    if not set(chosen[known]) <= set(keys):
-        return f"a worst case at eps {eps:g} is of no attack of the run"
-    for key, rows in blocks.items():
-        judged = known & (rows["status"] != "failed").to_numpy()
-        if (worst["accuracy"].to_numpy() > rows["accuracy"].to_numpy())[judged].any():
-            return f"the worst case at eps {eps:g} is right where {key} is not"
-        if (votes != np.stack(rows["votes"].tolist()))[judged & (chosen == key)].any():
-            return f"the worst case at eps {eps:g} has other answers than {key}, of which it is said to be"
-    return ""
 
 
 def _compare(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from board_toys import EPS, HOSTILE, forge, make_row, write_audit
 
-from robench import ThreatModel, submission
+from robench import ThreatModel, submission, verify
 from robench.audit import CHECKS, audit
 from robench.audit.effort import REDUCED, USUAL, may_have_effort
 from robench.bundle import bundle_folder, read_bundle
@@ -267,6 +267,23 @@ def test_images_of_a_seed_of_one_s_own_are_refused_unless_they_are_all(is_whole:
     assert refused(check_form(boards, digest)[0]) == [claim] * (not is_whole)
     if is_whole:
         assert "images are those of the run" in refused(check_submission(boards, digest, device="cpu", trust=True))
+
+
+def test_a_row_of_other_images_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where robench does not ship the split, another one may be meant: the check cannot be made, and does not hold."""
+
+    def claim_images(manifest: Any, examples: Any, images: Any) -> None:
+        manifest["spec"]["data_digest"] = "0" * 64
+
+    boards, digest = submit(tmp_path)
+    digest = publish_forged(boards, digest, claim_images)
+    assert check_form(boards, digest)[0].holds
+    report = check_submission(boards, digest, device="cpu", trust=True)
+    assert refused(report) == ["images are those of the run"]
+    monkeypatch.setattr(verify, "is_shipped_split", lambda _: False)
+    with pytest.raises(UsageError, match=r"cannot be checked: .*the run's digest of them was changed"):
+        check_submission(boards, digest, device="cpu", trust=True)
+    assert call(monkeypatch, "check", digest, "--leaderboards", boards, "--device", "cpu", "--trust") == 2
 
 
 @pytest.mark.parametrize(
