@@ -18,6 +18,9 @@ from board_toys import make_boards
 from robench import UsageError
 from robench.board import Board, load_boards
 from robench.bridges import robustbench
+from robench.cli import main
+from robench.command_board import tell_weak
+from robench.leaderboard import read_rows
 from robench.registry import load_attack, load_defense, resolve
 from robench.report.tables import as_robustbench, write_robustbench
 
@@ -210,6 +213,50 @@ def test_export_takes_rows_of_full_protocols(tmp_path: Path, caplog: pytest.LogC
     assert [json.loads(as_robustbench(replace(board, entries=rows[2:]))), len(caplog.messages)] == [[], 2]
     as_robustbench(replace(board, entries=rows[:2]))
     assert len(caplog.messages) == 2
+
+
+def test_export_names_rows_of_few_images_or_without_a_passed_audit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only those that are written; a footnote is all that the format has for it."""
+    board = _of_standard(load_boards(make_boards(tmp_path), [BOARD])[0])
+    (entry,) = [entry for entry in board.entries if not entry.problem]
+    cells = [
+        {"defense": "whole", "n": "1000", "audit_verdict": "pass"},
+        {"defense": "few", "n": "999", "audit_verdict": "pass"},
+        {"defense": "doubted", "n": "1000", "audit_verdict": "suspect"},
+        {"defense": "quick", "n": "64", "audit_verdict": "pass", "protocol": "quick-1"},
+        {"defense": "partial", "n": "64", "audit_verdict": "pass", "robust_acc": ""},
+    ]
+    rows = tuple(replace(entry, row={**entry.row, **one}) for one in cells)
+    tell_weak(replace(board, entries=(*rows, replace(rows[1], problem="not backed"))))
+    assert caplog.messages == [
+        f"{BOARD}: of fewer than 1,000 images, or with an audit that is not pass; RobustBench has a footnote alone for "
+        "it: few, standard-1 (999 images, audit: pass); doubted, standard-1 (1000 images, audit: suspect)"
+    ]
+    tell_weak(replace(board, entries=rows[:1]))
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--out", "model_info"]])
+def test_export_of_the_published_board_names_them_in_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(__file__).parents[1] / "leaderboards"
+    board = "fashion_mnist-linf-0.1"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["robench", "leaderboard", "export", board, "--leaderboards", str(folder), *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    (line,) = [line for line in caplog.messages if "footnote" in line]
+    weak = {
+        row["defense"]
+        for row in read_rows(folder / f"{board}.csv")
+        if row["protocol"] == "standard-1" and (int(row["n"]) < 1000 or row["audit_verdict"] != "pass")
+    }
+    assert weak
+    assert {part.strip().partition(",")[0] for part in line.partition("for it: ")[2].split(";")} == weak
 
 
 def _of_standard(board: Board) -> Board:
