@@ -206,7 +206,8 @@ def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
     """The paired test of the images that two rows of one protocol share.
 
     The exact McNemar test where each image is right or wrong in both; where the answers of a randomized defense make
-    shares of it, Student's paired test, which is not exact.
+    shares of it, Student's paired test, which is not exact. None where no images are shared, or those of one position
+    bear different labels: then the rows are of different splits.
     """
     from robench.audit.statistics import compare
 
@@ -214,16 +215,16 @@ def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
         return None
     if not (is_complete(first.row) and is_complete(second.row)) or first.row["protocol"] != second.row["protocol"]:
         return None
-    shares = []
+    shares, labels = [], []
     for bundle in (first.bundle, second.bundle):
         answers = bundle.figures.answers(WORST)
         if answers is None:
             return None
-        shares.append(
-            dict(zip(bundle.figures.indices.tolist(), (answers.right / answers.repeats).tolist(), strict=True))
-        )
+        places = bundle.figures.indices.tolist()
+        shares.append(dict(zip(places, (answers.right / answers.repeats).tolist(), strict=True)))
+        labels.append(dict(zip(places, answers.labels.tolist(), strict=True)))
     common = sorted(shares[0].keys() & shares[1].keys())
-    if not common:
+    if not common or any(labels[0][index] != labels[1][index] for index in common):
         return None
     one, other = (np.array([share[index] for index in common]) for share in shares)
     level = min(compare(one, other).p, compare(other, one).p)

@@ -162,6 +162,12 @@ def read_card(path: Path) -> dict[str, Any]:
     return content
 
 
+def find_card(cls: type[Defense], digest: str) -> dict[str, Any]:
+    """The card of a defense's shipped weights of a digest, whole or its beginning; an empty one if there is none."""
+    cards = (read_card(path) for path in sorted(weights_folder(cls).glob("*.safetensors")))
+    return next((card for card in cards if digest and str(card.get("weights_digest", "")).startswith(digest)), {})
+
+
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Reads weights into a module: safetensors, or a torch file under `weights_only=True`.
 

@@ -51,7 +51,8 @@ def _agrees(row: Row, text: str) -> bool:
     expected = [f"{one[0]:.1f} [{one[1]:.1f}, {one[2]:.1f}]" if one else "not known" for one in figures]
     values = [[str(one[0]) if one else ""] for one in figures]
     facts = [row[name] for name in ("weights_digest", "data_digest", "evidence")]
-    facts += [f"{100 * float(row['majority_acc']):.1f} %"] if row["majority_acc"] else []
+    several = row["randomized"] == "yes" and row["majority_acc"]
+    facts += [f"by majority vote {100 * float(row['majority_acc']):.1f} ["] if several else []
     facts += [f" {key} {100 * float(row[key]):.1f} %" for key in attack_columns([row]) if row[key]]
     return (
         told[0].partition("~")[0].strip() == (row["rank"] or "no rank")

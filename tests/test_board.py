@@ -16,20 +16,24 @@ from typing import Any
 import pytest
 from board_toys import BOARD, FORMULA, HOSTILE, TOY, make_boards, make_row
 from markdown_it import MarkdownIt
+from markupsafe import escape
 
 from robench import ThreatModel
 from robench.board import Board, Entry, load_boards, read_references
 from robench.check_names import QUESTIONS
 from robench.command_board import print_tables
 from robench.errors import DataError, UsageError
+from robench.estimate import Answers
 from robench.evaluate import evaluate
 from robench.leaderboard import add_row, rank_rows, read_rows, rows_csv
 from robench.publish import publish
-from robench.registry import load_defense
+from robench.registry import load_defense, resolve
 from robench.report.board import render_boards
 from robench.report.board_charts import PLOTS
 from robench.report.markdown import markdown_table
 from robench.report.tables import HEADINGS, as_csv, as_json, as_latex, as_markdown, table_cells
+from robench.unit_table import WORST
+from robench.weights import find_card
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def test_a_row_says_what_its_evidence_lacks(boards: Path, tmp_path: Path) -> Non
     assert "examples.parquet was changed" in entry.problem
 
 
-def test_neighbours_are_told_apart_by_the_paired_test(tmp_path: Path) -> None:
+def test_neighbours_are_told_apart_by_the_paired_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same defense under another name's weights would tie; one whose attack is far stronger is distinct."""
     weak, strong = "noise(tries=1)", "pgd(steps=5)"
     for name, attack, protocol_n in (("weak", weak, 60), ("same", weak, 50), ("strong", strong, 60)):
@@ -110,6 +114,12 @@ def test_neighbours_are_told_apart_by_the_paired_test(tmp_path: Path) -> None:
     assert 0 < tie.images <= 50
     assert apart.images == 60
     assert _compare(entries[0], None) is None
+    assert entries[1].bundle is not None
+    figures = entries[1].bundle.figures
+    found = figures.answers(WORST)
+    assert found is not None
+    monkeypatch.setattr(figures, "answers", lambda attack: Answers(found.votes, (found.labels + 1) % 10))
+    assert _compare(entries[0], entries[1]) is None, "positions of another split are no shared images"
     assert _compare(entries[0], Entry(make_row(), None, "")) is None
 
 
@@ -391,3 +401,21 @@ def test_the_page_has_the_commands_and_the_findings(
     assert page.count("Published elsewhere") == 1
     assert "There is no evidence for this row." in page
     assert HOSTILE not in page
+
+
+def test_a_row_tells_other_counts_of_its_answers_and_what_its_card_knows() -> None:
+    """Of the rows of this repository: intervals of the majority and of many tries, and the card of the weights."""
+    (board,) = load_boards(Path(__file__).parents[1] / "leaderboards", ["mnist-linf-0.3"])
+    page = " ".join(render_boards([board]).split())
+    (entry,) = (one for one in board.entries if one.row["defense"] == "fortified")
+    assert entry.bundle is not None
+    tries = entry.bundle.figures.best_of[100]
+    low, value, high = (f"{100 * round(share, 4):.1f}" for share in (tries.low, tries.value, tries.high))
+    assert f"<dt>after 100 tries</dt><dd>{value} <small>[{low}, {high}]</small>, clean" in page
+    assert page.count("<dt>by majority vote</dt>") == sum(one.row["randomized"] == "yes" for one in board.entries)
+    card = find_card(resolve("defense", "fortified"), entry.row["weights_digest"])
+    assert card["dataset"] == "mnist"
+    assert str(escape(card["known_breakage"])) in page
+    assert "trained on 59500 images" in page
+    assert find_card(resolve("defense", "fortified"), "0" * 16) == {}
+    assert find_card(resolve("defense", "fortified"), "") == {}

@@ -101,7 +101,7 @@ def test_sorting(page: Page) -> None:
     once = defenses(page)
     head.click()
     assert defenses(page) == once[::-1]
-    robust = page.get_by_role("button", name="robust", exact=True).first
+    robust = page.locator("th button", has_text="robust").first
     robust.click()
     values = (
         page.locator("section")
@@ -109,14 +109,17 @@ def test_sorting(page: Page) -> None:
         .evaluate_all("rows => rows.map(r => r.cells[2].dataset.value)")
     )
     known = [float(value) for value in values if value]
-    assert known == sorted(known)
+    assert known == sorted(known, reverse=True)  # the best first
     assert values[-1] == ""  # what is not known comes last
+    assert page.locator("th[aria-sort=descending]").first.inner_text().startswith("robust")
+    robust.click()
     assert page.locator("th[aria-sort=ascending]").first.inner_text().startswith("robust")
 
 
 def test_filtering(page: Page) -> None:
     page.get_by_label("kind").select_option("randomized")
     assert defenses(page) == [HOSTILE]
+    assert page.get_by_role("button", name="Show all rows").is_visible()
     assert page.locator("#count").inner_text() == "1 row"
     page.get_by_label("kind").select_option("all")
     page.get_by_label("norm").select_option("l2")
@@ -176,6 +179,9 @@ def test_a_tie_names_the_row_after_it(mixed: Page) -> None:
         assert row.locator("abbr").get_attribute("title") == f"not distinguishable from {tie}"
         assert row.locator("td").first.inner_text().split(maxsplit=1)[1] == f"not distinguishable from {tie}"
     assert mixed.locator("abbr").count() == 2
+    mixed.get_by_role("button", name="last", exact=True).click()
+    facts = mixed.locator(".panel:visible dl").inner_text()
+    assert "not distinguishable from 2. two (paired test on 50 images)" in facts  # told of the lower row, too
 
 
 def test_a_protocol_is_filtered_in_the_table_and_in_the_charts(mixed: Page) -> None:
@@ -253,7 +259,11 @@ def test_a_row_opens_and_closes(page: Page) -> None:
     assert panel.is_visible()
     assert button.get_attribute("aria-expanded") == "true"
     assert re.search(r"robench verify \S+/evidence/\w+ --trust", panel.inner_text())
-    assert f"finite_differences {QUESTIONS['finite_differences']}" in " ".join(panel.inner_text().split())
+    assert page.url.endswith(f"#{button.get_attribute('aria-controls')}")
+    asked = f"finite_differences {QUESTIONS['finite_differences']}"
+    assert asked not in " ".join(panel.inner_text().split())  # what passed is folded
+    panel.get_by_text("checks passed").click()
+    assert asked in " ".join(panel.inner_text().split())
     widths = panel.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
     assert widths == [3 * 30] * 2
     button.click()
@@ -291,7 +301,8 @@ def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) ->
     """Rank, name, figures and audit of every row, an opened row as a whole, and charts whose letters are not shrunk."""
     page.set_viewport_size({"width": 390, "height": 844})
     page.get_by_role("button", name="prototypes").click()
-    page.locator("details summary:visible").click()
+    for summary in page.locator("details summary:visible").all():
+        summary.click()
     section = page.locator("section").first
     heads = section.locator("table.board > thead th:visible").all_inner_texts()
     assert [head.split()[0] for head in heads] == ["rank", "defense", "robust", "clean", "audit"]
@@ -313,8 +324,8 @@ def test_a_phone_shows_what_a_row_says_without_scrolling_sideways(page: Page) ->
     assert 8 * min(scales) >= 9  # pixels of the smallest letters
 
 
-@pytest.mark.parametrize("width", [320, 360, 375, 390])
-def test_no_table_and_no_chart_is_wider_than_a_phone(width: int, page: Page) -> None:
+@pytest.mark.parametrize("width", [320, 360, 375, 390, 641, 768, 900, 1009])
+def test_no_table_and_no_chart_is_wider_than_a_phone_or_a_tablet(width: int, page: Page) -> None:
     """Else the verdict, or what a chart has at its right end, would be cut off; with a row closed and opened."""
     page.set_viewport_size({"width": width, "height": 700})
     for _ in range(2):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from robench.audit.effort import read_effort
 from robench.board import Board, Entry
 from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
+from robench.defense import Defense
+from robench.estimate import Estimate
 from robench.leaderboard import attack_columns, percent, protocol_name
 from robench.protocol import find_protocol
 from robench.registry import builtin_names, parse_spec, resolve
@@ -25,9 +27,13 @@ from robench.report.board_charts import (
 from robench.report.drawing import Drawings, page_style
 from robench.report.page import load_template
 from robench.report.pictures import make_pictures
+from robench.shares import in_percent
 from robench.threat import format_eps
+from robench.weights import find_card
 
 LOG = logging.getLogger("robench")
+URGENCY: Final = {"fail": 0, "suspect": 1}
+"""Which findings of an audit come first."""
 
 
 def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
@@ -46,15 +52,14 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
 
     drawings = Drawings()
     with page_style():
+        rows = {board.name: _show_rows(board, boards, drawings, data_dir) for board in boards}
         sections = [
             {
                 "board": board,
                 "scatter": Markup(drawings.svg(draw_scatter(board))),  # every text in it is escaped
                 "curves": Markup(drawings.svg(draw_curves(board, boards))),
-                "rows": [
-                    {**_show(number, entry, drawings, data_dir), "points": _show_points(entry, board, boards)}
-                    for number, entry in enumerate(board.entries, 1)
-                ],
+                "rows": rows[board.name],
+                "trained": _count_trained(rows[board.name]),
                 "protocols": _show_protocols(board),
             }
             for board in boards
@@ -75,6 +80,25 @@ def render_boards(boards: Sequence[Board], data_dir: Path | None = None) -> str:
     )
 
 
+def _show_rows(
+    board: Board, boards: Sequence[Board], drawings: Drawings, data_dir: Path | None
+) -> list[dict[str, Any]]:
+    return [
+        {
+            **_show(number, entry, drawings, data_dir),
+            "points": _show_points(entry, board, boards),
+            "ties": _show_ties(board, number - 1),
+        }
+        for number, entry in enumerate(board.entries, 1)
+    ]
+
+
+def _count_trained(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many images robench's own nets of a board were trained on: the fewest and the most, or the one count."""
+    counts = [row["card"]["train_images"] for row in rows if "train_images" in row["card"]]
+    return sorted({min(counts), max(counts)}) if counts else []
+
+
 def _show_protocols(board: Board) -> dict[str, str]:
     """The protocols of a board in their order, and in words what they run."""
     found = {}
@@ -84,6 +108,21 @@ def _show_protocols(board: Board) -> dict[str, str]:
         cascade = ", each on the images that those before left" if protocol is not None and protocol.cascade else ""
         found[protocol_name(row)] = ", ".join(attacks) + cascade if attacks else "the attacks that its row names"
     return found
+
+
+def _show_ties(board: Board, place: int) -> list[str]:
+    """The neighbours, above and below, that a paired test cannot tell from a row."""
+    above, entry = board.entries[place - 1] if place else None, board.entries[place]
+    pairs = []
+    if above is not None and above.below is not None:
+        pairs.append((f"{above.row['rank']}. {above.row['defense']}", above.below))
+    if entry.below is not None:
+        pairs.append((entry.below.name, entry.below))
+    return [
+        f"not distinguishable from {name} (paired test on {found.images} images)"
+        for name, found in pairs
+        if not found.distinct
+    ]
 
 
 def _without_images(sections: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -109,20 +148,71 @@ def _show(number: int, entry: Entry, drawings: Drawings, data_dir: Path | None) 
         "protocol": protocol_name(entry.row),
         "kinds": _kinds(entry),
         "percent": {name: percent(entry.row, name) for name in ("clean", "robust")},
+        "card": _card(entry),
+        "draws": _show_draws(entry),
         "attacks": _show_attacks(entry),
         "audit": audit,
-        "effort": read_effort(audit) if audit is not None else None,
-        "missed": [one for one in audit["findings"] if one["verdict"] == "not run"] if audit is not None else [],
+        **_show_findings(audit),
         "plots": [Markup(drawings.svg(one)) for one in draw_findings(audit)] if audit is not None else [],
         "pictures": make_pictures(entry.bundle, data_dir) if entry.bundle is not None else [],
     }
 
 
-def _kinds(entry: Entry) -> list[str]:
-    """What a row's defense is; whether it is generative is asked of robench's own alone, others are not imported."""
-    kinds = ["randomized" if entry.row["randomized"] == "yes" else "deterministic"]
+def _show_findings(audit: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The findings of an audit that doubt the row, those that do not, those not made, and in words why a verdict fell.
+
+    That the effort was reduced belongs to the reasons: fewer attempts find less.
+    """
+    found: list[Mapping[str, Any]] = audit["findings"] if audit is not None else []
+    doubts = sorted((one for one in found if one["verdict"] in URGENCY), key=lambda one: URGENCY[one["verdict"]])
+    effort = read_effort(audit) if audit is not None else None
+    return {
+        "doubts": doubts,
+        "passed": [one for one in found if one["verdict"] not in (*URGENCY, "not run")],
+        "missed": [one for one in found if one["verdict"] == "not run"],
+        "effort": effort,
+        "reasons": [one["check"] for one in doubts] + (["reduced effort"] if effort and effort.reduced else []),
+    }
+
+
+def _show_draws(entry: Entry) -> list[tuple[str, Any, Any]]:
+    """Other ways to count a randomized defense's answers: by majority, and where one wrong in all of them is enough.
+
+    Each with its robust and its clean accuracy, in percent with their intervals.
+    """
+    if entry.bundle is None or entry.row["randomized"] != "yes" or not entry.bundle.figures.complete:
+        return []
+    figures = entry.bundle.figures
+    lines = [("by majority vote", figures.majority, figures.clean_majority)]
+    if tries := max(figures.best_of, default=0):
+        lines.append((f"after {tries} tries", figures.best_of[tries], figures.clean_best_of[tries]))
+    return [(name, _in_percent(robust), _in_percent(clean)) for name, robust, clean in lines]
+
+
+def _in_percent(estimate: Estimate | None) -> tuple[float, float, float] | None:
+    if estimate is None:
+        return None
+    low, middle, high = (in_percent(one) for one in (estimate.low, estimate.value, estimate.high))
+    return middle, low, high
+
+
+def _builtin(entry: Entry) -> type[Defense] | None:
+    """The class of a row's defense where it is one of robench's own; others are not imported for a page."""
     name = parse_spec(entry.bundle.spec.defense)[0] if entry.bundle is not None and entry.bundle.spec.defense else ""
-    if name in builtin_names("defense") and getattr(resolve("defense", name), "generative", False):
+    found: type[Defense] | None = resolve("defense", name) if name in builtin_names("defense") else None
+    return found
+
+
+def _card(entry: Entry) -> dict[str, Any]:
+    """The model card of a row's weights; empty where robench does not ship these."""
+    defense = _builtin(entry)
+    return find_card(defense, entry.row["weights_digest"]) if defense is not None else {}
+
+
+def _kinds(entry: Entry) -> list[str]:
+    """What a row's defense is; whether it is generative is asked of robench's own alone."""
+    kinds = ["randomized" if entry.row["randomized"] == "yes" else "deterministic"]
+    if getattr(_builtin(entry), "generative", False):
         kinds.append("generative")
     return kinds
 

@@ -136,7 +136,10 @@ def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
             if under_pgd:
                 at = [point.eps for point in under_pgd]
                 middle, low, high = zip(*(point.accuracy for point in under_pgd), strict=True)
-                axes.plot(at, middle, linestyle="--", linewidth=1, color=color)
+                marker = MARKERS[number % len(MARKERS)]
+                axes.plot(
+                    at, middle, linestyle="--", linewidth=1, color=color, marker=marker, markersize=3, fillstyle="none"
+                )
                 axes.fill_between(at, low, high, alpha=0.1, color=color, linewidth=0)
     axes.set(xlabel=f"eps ({board.norm})", ylabel="accuracy (%)", ylim=(-3, 103))
     axes.locator_params(axis="x", nbins=5)  # more would touch, at 0.175 and 0.200
