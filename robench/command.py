@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,13 +25,14 @@ from robench.protocol import default_eps, get_protocol
 from robench.registry import load_defense
 from robench.result import Evaluation
 from robench.settings import Settings
-from robench.shell import join_words
+from robench.shell import join_words, quote_word
 from robench.store import RunStore
 from robench.threat import ThreatModel, parse_eps
 from robench.train import TrainSettings
 from robench.train.named import TrainJob, train_named
 from robench.train.run import CHECKPOINT
 
+LOG = logging.getLogger("robench")
 FULL_N = 1000
 
 
@@ -115,6 +117,12 @@ def run_command(request: RunRequest) -> Evaluation:
     options = {} if request.weights is None else {"weights": str(request.weights.resolve())}
     defense = load_defense(request.defense, dataset, **options)
     attacks = request.attack if request.protocol is None else get_protocol(request.protocol).name
+    if request.attack is not None and (untried := _untried_paths(request.attack, defense, norm, dataset)):
+        LOG.warning(
+            "%s has other gradient paths, along which it may be weaker; a protocol takes them all. Here: --attack %s",
+            defense.name,
+            quote_word(",".join([request.attack, *untried])),
+        )
     folder = request.out or _default_folder(defense, attacks or "")
     if request.audit:
         check_auditable(threats, folder)
@@ -139,6 +147,15 @@ def run_command(request: RunRequest) -> Evaluation:
         defense_options=options,
     )
     return _run(defense, attacks or "", threats, dataset, settings, audited=request.audit)
+
+
+def _untried_paths(attacks: str, defense: Defense, norm: str, dataset: str) -> list[str]:
+    """The attacks on a list that read gradients, along each path of the defense that the list leaves out."""
+    entries, built = plan_attacks(attacks, defense, norm, dataset)
+    tried = [(one.spec, defense.check_mode(one.mode)) for one in entries if built[one.key].access == "gradient"]
+    specs = dict.fromkeys(spec for spec, _ in tried)
+    wanted = [(spec, mode) for spec in specs for mode in defense.gradient_modes if (spec, mode) not in tried]
+    return [f"{spec}@{mode}" for spec, mode in wanted]
 
 
 def _budget(request: RunRequest, defense: Defense) -> tuple[int | None, int | None, int | None]:

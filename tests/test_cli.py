@@ -862,3 +862,16 @@ def test_leaderboard_folder_that_cannot_be_made(call: Call, finished: Path, tmp_
     (tmp_path / "file").write_text("")
     outcome = call("leaderboard", "add", finished, "--leaderboards", tmp_path / "file" / "boards")
     assert_one_line(outcome, "cannot make the folder")
+
+
+def test_gradient_paths_that_a_list_leaves_out_are_named(
+    call: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PGD along the first path alone leaves ten steps of JEM twice what the path without refinement leaves."""
+    words = ["run", "--defense", "jem(refine_steps=1)", "--n", 2, "--eot", 1, "--judge-repeats", 2, "--device", "cpu"]
+    assert call(*words, "--attack", "fgsm,noise(tries=1)", "--out", tmp_path / "one").status == 0
+    (proposed,) = re.findall(r"jem has other gradient paths.* --attack '([^']*)'", caplog.text)
+    assert proposed == "fgsm,noise(tries=1),fgsm@bpda,fgsm@detached"
+    caplog.clear()
+    assert call(*words, "--attack", proposed, "--out", tmp_path / "all").status == 0
+    assert "gradient paths" not in caplog.text
