@@ -281,13 +281,16 @@ def verify(
     data_dir: DataDir = None,
     trust: Trust = False,
     seed: Annotated[int | None, typer.Option(help="Draws the fresh answers; default those everybody gets.")] = None,
+    images: Annotated[int | None, typer.Option(help="Judge so many again, drawn by --seed; default all.")] = None,
     as_json: Json = False,
 ) -> None:
     """Re-judge saved adversarial images under fresh randomness: does the claim still hold?"""
     from robench.verify import verify as verify_folder
 
     place = as_place(folder)
-    end_with_report(lambda: verify_folder(place, device=device, data_dir=data_dir, trust=trust, seed=seed), as_json)
+    end_with_report(
+        lambda: verify_folder(place, device=device, data_dir=data_dir, trust=trust, seed=seed, images=images), as_json
+    )
 
 
 @app.command()

@@ -32,7 +32,7 @@ from robench.stats import INDEPENDENT, SharedNoise, answers_differ, majorities_d
 from robench.store import RESULT_FILE, ROW_FILE
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
-from robench.verify_data import find_gap, is_shipped_split, tell_other_images
+from robench.verify_data import check_count, draw_places, find_gap, is_shipped_split, tell_other_images
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Report:
             ones; 0 of a deterministic defense.
         notes: what was not checked.
         seed: of the fresh answers, where one was given; None: those that everybody gets.
+        images: on how many images, drawn by the seed, the answers are compared; None: on all.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Report:
     shared: float = 0.0
     notes: list[str] = field(default_factory=list)
     seed: int | None = None
+    images: int | None = None
 
     @property
     def holds(self) -> bool:
@@ -81,7 +83,13 @@ class Report:
 
 
 def verify(
-    path: Path, *, device: str = "auto", data_dir: Path | None = None, trust: bool = False, seed: int | None = None
+    path: Path,
+    *,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    trust: bool = False,
+    seed: int | None = None,
+    images: int | None = None,
 ) -> Report:
     """Verifies a run folder, or an evidence bundle with its row; see `verify_run` and `verify_evidence`.
 
@@ -92,13 +100,15 @@ def verify(
         DataError: the run folder or a leaderboard is damaged.
     """
     if not (path / MANIFEST).exists():
-        return verify_run(path, device=device, data_dir=data_dir, seed=seed)
+        return verify_run(path, device=device, data_dir=data_dir, seed=seed, images=images)
     place = path.resolve()
     leaderboards = place.parent.parent
     rows = all_rows(leaderboards) if place.parent.name == EVIDENCE else ()
     board, row = next(((file, row) for file, row in rows if row["evidence"] == place.name), (None, None))
     name = board.name if board else None
-    report = verify_evidence(path, row=row, board=name, device=device, data_dir=data_dir, trust=trust, seed=seed)
+    report = verify_evidence(
+        path, row=row, board=name, device=device, data_dir=data_dir, trust=trust, seed=seed, images=images
+    )
     if board is None:
         report.notes.append(f"the row: no leaderboard beside {path} has one with this evidence")
     else:
@@ -107,7 +117,14 @@ def verify(
     return report
 
 
-def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = None, seed: int | None = None) -> Report:
+def verify_run(
+    folder: Path,
+    *,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    seed: int | None = None,
+    images: int | None = None,
+) -> Report:
     """Re-judges a run: the figures it tells, digests, settings, its table, box and eps, clean and worst case anew.
 
     A deterministic defense must give the same answers; those of a randomized one must agree within the noise of two
@@ -119,13 +136,15 @@ def verify_run(folder: Path, *, device: str = "auto", data_dir: Path | None = No
         device: `auto`, `cpu` or `cuda`.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         seed: draws the fresh answers; None draws those that everybody gets.
+        images: compares the answers on so many images, drawn by the seed; bounds and table are checked of all.
 
     Raises:
-        UsageError: the defense or the data cannot be had by name, or the images here are others and nothing else fails.
+        UsageError: the defense or the data cannot be had by name, or the images here are others and nothing else
+            fails; fewer images than one are asked for.
         DataError: the run folder is damaged or incomplete.
     """
     result = Evaluation.load(folder)
-    report = Report(folder, seed=seed)
+    report = Report(folder, seed=seed, images=check_count(images))
     data = _load_data(result.spec, folder, data_dir)
     missing = _verify(report, result, data, device)
     _check_told(report, result)
@@ -156,7 +175,7 @@ def _filled(row: Row) -> Row:
     return {key: cell for key, cell in row.items() if cell}
 
 
-def verify_evidence(
+def verify_evidence(  # noqa: PLR0913 - the options of the command line
     folder: Path,
     *,
     row: Row | None = None,
@@ -165,6 +184,7 @@ def verify_evidence(
     data_dir: Path | None = None,
     trust: bool = False,
     seed: int | None = None,
+    images: int | None = None,
 ) -> Report:
     """Re-judges the bundle of a leaderboard row: its files, its row, and then as `verify_run` does.
 
@@ -176,12 +196,13 @@ def verify_evidence(
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         trust: run the defense's code also where it comes from a file or a package that is not robench's.
         seed: as in `verify_run`.
+        images: likewise.
 
     Raises:
         UsageError: something that the check needs is missing, as where the images here are others; the message says
-            what.
+            what. Or fewer images than one are asked for.
     """
-    report = Report(folder, seed=seed)
+    report = Report(folder, seed=seed, images=check_count(images))
     try:
         bundle = read_bundle(folder)
         published = bundle.row()
@@ -300,15 +321,19 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> s
     if missing or report.failures:
         return missing
     note_draws(defense.to(device), data.x[:IMAGES].to(device))
+    places = draw_places(len(data.y), report.images, report.seed or 0)
+    y, part = data.y[places], len(places) < len(data.y)
+    if part:
+        report.notes.append(f"the answers on the other {len(data.y) - len(places)} of {len(data.y)} images")
 
     def fresh(x: torch.Tensor) -> tuple[Answers, SharedNoise]:
         """Fresh answers, and what the images of a pass share."""
         passes: list[torch.Tensor] = []
         repeats, size = spec.judge_repeats, spec.unit_size
         votes = judge_in_units(defense, x.to(device), repeats, size, on_answers=passes.append)
-        units = zip(range(0, len(passes), repeats), data.y.split(size), strict=True)
+        units = zip(range(0, len(passes), repeats), y.split(size), strict=True)
         right = [(torch.stack(passes[start : start + repeats]) == labels).numpy() for start, labels in units]
-        return Answers(votes.numpy(), data.y.numpy()), shared_noise(right)
+        return Answers(votes.numpy(), y.numpy()), shared_noise(right)
 
     stream = ("verify",) if report.seed is None else ("verify", report.seed)
     with seeded(spec.seed, *stream, device=device):
@@ -331,7 +356,9 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> s
             if stored is None:
                 report.check(claim, held=False, detail="an attack failed, so there is no claim")
                 continue
-            _compare(report, claim, stored, *fresh(x), randomized=defense.randomized)
+            known = Answers(stored.votes[places], stored.labels[places])
+            claim += f", of {len(places)} images that the seed draws" * part  # noqa: PLW2901 - the same claim, narrower
+            _compare(report, claim, known, *fresh(x[places]), randomized=defense.randomized)
     return ""
 
 

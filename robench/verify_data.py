@@ -1,13 +1,15 @@
-"""Compares a run's per-example table with the data, and says what is missing where the images at hand are others."""
+"""Compares a run's table with the data, says what is missing where the images at hand are others, and draws a part."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from robench.data_names import KNOWN, list_embedded_files
+from robench.errors import UsageError
 from robench.unit_table import CLEAN, STATUSES, WORST
 
 if TYPE_CHECKING:
@@ -84,3 +86,19 @@ def _find_contradiction(result: Evaluation, keys: Sequence[str], eps: float) -> 
         if (votes != np.stack(rows["votes"].tolist()))[judged & (chosen == key)].any():
             return f"the worst case at eps {eps:g} has other answers than {key}, of which it is said to be"
     return ""
+
+
+def check_count(images: int | None) -> int | None:
+    """How many images are to be judged again, as it was given.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if images is not None and images < 1:
+        raise UsageError(f"images must be at least 1; got {images}")
+    return images
+
+
+def draw_places(n: int, images: int | None, seed: int) -> list[int]:
+    """The positions of the images that are judged again: all `n`, or as many as were asked for, drawn by the seed."""
+    return list(range(n)) if images is None else sorted(random.Random(seed).sample(range(n), min(images, n)))

@@ -12,16 +12,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from board_toys import EPS, TOY, forge
 
 from robench import ThreatModel, data_names
 from robench.cli import main
 from robench.data import load_dataset
+from robench.defense import Defense
 from robench.errors import UsageError
 from robench.evaluate import evaluate
+from robench.judge import judge_in_units
 from robench.publish import EVIDENCE, all_rows, publish, verify_boards
 from robench.registry import load_defense
 from robench.result import Evaluation
+from robench.unit_table import CLEAN, WORST
 from robench.verify import verify, verify_evidence, verify_run
 from robench.verify_data import is_shipped_split, tell_other_images
 
@@ -154,3 +158,44 @@ def test_of_cifar10_it_is_said_what_the_published_rows_are_of(finished: Path, pa
     )
     assert [name for name in data_names.KNOWN if is_shipped_split(name)] == ["fashion_mnist"]
     assert not is_shipped_split("hf:org/name")
+
+
+def test_a_part_of_the_images_is_judged_where_so_many_are_asked_for(
+    finished: Path, parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[torch.Tensor] = []
+
+    def watch(defense: Defense, x: torch.Tensor, *settings: Any, **more: Any) -> torch.Tensor:
+        judged.append(x)
+        return judge_in_units(defense, x, *settings, **more)
+
+    monkeypatch.setattr("robench.verify.judge_in_units", watch)
+    report = verify(finished, data_dir=parts[0], images=7)
+    assert report.holds
+    assert [len(x) for x in judged] == [7, 7]
+    assert "the answers on the other 57 of 64 images" in report.notes
+    assert any(line.startswith("holds: clean accuracy, of 7 images that the seed draws") for line in report.lines)
+    other = verify(finished, data_dir=parts[0], images=7, seed=1)
+    assert other.holds
+    assert not torch.equal(judged[0], judged[2]), "another seed draws other images"
+    assert [note for note in verify(finished, data_dir=parts[0], images=64).notes if "the other" in note] == []
+    assert len(judged[-1]) == 64
+    with pytest.raises(UsageError, match="images must be at least 1; got 0"):
+        verify(finished, data_dir=parts[0], images=0)
+
+
+def credit_one(manifest: Any, examples: Any, images: Any) -> None:
+    """One image that the attack breaks counts as right, under the attack and at worst."""
+    rows = list(zip(examples["attack"], examples["index"], examples["label"], examples["votes"], strict=True))
+    (broken, *_) = (index for attack, index, label, votes in rows if attack == WORST and not votes[label])
+    for row, (attack, index, label, _) in enumerate(rows):
+        if index == broken and attack != CLEAN:
+            examples["votes"][row] = [int(k == label) for k in range(10)]
+
+
+def test_a_forged_answer_is_seen_where_its_image_is_drawn(boards: Path, parts: tuple[Path, Path]) -> None:
+    """On a part it may lie outside, which the note says."""
+    folder = forge(bundle_of(boards), credit_one)
+    assert not verify_evidence(folder, data_dir=parts[0], trust=True).holds
+    seen = [not verify_evidence(folder, data_dir=parts[0], trust=True, images=16, seed=seed).holds for seed in range(8)]
+    assert set(seen) == {True, False}
