@@ -112,13 +112,11 @@ def leaderboard_export(
     ] = None,
 ) -> None:
     """Print a leaderboard in the form of another board, or write it."""
-    from robench.command_board import load_told, print_tables, tell_weak
+    from robench.command_board import load_told, print_tables
     from robench.report.tables import write_robustbench
 
     if kind == "robustbench" and out is not None:
-        (found,) = load_told(folder, [board])
-        _print_files(write_robustbench(found, out), as_json=False)
-        tell_weak(found)
+        _print_files(write_robustbench(load_told(folder, [board])[0], out), as_json=False)
         return
     text = print_tables(folder, [board], kind)
     sys.stdout.write(text if out is None else f"{write_text(out, text)}\n")

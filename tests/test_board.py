@@ -416,6 +416,6 @@ def test_a_row_tells_other_counts_of_its_answers_and_what_its_card_knows() -> No
     card = find_card(resolve("defense", "fortified"), entry.row["weights_digest"])
     assert card["dataset"] == "mnist"
     assert str(escape(card["known_breakage"])) in page
-    assert "trained on 59500 images" in page
+    assert "trained on 59,500 images" in page
     assert find_card(resolve("defense", "fortified"), "0" * 16) == {}
     assert find_card(resolve("defense", "fortified"), "") == {}

@@ -19,7 +19,6 @@ from robench import UsageError
 from robench.board import Board, load_boards
 from robench.bridges import robustbench
 from robench.cli import main
-from robench.command_board import tell_weak
 from robench.leaderboard import read_rows
 from robench.registry import load_attack, load_defense, resolve
 from robench.report.tables import as_robustbench, write_robustbench
@@ -205,7 +204,8 @@ def test_export_takes_rows_of_full_protocols(tmp_path: Path, caplog: pytest.LogC
     board = _of_standard(load_boards(make_boards(tmp_path), [BOARD])[0])
     (entry,) = [entry for entry in board.entries if not entry.problem]
     names = "standard-1", "thorough-1", "quick-1", ""
-    rows = tuple(replace(entry, row={**entry.row, "protocol": name}) for name in names)
+    many = {**entry.row, "n": "1000"}  # of fewer images another line is told
+    rows = tuple(replace(entry, row={**many, "protocol": name}) for name in names)
     infos = json.loads(as_robustbench(replace(board, entries=rows)))
     assert [info["footnote"].partition(",")[0] for info in infos] == ["robench standard-1", "robench thorough-1"]
     told = f"{BOARD}: 2 rows are left out of what RobustBench gets: not of standard-1 or thorough-1"
@@ -229,13 +229,15 @@ def test_export_names_rows_of_few_images_or_without_a_passed_audit(
         {"defense": "partial", "n": "64", "audit_verdict": "pass", "robust_acc": ""},
     ]
     rows = tuple(replace(entry, row={**entry.row, **one}) for one in cells)
-    tell_weak(replace(board, entries=(*rows, replace(rows[1], problem="not backed"))))
-    assert caplog.messages == [
+    as_robustbench(replace(board, entries=(*rows, replace(rows[1], problem="not backed"))))
+    left_out, named = caplog.messages
+    assert "1 row is left out" in left_out
+    assert named == (
         f"{BOARD}: of fewer than 1,000 images, or with an audit that is not pass; RobustBench has a footnote alone for "
         "it: few, standard-1 (999 images, audit: pass); doubted, standard-1 (1000 images, audit: suspect)"
-    ]
-    tell_weak(replace(board, entries=rows[:1]))
-    assert len(caplog.messages) == 1
+    )
+    as_robustbench(replace(board, entries=rows[:1]))
+    assert len(caplog.messages) == 2
 
 
 @pytest.mark.parametrize("words", [[], ["--out", "model_info"]])

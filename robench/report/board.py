@@ -176,7 +176,7 @@ def _show_findings(audit: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _show_draws(entry: Entry) -> list[tuple[str, Any, Any]]:
-    """Other ways to count a randomized defense's answers: by majority, and where one wrong in all of them is enough.
+    """Other ways to count a randomized defense's answers: by majority, and where an attacker has several tries.
 
     Each with its robust and its clean accuracy, in percent with their intervals.
     """

@@ -12,11 +12,13 @@ from typing import Final
 from robench.board import Board, Entry
 from robench.errors import UsageError
 from robench.files import write_text
-from robench.leaderboard import Row, is_complete, is_masked, percent, protocol_name, rows_csv
+from robench.leaderboard import Row, is_complete, is_masked, percent, protocol_name, row_name, rows_csv
 from robench.protocol import PROTOCOLS
 from robench.report.markdown import markdown_table
 
 LOG: Final = logging.getLogger("robench")
+FEWEST: Final = 1000
+"""Images; the export names rows of fewer. RobustBench's own figures are of 10,000."""
 HEADINGS: Final = ("rank", "defense", "clean, %", "robust, %", "found most errors", "audit", "n", "protocol")
 
 
@@ -103,7 +105,8 @@ def model_infos(board: Board) -> dict[str, dict[str, object]]:
     RobustBench ranks by `external`, whatever was run; how many is told on standard error. robench's protocol is not
     AutoAttack: its figure stands under `external`, there is no `autoattack_acc`, and no `reported`, which is the
     authors' own claim. What a row does not know is to be filled in by hand: authors, venue and architecture are empty,
-    whether other data was trained on and how many forward passes an answer takes are null.
+    whether other data was trained on and how many forward passes an answer takes are null. Rows of few images or
+    without a passed audit, for which the format has a footnote alone, are named on standard error.
 
     Raises:
         UsageError: RobustBench has no such norm.
@@ -116,9 +119,13 @@ def model_infos(board: Board) -> dict[str, dict[str, object]]:
     if others := len(board.entries) - len(entries):
         rows = "1 row is" if others == 1 else f"{others} rows are"
         LOG.warning("%s: %s left out of what RobustBench gets: not of %s", board.name, rows, " or ".join(full))
+    entries = [entry for entry in entries if is_complete(entry.row) and not entry.problem]
+    weak = [row for row in (entry.row for entry in entries) if int(row["n"]) < FEWEST or row["audit_verdict"] != "pass"]
+    if weak:
+        named = "; ".join(f"{row_name(row)} ({row['n']} images, audit: {row['audit_verdict']})" for row in weak)
+        reason = f"of fewer than {FEWEST:,} images, or with an audit that is not pass"
+        LOG.warning("%s: %s; RobustBench has a footnote alone for it: %s", board.name, reason, named)
     for entry in entries:
-        if not is_complete(entry.row) or entry.problem:
-            continue
         name = re.sub(r"[^\w.=-]+", "_", f"{entry.row['defense']}-{protocol_name(entry.row)}").strip("_")
         found[name if name not in found else f"{name}-{entry.row['evidence']}"] = _model_info(board, entry.row)
     return found
