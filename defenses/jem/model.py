@@ -56,7 +56,8 @@ class JEM(Defense):
 
     Gradient modes of a refining model: `full` differentiates every step, second derivatives included; `bpda` takes the
     refinement for the identity on the way back, as the released attack script does; `detached` leaves it out and gives
-    the logits of the image as it came. JEM-0 has `full` alone.
+    the logits of the image as it came. `full` is exact and comes first, yet PGD along `detached` breaks ten steps far
+    more often (docs/reproduced/jem-curves.md). JEM-0 has `full` alone.
 
     Departures: four convolutions instead of a WRN-28-10, so that two CPU cores can train it; SiLU instead of LeakyReLU
     0.2, since the refinement moves along a gradient of the net, which jumps between the linear pieces of a LeakyReLU
