@@ -104,6 +104,12 @@ def find_data_root(data_dir: str | Path | None = None) -> Path | None:
     return root
 
 
+def find_part(name: str, split: str) -> Path | None:
+    """The file that tells a part of a split by digests, see `robench.data_part`; None where there is none."""
+    path = _ASSETS / name / f"{split}-part.sha256"
+    return path if name in KNOWN and path.is_file() else None
+
+
 def list_embedded_files(name: str, split: str) -> list[Path]:
     """Return the Parquet files of a split that is shipped with robench, in order; empty where there is none."""
     return sorted((_ASSETS / name).glob(f"{split}-*.parquet"))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from robench.bundle import MANIFEST, read_bundle
-from robench.data import Dataset, load_dataset
+from robench.data import Dataset
+from robench.data_part import load_of_digest
 from robench.defense import Defense, bears_digest, has_tensors, weights_digest
 from robench.draws import IMAGES, note_draws
 from robench.errors import DataError, PluginError, UsageError
@@ -254,7 +255,7 @@ def _load_data(spec: RunSpec, folder: Path, data_dir: Path | None) -> Dataset:
     if not spec.defense or not spec.dataset:
         raise UsageError(f"{folder} cannot be checked: it names no defense or no dataset to load")
     try:
-        return load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
+        return load_of_digest(spec.data_digest, spec.dataset, spec.n, spec.seed, data_dir)
     except UsageError as error:
         raise UsageError(f"{folder} cannot be checked: {error}") from None
 

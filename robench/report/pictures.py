@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from robench.bundle import Bundle
-from robench.data import load_dataset
+from robench.data_part import load_of_digest
 from robench.errors import RobenchError
 from robench.estimate import Answers
 from robench.types import Images
@@ -43,7 +43,7 @@ def make_pictures(bundle: Bundle, data_dir: Path | None) -> list[Picture]:
         return []
     spec = bundle.spec
     try:
-        data = load_dataset(spec.dataset, "test", spec.n, spec.seed, data_dir)
+        data = load_of_digest(spec.data_digest, spec.dataset, spec.n, spec.seed, data_dir)
     except RobenchError:
         return []
     if data.digest != spec.data_digest:
