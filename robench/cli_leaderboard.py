@@ -123,10 +123,11 @@ def leaderboard_export(
 
 
 @leaderboard_app.command("verify")
-def leaderboard_verify(
+def leaderboard_verify(  # noqa: PLR0913 - each parameter is an option of the command line
     folder: Folder = Path("leaderboards"),
     sample: Annotated[int | None, typer.Option(help="Only so many rows, drawn by --seed.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the draw of rows.")] = 0,
+    images: Annotated[int | None, typer.Option(help="Judge so many images of each row; default all.")] = None,
     device: Device = "auto",
     data_dir: DataDir = None,
     trust: Trust = False,
@@ -137,7 +138,7 @@ def leaderboard_verify(
 
     found = []
     for path, row, verdict, why in verify_boards(
-        folder, pick_rows(folder, sample, seed), device=device, data_dir=data_dir, trust=trust
+        folder, pick_rows(folder, sample, seed), device=device, data_dir=data_dir, trust=trust, images=images
     ):
         found.append({"leaderboard": path.name, "defense": row["defense"], "verdict": verdict, "why": why})
         if not as_json:

@@ -274,11 +274,22 @@ def all_rows(leaderboards: Path) -> Iterator[tuple[Path, Row]]:
 
 
 def verify_boards(
-    leaderboards: Path, rows: Iterable[tuple[Path, Row]], *, device: str, data_dir: Path | None, trust: bool
+    leaderboards: Path,
+    rows: Iterable[tuple[Path, Row]],
+    *,
+    device: str,
+    data_dir: Path | None,
+    trust: bool,
+    images: int | None = None,
 ) -> Iterator[tuple[Path, Row, str, str]]:
-    """Verifies rows one after another: the file, the row, `holds`, `does not hold` or `cannot be checked`, and why."""
-    from robench.verify import verify_evidence
+    """Verifies rows one after another: the file, the row, `holds`, `does not hold` or `cannot be checked`, and why.
 
+    With `images` the answers on so many of a row are compared, and a row that holds says so.
+    """
+    from robench.verify import verify_evidence
+    from robench.verify_data import check_count
+
+    check_count(images)
     faults = find_misplaced(leaderboards)
     for path, row in rows:
         if fault := faults.get((path, row["evidence"])):
@@ -286,11 +297,14 @@ def verify_boards(
             continue
         try:
             folder = bundle_folder(leaderboards / EVIDENCE, row["evidence"])
-            report = verify_evidence(folder, row=row, board=path.name, device=device, data_dir=data_dir, trust=trust)
+            report = verify_evidence(
+                folder, row=row, board=path.name, device=device, data_dir=data_dir, trust=trust, images=images
+            )
         except RobenchError as error:
             yield path, row, "cannot be checked", str(error)
             continue
-        yield path, row, "holds" if report.holds else "does not hold", "; ".join(report.failures)
+        part = f"{images} of {row['n']} images judged" if images is not None and images < int(row["n"]) else ""
+        yield path, row, "holds" if report.holds else "does not hold", "; ".join(report.failures) or part
 
 
 def find_misplaced(leaderboards: Path) -> dict[tuple[Path, str], str]:

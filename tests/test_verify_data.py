@@ -91,6 +91,10 @@ def test_nor_can_a_row(
     mine, other = parts
     (found,) = verify_boards(boards, all_rows(boards), data_dir=mine, device="cpu", trust=True)
     assert found[2:] == ("holds", "")
+    (found,) = verify_boards(boards, all_rows(boards), data_dir=mine, device="cpu", trust=True, images=5)
+    assert found[2:] == ("holds", "5 of 64 images judged")
+    with pytest.raises(UsageError, match="images must be at least 1"):
+        list(verify_boards(boards, all_rows(boards), data_dir=mine, device="cpu", trust=True, images=0))
     (found,) = verify_boards(boards, all_rows(boards), data_dir=other, device="cpu", trust=True)
     assert found[2] == "cannot be checked"
     assert OTHERS in found[3]
