@@ -299,7 +299,7 @@ def test_a_page_without_the_data_says_so(
     def absent(*_: object) -> None:
         raise UsageError("no data")
 
-    monkeypatch.setattr("robench.report.pictures.load_dataset", absent)
+    monkeypatch.setattr("robench.report.pictures.load_of_digest", absent)
     bare = render_boards(load_boards(boards))
     assert "<img" in page
     assert "<img" not in bare
