@@ -19,29 +19,27 @@ BYTES: Final = 8
 """Of an image's SHA-256 that are kept; that the drawn images are those of a run is told by the run's whole digest."""
 
 
-def load_of_digest(
-    digest: str, name: str, n: int, seed: int = 0, data_dir: str | Path | None = None, split: str = "test"
-) -> Dataset:
-    """A draw from a split, or from the part of it that is shipped as digests where that is the draw with the digest.
+def load_of_digest(digest: str, name: str, n: int, seed: int = 0, data_dir: str | Path | None = None) -> Dataset:
+    """A draw from a test split, or from the part of it that is told by digests where that is the draw with the digest.
 
     Of a draw from the part, `index` counts within the part. Reading the whole split takes seconds.
 
     Args:
-        digest: of the images and labels that are wanted, see `digest_data`; another draw comes back where none has it.
-        name: as `load_dataset` takes it, as are the others.
+        digest: of the images and labels that are wanted, see `digest_data`. Where neither draw has it, that from the
+            split comes back.
+        name: as for `load_dataset`, like all that follow.
         n: number of examples.
         seed: of the draw.
         data_dir: folder with datasets.
-        split: name of the split.
 
     Raises:
-        UsageError: as `load_dataset`, as do the others.
+        RobenchError: as `load_dataset`.
     """
-    found = load_dataset(name, split, n, seed, data_dir)
-    path = find_part(name, split)
+    found = load_dataset(name, "test", n, seed, data_dir)
+    path = find_part(name, "test")
     if found.digest == digest or path is None:
         return found
-    whole = load_dataset(name, split, data_dir=data_dir)
+    whole = load_dataset(name, "test", data_dir=data_dir)
     places = {one: position for position, one in enumerate(digest_each(whole.x))}
     stored = path.read_bytes()
     part = [places.get(stored[start : start + BYTES]) for start in range(0, len(stored), BYTES)]
@@ -51,7 +49,7 @@ def load_of_digest(
     labels = whole.y[known]
     index = draw_stratified(labels, n, seed)
     x, y = whole.x[known][index], labels[index]
-    drawn = Dataset(name, split, x, y, index, whole.class_names, digest_data(x, y), whole.split_size)
+    drawn = Dataset(name, "test", x, y, index, whole.class_names, digest_data(x, y), whole.split_size)
     return drawn if drawn.digest == digest else found
 
 

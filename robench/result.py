@@ -244,6 +244,14 @@ class Evaluation:
         """The same on clean images: what mere repetition does."""
         return self._tries(CLEAN)
 
+    def other_counts(self) -> list[tuple[str, Estimate | None, Estimate | None]]:
+        """A randomized defense's answers by majority and after the most tries: what it is, robust, clean; else none."""
+        if not (self.spec.randomized and self.complete):
+            return []
+        counts = [("by majority vote", self.majority, self.clean_majority)]
+        best, clean = self.best_of, self.clean_best_of
+        return counts + [(f"after {tries} tries", best[tries], clean[tries]) for tries in sorted(best)[-1:]]
+
     def _tries(self, attack: str) -> dict[int, Estimate]:
         answers = self.answers(attack)
         if answers is None:

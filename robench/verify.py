@@ -323,9 +323,10 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> s
         return missing
     note_draws(defense.to(device), data.x[:IMAGES].to(device))
     places = draw_places(len(data.y), report.images, report.seed or 0)
-    y, part = data.y[places], len(places) < len(data.y)
-    if part:
-        report.notes.append(f"the answers on the other {len(data.y) - len(places)} of {len(data.y)} images")
+    y, left_out, of = data.y[places], len(data.y) - len(places), ""
+    if left_out:
+        of = f", of {len(places)} images that the seed draws"
+        report.notes.append(f"the answers on the other {left_out} of {len(data.y)} images")
 
     def fresh(x: torch.Tensor) -> tuple[Answers, SharedNoise]:
         """Fresh answers, and what the images of a pass share."""
@@ -358,8 +359,7 @@ def _verify(report: Report, result: Evaluation, data: Dataset, device: str) -> s
                 report.check(claim, held=False, detail="an attack failed, so there is no claim")
                 continue
             known = Answers(stored.votes[places], stored.labels[places])
-            claim += f", of {len(places)} images that the seed draws" * part  # noqa: PLW2901 - the same claim, narrower
-            _compare(report, claim, known, *fresh(x[places]), randomized=defense.randomized)
+            _compare(report, f"{claim}{of}", known, *fresh(x[places]), randomized=defense.randomized)
     return ""
 
 

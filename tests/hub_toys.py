@@ -10,6 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from robench.data_names import list_embedded_files
+
+
+def read_fashion() -> pa.Table:
+    """The embedded test split of Fashion-MNIST."""
+    return pa.concat_tables(pq.read_table(path) for path in list_embedded_files("fashion_mnist", "test"))
+
+
+def write_test_split(root: Path, name: str, table: pa.Table) -> Path:
+    """Writes a dataset's test split into a data folder, and returns the folder."""
+    (root / name).mkdir(parents=True)
+    pq.write_table(table, root / name / "test-00000-of-00001.parquet")
+    return root
+
 
 def write_svhn(root: Path, **splits: int) -> Path:
     """Writes splits of so many images (the first ones of a common row) as the hub has SVHN; returns the data folder.

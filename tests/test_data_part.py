@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from board_toys import EPS, TOY
+from hub_toys import read_fashion, write_test_split
 
 from robench import ThreatModel
 from robench.data import load_dataset
@@ -16,27 +17,21 @@ from robench.data_names import find_data_root, find_part, list_folder_files
 from robench.data_part import BYTES, digest_each, load_of_digest
 from robench.errors import UsageError
 from robench.evaluate import evaluate
+from robench.leaderboard import read_rows
 from robench.registry import load_defense
 from robench.verify import verify, verify_run
 
 ROOT = Path(__file__).parents[1]
-EMBEDDED = ROOT / "robench" / "assets" / "fashion_mnist"
-
-
-def write(root: Path, name: str, table: pa.Table) -> Path:
-    (root / name).mkdir(parents=True)
-    pq.write_table(table, root / name / "test-00000-of-00001.parquet")
-    return root
 
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
     """Data folders of an MNIST made of Fashion-MNIST: a part, the whole in another order, and one image too few."""
-    table = pa.concat_tables(pq.read_table(path) for path in sorted(EMBEDDED.glob("test-*.parquet"))).slice(0, 300)
+    table = read_fashion().slice(0, 300)
     order = np.random.default_rng(0).permutation(300)
-    part = write(tmp_path / "part", "mnist", table.slice(0, 100))
-    whole = write(tmp_path / "whole", "mnist", table.take(order))
-    fewer = write(tmp_path / "fewer", "mnist", table.take(order[order != 7]))
+    part = write_test_split(tmp_path / "part", "mnist", table.slice(0, 100))
+    whole = write_test_split(tmp_path / "whole", "mnist", table.take(order))
+    fewer = write_test_split(tmp_path / "fewer", "mnist", table.take(order[order != 7]))
     told = tmp_path / "part.sha256"
     told.write_bytes(b"".join(digest_each(load_dataset("mnist", "test", data_dir=part).x)))
     monkeypatch.setattr("robench.data_part.find_part", lambda name, split: told)
@@ -84,11 +79,8 @@ def test_the_published_rows_on_cifar10_are_of_the_part_that_is_told(tmp_path: Pa
     assert root is not None
     tables = [pq.read_table(list_folder_files(root, "cifar10", split)[0]) for split in ("test", "train")]
     table = pa.concat_tables([tables[0], tables[1].slice(0, 1000)])
-    whole = write(tmp_path, "cifar10", table.take(np.random.default_rng(0).permutation(len(table))))
-    (row,) = [
-        line.split(",")
-        for line in (ROOT / "leaderboards" / "cifar10-linf-8_255.csv").read_text().splitlines()
-        if line.split(",")[1] == "convnet"
-    ]
-    report = verify(ROOT / "leaderboards" / "evidence" / row[-2], data_dir=whole, images=8, device="cpu")
+    whole = write_test_split(tmp_path, "cifar10", table.take(np.random.default_rng(0).permutation(len(table))))
+    rows = read_rows(ROOT / "leaderboards" / "cifar10-linf-8_255.csv")
+    (digest,) = (row["evidence"] for row in rows if row["defense"] == "convnet")
+    report = verify(ROOT / "leaderboards" / "evidence" / digest, data_dir=whole, images=8, device="cpu")
     assert report.holds, report.failures

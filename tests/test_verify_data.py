@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from board_toys import EPS, TOY, forge
+from hub_toys import read_fashion, write_test_split
 
 from robench import ThreatModel, data_names
 from robench.cli import main
@@ -29,16 +28,12 @@ from robench.unit_table import CLEAN, WORST
 from robench.verify import verify, verify_evidence, verify_run
 from robench.verify_data import is_shipped_split, tell_other_images
 
-EMBEDDED = Path(data_names.__file__).parent / "assets" / "fashion_mnist"
 OTHERS = 'cannot be checked: "mnist" here holds other images than those of the run'
 
 
 def write_mnist(root: Path, start: int, count: int) -> Path:
     """A data folder whose MNIST is a part of Fashion-MNIST."""
-    table = pa.concat_tables(pq.read_table(path) for path in sorted(EMBEDDED.glob("test-*.parquet")))
-    (root / "mnist").mkdir(parents=True)
-    pq.write_table(table.slice(start, count), root / "mnist" / "test-00000-of-00001.parquet")
-    return root
+    return write_test_split(root, "mnist", read_fashion().slice(start, count))
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,15 @@ NO_ADV: Final = "fortified(lambda_adv=0)"
 FULL_FGSM: Final = "fortified(train_attack=fgsm)"
 PLAIN_FGSM: Final = "fortified(layers=[], train_attack=fgsm)"
 PLAIN_RELU: Final = "fortified(layers=[], activation=relu)"
-RECIPES: Final = {NO_LOSSES: "pgd", NO_ADV: "pgd", PLAIN_RELU: "pgd", FULL_FGSM: "fgsm", PLAIN_FGSM: "fgsm"}
-"""Of the nets without shipped weights on any data."""
-RECIPES_BY_DATA: Final = {(PLAIN, "cifar10"): "pgd"}
-"""Of those that have weights on other data."""
+RECIPES: Final = {
+    (NO_LOSSES, "mnist"): "pgd",
+    (NO_ADV, "mnist"): "pgd",
+    (PLAIN_RELU, "fashion_mnist"): "pgd",
+    (FULL_FGSM, "fashion_mnist"): "fgsm",
+    (PLAIN_FGSM, "fashion_mnist"): "fgsm",
+    (PLAIN, "cifar10"): "pgd",
+}
+"""Of the nets without shipped weights, by their data."""
 PGD: Final = "pgd(steps=40)"
 
 MLP_IMAGES: Final = 10_000
@@ -153,7 +158,7 @@ def _accuracies(
             attack,
             eps=eps,
             note=_note(defense, dataset, eps),
-            recipe=RECIPES_BY_DATA.get((defense, dataset)) or RECIPES.get(defense, ""),
+            recipe=RECIPES.get((defense, dataset), ""),
             **more,
         )
         for row, (defense, figures) in rows.items()
@@ -178,7 +183,7 @@ def _black_box() -> list[Cell]:
     cells = []
     for row, (spec, attacked, clean) in rows.items():
         measure = partial(blackbox_accuracy, spec=spec, eps=0.3)
-        recipe = RECIPES.get(spec, "")
+        recipe = RECIPES.get((spec, "mnist"), "")
         cells += [
             Cell(
                 "table 2.6",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from robench.audit.effort import read_effort
-from robench.board import Board, Entry
+from robench.board import Board, Entry, Neighbours
 from robench.bundle import Bundle
 from robench.check_names import QUESTIONS
 from robench.defense import Defense
@@ -87,9 +87,10 @@ def _show_rows(
         {
             **_show(number, entry, drawings, data_dir),
             "points": _show_points(entry, board, boards),
-            "ties": _show_ties(board, number - 1),
+            "tie": _tell_tie(entry.below, entry.below.name if entry.below is not None else ""),
+            "tie_above": _tell_tie(above.below, f"{above.row['rank']}. {above.row['defense']}") if above else "",
         }
-        for number, entry in enumerate(board.entries, 1)
+        for number, (above, entry) in enumerate(zip([None, *board.entries], board.entries, strict=False), 1)
     ]
 
 
@@ -110,19 +111,11 @@ def _show_protocols(board: Board) -> dict[str, str]:
     return found
 
 
-def _show_ties(board: Board, place: int) -> list[str]:
-    """The neighbours, above and below, that a paired test cannot tell from a row."""
-    above, entry = board.entries[place - 1] if place else None, board.entries[place]
-    pairs = []
-    if above is not None and above.below is not None:
-        pairs.append((f"{above.row['rank']}. {above.row['defense']}", above.below))
-    if entry.below is not None:
-        pairs.append((entry.below.name, entry.below))
-    return [
-        f"not distinguishable from {name} (paired test on {found.images} images)"
-        for name, found in pairs
-        if not found.distinct
-    ]
+def _tell_tie(found: Neighbours | None, name: str) -> str:
+    """That a paired test cannot tell a row from a neighbour of that name; empty where it can, or there is none."""
+    if found is None or found.distinct:
+        return ""
+    return f"not distinguishable from {name} (paired test on {found.images} images)"
 
 
 def _without_images(sections: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -176,16 +169,8 @@ def _show_findings(audit: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _show_draws(entry: Entry) -> list[tuple[str, Any, Any]]:
-    """Other ways to count a randomized defense's answers: by majority, and where an attacker has several tries.
-
-    Each with its robust and its clean accuracy, in percent with their intervals.
-    """
-    if entry.bundle is None or entry.row["randomized"] != "yes" or not entry.bundle.figures.complete:
-        return []
-    figures = entry.bundle.figures
-    lines = [("by majority vote", figures.majority, figures.clean_majority)]
-    if tries := max(figures.best_of, default=0):
-        lines.append((f"after {tries} tries", figures.best_of[tries], figures.clean_best_of[tries]))
+    """`Evaluation.other_counts` of a row, in percent with their intervals."""
+    lines = entry.bundle.figures.other_counts() if entry.bundle is not None else []
     return [(name, _in_percent(robust), _in_percent(clean)) for name, robust, clean in lines]
 
 

@@ -121,12 +121,13 @@ def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
         if not points:
             continue
         label = _label(entry, board) + (f" (dashed: {under_pgd[0].images} images)" if under_pgd else "")
+        marker = MARKERS[number % len(MARKERS)]
         with _of_row(axes, number) as color:
             drawn = axes.errorbar(
                 [point.eps for point in points],
                 [point.accuracy[0] for point in points],
                 yerr=np.hstack([_arms(point.accuracy) for point in points]),
-                fmt=MARKERS[number % len(MARKERS)],
+                fmt=marker,
                 linestyle="-" if len(points) >= SWEEP else "none",
                 color=color,
                 markersize=4,
@@ -136,7 +137,6 @@ def draw_curves(board: Board, boards: Sequence[Board]) -> Figure:
             if under_pgd:
                 at = [point.eps for point in under_pgd]
                 middle, low, high = zip(*(point.accuracy for point in under_pgd), strict=True)
-                marker = MARKERS[number % len(MARKERS)]
                 axes.plot(
                     at, middle, linestyle="--", linewidth=1, color=color, marker=marker, markersize=3, fillstyle="none"
                 )

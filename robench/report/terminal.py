@@ -84,12 +84,8 @@ def summary_table(result: Evaluation) -> Table:
     table.add_row(
         "robust accuracy", "not known: an attack failed" if not result.complete else _cell(result.robust_accuracy)
     )
-    if spec.randomized and result.complete:
-        table.add_row("  by majority vote", f"{_cell(result.majority)}, clean {_cell(result.clean_majority)}")
-        tries = max(result.best_of, default=0)
-        if tries:
-            again = f"{_cell(result.best_of[tries])}, clean {_cell(result.clean_best_of[tries])}"
-            table.add_row(f"  after {tries} tries", again)
+    for name, robust, clean in result.other_counts():
+        table.add_row(f"  {name}", f"{_cell(robust)}, clean {_cell(clean)}")
     queries = result.queries()
     table.add_row("queries per image", f"{queries['forwards']:.0f} forward, {queries['backwards']:.0f} backward passes")
     if result.seconds is not None:
