@@ -22,6 +22,31 @@ GPU_BATCH_ROWS: Final = 2048
 """The same on a GPU, which smaller passes leave idle."""
 
 
+class RowsByDevice:
+    """`batch_rows` of a defense whose one pass is large: what the cache of a CPU holds, and far more on a GPU.
+
+    Where memory runs out the engine sets fewer for the one instance, until it sets the usual number again.
+    """
+
+    def __init__(self, cpu: int, gpu: int) -> None:
+        """Keeps the two numbers of images."""
+        self.cpu, self.gpu = cpu, gpu
+
+    def __get__(self, defense: Defense | None, owner: type) -> int:
+        """The images of one pass on the device on which the defense is; asked of the class, those on a CPU."""
+        if defense is None:
+            return self.cpu
+        rows: int | None = vars(defense).get("_batch_rows")
+        return self._usual(defense) if rows is None else rows
+
+    def __set__(self, defense: Defense, rows: int | None) -> None:
+        """Sets other images for this instance; the usual number, or None, sets none."""
+        vars(defense)["_batch_rows"] = None if rows == self._usual(defense) else rows
+
+    def _usual(self, defense: Defense) -> int:
+        return self.cpu if next(defense.parameters()).device.type == "cpu" else self.gpu
+
+
 def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, together: int | None = None) -> list[T]:
     """Calls `call` on slices of tensors of equal length, of at most `batch_rows` rows each; returns its results.
 

@@ -7,7 +7,7 @@ import torch
 from engine_toys import Linear, Noisy, grid_images
 
 from robench import ThreatModel
-from robench.batches import is_out_of_memory, own_batches, pass_in_batches, usual_rows
+from robench.batches import RowsByDevice, is_out_of_memory, own_batches, pass_in_batches, usual_rows
 from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.types import Images, Logits
@@ -76,6 +76,27 @@ def test_a_gpu_is_given_larger_batches() -> None:
     with own_batches(defense := Tight(), "cuda") as notes:
         defense.batch_rows = 2
     assert notes == [f"out of memory: batches of 2 images instead of {usual_rows('cuda')}"]
+
+
+class Large(Noisy):
+    """Takes larger batches on a GPU."""
+
+    batch_rows = RowsByDevice(cpu=4, gpu=64)
+
+
+def test_a_defense_names_a_batch_for_each_kind_of_device() -> None:
+    model = Large()
+    assert (Large.batch_rows, model.batch_rows) == (4, 4)
+    assert pass_in_batches(model, len, torch.zeros(10)) == [4, 4, 2]
+    model.to("meta")
+    assert model.batch_rows == 64
+    with own_batches(model, "cuda") as notes:
+        model.batch_rows = 5
+        assert model.batch_rows == 5
+    assert notes == ["out of memory: batches of 5 images instead of 64"]
+    assert model.batch_rows == 64
+    model.to_empty(device="cpu")
+    assert model.batch_rows == 4, "what was set on the GPU is gone"
 
 
 def test_a_run_goes_on_with_the_same_figures_and_says_so() -> None:

@@ -444,16 +444,3 @@ def test_diagnostics_are_those_of_a_known_generator(monkeypatch: pytest.MonkeyPa
     names = {"accuracy_1_chain", *(f"accuracy_10_chains{end}" for end in ("", "_mean_z", "_vote"))}
     assert names < set(figures)
     assert all(math.isfinite(value) for value in figures.values())
-
-
-# devices
-
-
-def test_batch_of_a_gpu_is_larger_than_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ShortRun()
-    assert model.batch_rows == 64
-    with torch.device("meta"):
-        monkeypatch.setattr(model, "log_sigma", torch.nn.Parameter(torch.zeros(())))
-    assert model.batch_rows > 1000
-    model.batch_rows = 5
-    assert model.batch_rows == 5

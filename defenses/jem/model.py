@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from robench.batches import RowsByDevice
 from robench.defense import Defense
 from robench.errors import UsageError
 from robench.types import Images, Labels, Logits, PerExample
@@ -71,7 +72,7 @@ class JEM(Defense):
     generative = True
     needs_weights = True
     training_options = ("augment",)
-    batch_rows = 256
+    batch_rows = RowsByDevice(cpu=256, gpu=2048)
     detection_scores = ("log_px", "max_py", "grad_norm")
     start_mean: Tensor
     start_factors: Tensor

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from robench.batches import RowsByDevice
 from robench.defense import Defense
 from robench.errors import UsageError
 from robench.types import Images, Labels, Logits
@@ -27,9 +28,6 @@ SIDE: Final = 28
 CHAIN_ROWS: Final = 128
 """Chains that one pass through the generator carries at most on a CPU; larger batches only fall out of the cache."""
 GPU_CHAIN_ROWS: Final = 8192
-BATCH_ROWS: Final = 64
-GPU_BATCH_ROWS: Final = 2048
-"""A gradient keeps 3.2 MiB for each row and chain: 6.5 GiB at this many."""
 VOTE_SMOOTHING: Final = 0.01
 """Votes that each class has before any chain votes (a in `log_shares`); more would understate a unanimous vote."""
 
@@ -93,6 +91,7 @@ class ShortRun(Defense):
     training_options = ("sigma",)
     gradient_modes = ("full", "last_step")
     latent = LATENT
+    batch_rows = RowsByDevice(cpu=64, gpu=2048)  # a gradient keeps 3.2 MiB for each row and chain: 6.5 GiB at 2048
     first_look = {"n": 32, "eot": 4, "judge_repeats": 5}  # noqa: RUF012 - a constant; the base declares the type
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the thesis
@@ -148,18 +147,6 @@ class ShortRun(Defense):
         self.fits_sigma = sigma == "auto" or (sigma is None and preset == "repaired")
         start = 1.216 if self.fits_sigma else sigma if isinstance(sigma, float | int) else 6.4
         self.log_sigma = nn.Parameter(torch.tensor(math.log(start)))
-        self._rows: int | None = None
-
-    @property
-    def batch_rows(self) -> int:
-        """Images that the engine passes at once: what the cache of a CPU holds, far more on a GPU."""
-        if self._rows is not None:
-            return self._rows
-        return BATCH_ROWS if self.log_sigma.device.type == "cpu" else GPU_BATCH_ROWS
-
-    @batch_rows.setter
-    def batch_rows(self, rows: int | None) -> None:
-        self._rows = rows
 
     @classmethod
     def options_for(cls, input_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
