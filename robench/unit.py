@@ -262,7 +262,11 @@ def _search(scene: _Scene, entry: AttackEntry, threat: ThreatModel, worst: Worst
 
 
 def _nearest(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tensor) -> Found:
-    """What a minimal-norm attack's one search, within the largest bound, found within this one."""
+    """What a minimal-norm attack's one search, within the largest bound, found within this one.
+
+    Of a randomized defense an image further away is drawn back to this bound: part of the answers may be wrong there,
+    and an attack may have gone beyond it only to be surer of its error.
+    """
     name = f"search of {entry.key}"
     if name not in scene.found:
         largest = ThreatModel(threat.norm, scene.work.spec.eps[-1])
@@ -271,7 +275,8 @@ def _nearest(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Ten
         scene.found[name] = _attack(scene, entry, largest, scene.right if may_reopen else wanted, None)
     search = scene.found[name]
     inside = threat.contains(scene.x, search.x_adv).view(-1, 1, 1, 1)
-    return replace(search, x_adv=torch.where(inside, search.x_adv, scene.x), attacked=wanted)
+    outside = threat.project(scene.x, search.x_adv) if scene.work.defense.randomized else scene.x
+    return replace(search, x_adv=torch.where(inside, search.x_adv, outside), attacked=wanted)
 
 
 def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tensor, before: Found | None) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -34,8 +35,10 @@ from robench.evaluate import evaluate
 from robench.judge import judge
 from robench.result import Evaluation
 from robench.testing import LinearToy
-from robench.threat import ThreatModel
+from robench.threat import NORMS, ThreatModel
+from robench.types import Images, Labels
 from robench.unit_table import CLEAN, WORST
+from robench.victim import Victim
 
 EPS = (0.01, 0.02, 0.04)
 
@@ -259,6 +262,36 @@ def test_a_minimal_norm_attack_of_a_randomized_cascade_sees_every_image_that_it_
         rows = rows_of(result, "upward", bound.eps)
         assert (rows[rows["status"] == "ok"]["forwards"] == 40).all()
     assert (rows_of(result, "upward", 0.1)["status"] == "spared").any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Beyond(Attack):
+    """Minimal-norm: brightens the first half of a batch by 0.03 and the second by 0.3, whatever is wrong there."""
+
+    name = "beyond"
+    norms = NORMS
+    access = "none"
+    goal = "minimal"
+
+    def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
+        far = torch.where(torch.arange(len(x)) < len(x) // 2, 0.03, 0.3)
+        return (x + far.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
+def test_what_lies_beyond_a_smaller_bound_is_drawn_back_to_it_where_chance_answers(norm: str) -> None:
+    """What a search of its own would have ended at may be wrong there for some draws."""
+    x, y = grid_images(8)
+    bounds = {"linf": (0.1, 0.5), "l2": (0.3, 10), "l1": (1, 100), "l0": (2, 16)}[norm]
+    threats = [ThreatModel(norm, eps) for eps in bounds]
+    search = Beyond()(None, x, y, threats[1])  # type: ignore[arg-type]  # it asks nothing
+    inside = threats[0].contains(x, search).view(-1, 1, 1, 1)
+    for defense, outside in ((Noisy(), threats[0].project(x, search)), (Linear(), x)):
+        result = evaluate(defense, [Beyond()], threats, (x, y), judge_repeats=20, eot=1)
+        right = (result.table["status"] != "skipped").to_numpy()[-len(x) :][:, None, None, None]
+        found = result.images("beyond", bounds[0])
+        assert np.array_equal(found, np.where(right, torch.where(inside, search, outside), x))
+        assert threats[0].contains(x, torch.from_numpy(found)).all()
 
 
 # failures
