@@ -46,6 +46,9 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     ] = False,
     scale: Annotated[float, typer.Option(help="Multiplies the iterations of --train; 0.01 is a smoke test.")] = 1.0,
     device: Device = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Of the attacks: float32, or bfloat16, which is faster; the judge stays float32.")
+    ] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; what is finished there is not repeated.")
     ] = None,
@@ -68,6 +71,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
         protocol_n=protocol_n,
         seed=seed,
         device=device,
+        precision=precision,
         data_dir=data_dir,
         train=train,
         scale=scale,

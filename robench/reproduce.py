@@ -53,6 +53,7 @@ class ReproduceRequest:
         protocol_n: images of the figures under the protocol, which costs far more; None: as many as `n` says.
         seed: seeds everything.
         device: `auto`, `cpu` or `cuda`.
+        precision: of the attacks, as in `Settings`; the judge stays float32.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         train: train the defenses of the cells that have a recipe; what was trained before in `folder` is taken up.
         scale: multiplies the iterations of these trainings.
@@ -69,17 +70,19 @@ class ReproduceRequest:
     protocol_n: int | None = None
     seed: int = 0
     device: str = "auto"
+    precision: str = "float32"
     data_dir: Path | None = None
     train: bool = False
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks counts, scale and protocol, before hours go into the figures beside it.
+        """Checks counts, scale, precision and protocol, before hours go into the figures beside it.
 
         Raises:
-            UsageError: a count is below 1, a scale that is not positive, or no such protocol.
+            UsageError: a count is below 1, a scale that is not positive, or no such precision or protocol.
         """
         TrainSettings(scale=self.scale)
+        Settings(precision=self.precision)
         if self.protocol:
             get_protocol(self.protocol)
         for name, count in (("n", self.n), ("protocol-n", self.protocol_n)):
@@ -96,22 +99,26 @@ class _Runs:
 
     def clean(self, cell: Cell) -> Figure:
         """Clean accuracy; the attack with bound 0 is a formality."""
-        result = self._run(cell, "fgsm", 0.0, self.request.n)
+        result = self._run(cell, "fgsm", [0.0], self.request.n)
         return _figure(result, result.clean_accuracy)
 
     def attacked(self, cell: Cell, weights: Path | None) -> Figure:
         """Accuracy under the cell's attack, in a run of its own: the same one whichever cells are asked for beside it.
 
-        Attacks do not depend on those that they share a run with, so that this is also what a joint run would give.
+        Attacks do not depend on those that they share a run with, so that this is also what a joint run would give. A
+        minimal-norm attack, whose one search serves all bounds, is run once for all the bounds that its row has in this
+        dataset and norm.
         """
-        result = self._run(cell, cell.attack, cell.eps, self.request.n, weights)
-        entries, _ = plan_attacks(cell.attack, self._defense(cell, weights), cell.norm, cell.dataset)
-        return _figure(result, result.per_attack[entries[0].key])
+        entries, built = plan_attacks(cell.attack, self._defense(cell, weights), cell.norm, cell.dataset)
+        key = entries[0].key
+        bounds = self._bounds(cell) if built[key].goal == "minimal" else [cell.eps]
+        result = self._run(cell, cell.attack, bounds, self.request.n, weights)
+        return _figure(result, result.attacks_at(cell.eps)[key])
 
     def protocol(self, cell: Cell, weights: Path | None) -> Figure:
         """Worst-case accuracy under the protocol."""
         n = self.request.protocol_n or self.request.n
-        result = self._run(cell, get_protocol(self.request.protocol).name, cell.eps, n, weights)
+        result = self._run(cell, get_protocol(self.request.protocol).name, [cell.eps], n, weights)
         return _figure(result, result.robust_accuracy)
 
     def weights(self, cell: Cell) -> Path | None:
@@ -140,23 +147,36 @@ class _Runs:
             self.defenses[key] = load_defense(name, cell.dataset, **_options(weights))
         return self.defenses[key]
 
-    def _run(self, cell: Cell, attacks: str, eps: float, asked: int | None, weights: Path | None = None) -> Evaluation:
+    def _bounds(self, cell: Cell) -> list[float]:
+        """The bounds of all of the paper's cells that differ from this one in nothing else that a run depends on."""
+
+        def run(one: Cell) -> tuple[str, ...]:
+            return one.defense, one.dataset, one.attack, one.norm, one.recipe, one.split
+
+        return sorted({other.eps for other in load_tables(self.request.name) if run(other) == run(cell)})
+
+    def _run(
+        self, cell: Cell, attacks: str, bounds: Sequence[float], asked: int | None, weights: Path | None = None
+    ) -> Evaluation:
         request = self.request
         defense = self._defense(cell, weights)
         first_look = dict(defense.first_look)
         n = asked or first_look.pop("n", DEFAULT_N)
-        said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps:g} {n} {request.seed} {first_look}"
+        eps = " ".join(f"{one:g}" for one in bounds)
+        said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps} {n} {request.seed} {first_look}"
         said += f" {weights.parent.name}" if weights else ""
-        folder = request.folder / folder_name(f"{cell.defense}-{cell.dataset}-{attacks}-{eps:g}", said)
+        said += f" {request.precision}" if request.precision != Settings.precision else ""
+        folder = request.folder / folder_name(f"{cell.defense}-{cell.dataset}-{attacks}-{eps}", said)
         settings = {"eot": first_look.get("eot"), "judge_repeats": first_look.get("judge_repeats")}
         return evaluate(
             defense,
             attacks,
-            ThreatModel(cell.norm, eps),
+            [ThreatModel(cell.norm, one) for one in bounds],
             cell.dataset,
             n=n,
             seed=request.seed,
             device=request.device,
+            precision=request.precision,
             out=folder,
             resume=folder.exists(),
             progress=True,

@@ -135,6 +135,45 @@ def test_a_cell_is_found_again_whatever_is_asked_for_with_it(
         assert outcome.ours.value == 100 * estimate.value
 
 
+def test_a_minimal_norm_attack_searches_once_for_the_bounds_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of cells that were not asked for too; other data, norms and attacks have runs of their own."""
+    attack, bounds = "hopskipjump(queries=100)", (0.1, 0.02, 0.05)
+    cells = [cell(f"linf {eps}", attack=attack, eps=eps) for eps in bounds]
+    cells += [cell("l2", attack=attack, eps=0.5, norm="l2"), cell("PGD", attack="pgd(steps=3)", eps=0.3)]
+    monkeypatch.setattr(reproduce, "load_tables", lambda name: cells)
+    (alone,) = reproduce.reproduce_all(request(tmp_path, protocol="", columns=("linf 0.05",)))
+    assert len(list(tmp_path.glob("*/units/*"))) == 1
+    outcomes = reproduce.reproduce_all(request(tmp_path, protocol=""))
+    assert outcomes[2] == alone
+    assert len(list(tmp_path.glob("*/units/*"))) == 3
+    sweep = [ThreatModel("linf", eps) for eps in sorted(bounds)]
+    joint = evaluate(load_defense(TOY), attack, sweep, "fashion_mnist", n=40)
+    for outcome in outcomes[:3]:
+        estimate = joint.attacks_at(outcome.cell.eps)[attack]
+        assert estimate is not None
+        assert outcome.ours is not None
+        assert outcome.ours.value == 100 * estimate.value
+    assert len({outcome.ours.value for outcome in outcomes[:3] if outcome.ours}) > 1
+
+
+def test_a_faster_precision_is_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def note(*args: Any, **settings: Any) -> Any:
+        seen.append(settings["precision"])
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(reproduce, "evaluate", note)
+    for precision in ("float32", "bfloat16"):
+        asked = request(tmp_path, protocol="", columns=("FGSM",), precision=precision)
+        assert reproduce.reproduce_all(asked)[0].ours is not None
+        assert ("--precision bfloat16" in as_page([], asked)) == (precision == "bfloat16")
+    assert seen == ["float32", "bfloat16"]
+    assert len(list(tmp_path.glob("*/units/*"))) == 2
+
+
 class Counted:
     """A measurement that counts its calls and writes a file into its folder."""
 
@@ -481,6 +520,7 @@ def test_whole_words_choose_rows_before_parts_of_words_and_commas_split_last(
         ("--protocol", "standrd", 'there is no protocol "standrd"'),
         ("--n", 0, "n must be at least 1; got 0"),
         ("--protocol-n", 0, "protocol-n must be at least 1; got 0"),
+        ("--precision", "bfloat", 'precision must be one of float32, bfloat16; got "bfloat"'),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(

@@ -92,6 +92,7 @@ def _command(request: ReproduceRequest) -> str:
         "protocol-n": request.protocol_n,
         "seed": request.seed,
         "dataset": request.dataset or None,
+        "precision": None if request.precision == "float32" else request.precision,
         "scale": None if request.scale == 1 else f"{request.scale:g}",
     }
     told = [*chosen, *((f"--{name}", str(value)) for name, value in options.items() if value is not None)]
