@@ -56,7 +56,7 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     as_json: Json = False,
 ) -> None:
     """Measure the tables of a defense's paper again, cell by cell, and print them beside the paper's."""
-    from robench.report.reproduced import OUTPUTS, print_outcomes, write_outcomes
+    from robench.report.reproduced import finish_outcomes, print_outcomes, write_outcomes
     from robench.reproduce import ReproduceRequest, reproduce_all
 
     request = ReproduceRequest(
@@ -77,10 +77,11 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
         scale=scale,
     )
     outcomes = reproduce_all(request, keep=lambda done: write_outcomes(done, request))
+    files = finish_outcomes(outcomes, request)
     if as_json:
         print_json({"cells": [outcome.to_json() for outcome in outcomes], "folder": str(request.folder)})
     else:
         print_outcomes(outcomes, request.protocol)
-        sys.stdout.write("".join(f"{request.folder / name}\n" for name in OUTPUTS))
+        sys.stdout.write("".join(f"{request.folder / name}\n" for name in files))
     if any(outcome.problem for outcome in outcomes):
         raise typer.Exit(1)

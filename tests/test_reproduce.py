@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_toys
+import matplotlib.image
 import pytest
 from hub_toys import write_svhn
 
@@ -21,9 +22,11 @@ from robench.data_names import KNOWN
 from robench.defense import weights_digest
 from robench.errors import DataError, Interrupted
 from robench.evaluate import evaluate
-from robench.paper import Cell, Context, Figure, leave_out
+from robench.paper import Cell, Context, Figure, Outcome, leave_out
 from robench.registry import load_defense
-from robench.report.reproduced import COLUMNS, as_csv, as_page
+from robench.report.markdown import escape
+from robench.report.paper_curves import _panels
+from robench.report.reproduced import COLUMNS, as_csv, as_page, as_tables, finish_outcomes, from_csv
 from robench.reproduce import ReproduceRequest, _choose, load_tables
 from robench.threat import ThreatModel
 from robench.train.named import train_named
@@ -334,6 +337,59 @@ def test_a_remark_names_the_cells_it_is_about(
     assert out.count("odd") == 1
     assert "one; two (b); three: odd" in out
     assert "not comparable" not in out
+
+
+def test_other_data_are_told_once_where_the_cells_name_them() -> None:
+    named = [dataclasses.replace(CELLS[1], column=f"{data}, linf 0.1", dataset=data) for data in ("mnist", "cifar10")]
+    unnamed = dataclasses.replace(CELLS[1], column="fashion_mnist", dataset="mnist")
+    remark = "the paper's data are other\\_data, ours mnist: not comparable"
+    assert f"- {remark}\n" in as_tables([Outcome(cell, None) for cell in named], "")
+    listed = as_tables([Outcome(cell, None) for cell in (*named, unnamed)], "")
+    assert f"- {remark}\n" not in listed
+    assert f"Prototypes (mnist, linf 0.1, fashion\\_mnist): {remark}\n" in listed
+
+
+CURVES = [
+    dataclasses.replace(CELLS[1], row=f"row of {attack}", column=f"{norm} {eps}", attack=attack, eps=eps, norm=norm)
+    for norm, bounds in (("linf", (0.3, 0.1, 0.2)), ("l2", (1.0, 2.0)))
+    for eps in bounds
+    for attack in ("fgsm", "pgd")
+]
+
+
+def test_three_bounds_are_drawn_as_a_curve(tmp_path: Path) -> None:
+    figures = [Figure(90 - 10 * number, 1, 99, 10) for number in range(len(CURVES))]
+    outcomes = [Outcome(cell, figure, Figure(5, 1, 9, 10)) for cell, figure in zip(CURVES, figures, strict=True)]
+    panels = _panels(outcomes, "standard")
+    assert list(panels) == [("fashion_mnist", "linf")], "two bounds are no curve"
+    curves = panels["fashion_mnist", "linf"]
+    assert [label for _, _, label in curves] == ["row of fgsm", f"{TOY}, standard", "row of pgd"]
+    assert [(eps, figure.value) for eps, figure in curves[TOY, "pgd", "row of pgd"]] == [
+        (0.3, 80),
+        (0.1, 60),
+        (0.2, 40),
+    ]
+    assert len(curves[TOY, "", f"{TOY}, standard"]) == 3
+    asked = request(tmp_path)
+    files = finish_outcomes(outcomes, asked)
+    assert files == ["tables.csv", "tables.md", "curves-table-1.png"]
+    assert matplotlib.image.imread(tmp_path / files[2]).shape[1] >= 600
+    assert "](curves-table-1.png)\n" in (tmp_path / "tables.md").read_text()
+    missing = [*outcomes[:-6], Outcome(CURVES[4], None), *outcomes[-5:]]
+    assert (TOY, "fgsm", "row of fgsm") not in _panels(missing, "standard")["fashion_mnist", "linf"]
+
+
+def test_without_matplotlib_tables_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    outcomes = [Outcome(cell, Figure(50, 40, 60, 10)) for cell in CURVES]
+    assert finish_outcomes(outcomes, request(tmp_path)) == ["tables.csv", "tables.md"]
+    assert "pip install 'robench[plot]'" in caplog.text
+    assert "![" not in (tmp_path / "tables.md").read_text()
+    caplog.clear()
+    finish_outcomes(outcomes[:2], request(tmp_path))
+    assert not caplog.text, "there is nothing to draw"
 
 
 def test_files_to_publish_do_not_say_where_the_data_lie(
@@ -684,8 +740,15 @@ def test_what_was_published_is_of_the_cells_that_there_are(path: Path) -> None:
         assert line["published"] == ("" if cell.published is None else f"{cell.published}")
         assert line["measured_on"] == cell.dataset
         assert line["recipe"].startswith(cell.recipe) or not line["ours"]
+    text = path.read_text(encoding="utf-8")
+    outcomes, protocol = from_csv(text, list(known.values()))
+    assert as_csv(outcomes, protocol) == text
     page = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert page.count("\n| ") == len(lines) + 2 * len({line["table"] for line in lines})
+    pictures = dict(re.findall(r"\n## (.+)\n\n!\[.*\]\((.+)\)", page))
+    assert all((path.parent / picture).is_file() for picture in pictures.values())
+    names = {escape(cell.table): cell.table for cell in known.values()}
+    shown = {names[name]: picture for name, picture in pictures.items()}
+    assert page.endswith(as_tables(outcomes, protocol, shown)), "tools/merge_reproduced.py writes it anew"
 
 
 def test_summary_in_the_docs_tells_what_was_measured() -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
-from collections.abc import Iterator, Sequence
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from robench.data_names import find_data_root
+from robench.errors import DataError, UsageError
 from robench.files import write_atomic
 from robench.leaderboard import csv_line
-from robench.paper import Outcome
+from robench.paper import Cell, Figure, Outcome
 from robench.report.markdown import escape, markdown_table
+from robench.report.paper_curves import draw_curves
 from robench.reproduce import ReproduceRequest
 from robench.shell import join_words
 
+LOG = logging.getLogger("robench")
 COLUMNS: Final = (
     "table",
     "row",
@@ -59,26 +66,48 @@ def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
             console.print(f"  {line}")
 
 
-def write_outcomes(outcomes: Sequence[Outcome], request: ReproduceRequest) -> None:
+def write_outcomes(
+    outcomes: Sequence[Outcome], request: ReproduceRequest, pictures: Mapping[str, str] | None = None
+) -> None:
     """Writes `OUTPUTS` into the request's folder.
 
     Both may be published: where the data lie on this machine is left out.
     """
     root = find_data_root(request.data_dir)
-    for name, text in zip(OUTPUTS, (as_csv(outcomes, request.protocol), as_page(outcomes, request)), strict=True):
+    texts = (as_csv(outcomes, request.protocol), as_page(outcomes, request, pictures))
+    for name, text in zip(OUTPUTS, texts, strict=True):
         write_atomic(request.folder / name, (text.replace(f"{root}/", "") if root else text).encode())
 
 
-def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest) -> str:
-    """One table in Markdown for each of the paper's, with what differs below it and the command that measures it."""
-    parts = [
-        f"# The tables of `{request.name}`'s paper, measured again\n\n",
+def finish_outcomes(outcomes: Sequence[Outcome], request: ReproduceRequest) -> list[str]:
+    """Writes `OUTPUTS` with the curves of the tables that have some; returns the names of all files in the folder."""
+    pictures: dict[str, str] = {}
+    try:
+        pictures = draw_curves(outcomes, request.protocol, request.folder)
+    except UsageError as error:
+        LOG.warning("no picture: %s", error)
+    write_outcomes(outcomes, request, pictures)
+    return [*OUTPUTS, *pictures.values()]
+
+
+def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest, pictures: Mapping[str, str] | None = None) -> str:
+    """The command that measures the tables of a paper, and these in Markdown."""
+    head = (
+        f"# The tables of `{request.name}`'s paper, measured again\n\n"
         f"`{_command(request)}`\n\n95 % intervals in brackets; accuracies in percent. The CSV beside this page has the "
-        "images behind each figure.\n",
-    ]
+        "images behind each figure.\n"
+    )
+    return head + as_tables(outcomes, request.protocol, pictures)
+
+
+def as_tables(outcomes: Sequence[Outcome], protocol: str, pictures: Mapping[str, str] | None = None) -> str:
+    """One table in Markdown for each of the paper's, with its picture above and what differs below it."""
+    parts = []
     for name, group in _by_table(outcomes):
-        rows = [_cells(outcome, request.protocol) for outcome in group]
-        parts.append(f"\n## {escape(name)}\n\n{markdown_table(_headings(request.protocol), rows)}\n")
+        picture = (pictures or {}).get(name)
+        shown = f"![accuracy against eps, {escape(name)}]({picture})\n\n" if picture else ""
+        rows = [_cells(outcome, protocol) for outcome in group]
+        parts.append(f"\n## {escape(name)}\n\n{shown}{markdown_table(_headings(protocol), rows)}\n")
         parts += [f"- {escape(line)}\n" for line in _remarks(group)]
     return "".join(parts)
 
@@ -128,7 +157,7 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
         for remark in _remarks_on(outcome):
             about.setdefault(remark, []).append(outcome)
     lines = [
-        remark if len(those) == len(outcomes) else f"{_name(those, outcomes)}: {remark}"
+        remark if len(those) == len(outcomes) or _is_plain(remark, those) else f"{_name(those, outcomes)}: {remark}"
         for remark, those in about.items()
     ]
     counts = {
@@ -137,6 +166,13 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
     }
     told = ", ".join(f"{name} = {' or '.join(map(str, sorted(found)))}" for name, found in counts.items() if found)
     return [*lines, *([f"95 % intervals; {told}"] if told else [])]
+
+
+def _is_plain(remark: str, those: Sequence[Outcome]) -> bool:
+    """Whether a remark is of one dataset that its cells name anyway, so that nobody has to be told which they are."""
+    cells = [each.cell for each in those]
+    told = all(re.search(rf"(?<!\w){cell.dataset}(?!\w)", f"{cell.table} {cell.row} {cell.column}") for cell in cells)
+    return told and remark in {_other_data(cell) for cell in cells}
 
 
 def _name(those: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
@@ -155,7 +191,7 @@ def _by_row(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
 def _remarks_on(outcome: Outcome) -> Iterator[str]:
     cell = outcome.cell
     if cell.published_on not in ("", cell.dataset):
-        yield f"the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable"
+        yield _other_data(cell)
     if cell.published_with:
         yield cell.published_with
     if outcome.trained:
@@ -166,6 +202,10 @@ def _remarks_on(outcome: Outcome) -> Iterator[str]:
         yield outcome.problem
     if cell.note:
         yield cell.note
+
+
+def _other_data(cell: Cell) -> str:
+    return f"the paper's data are {cell.published_on}, ours {cell.dataset}: not comparable"
 
 
 def as_csv(outcomes: Sequence[Outcome], protocol: str) -> str:
@@ -184,3 +224,34 @@ def _csv_cells(outcome: Outcome, protocol: str) -> list[str]:
         **{f"worst_{key}": worst.get(key) for key in ("low", "high", "n")},
     }
     return ["" if content[name] is None else str(content[name]) for name in COLUMNS]
+
+
+def from_csv(text: str, cells: Sequence[Cell]) -> tuple[list[Outcome], str]:
+    """The outcomes that `as_csv` wrote, in its order, and the protocol ("": none).
+
+    Args:
+        text: a file of `as_csv`.
+        cells: of the paper.
+
+    Raises:
+        DataError: a line is of no cell of these, or not one of `as_csv`.
+    """
+    known = {(cell.table, cell.row, cell.column): cell for cell in cells}
+    lines = list(csv.DictReader(io.StringIO(text)))
+    try:
+        outcomes = [
+            _outcome(known[line["table"], line["row"].removeprefix("'"), line["column"]], line) for line in lines
+        ]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"no table of the cells of this paper: {error!r}") from None
+    return outcomes, next((line["protocol"] for line in lines if line["protocol"]), "")
+
+
+def _outcome(cell: Cell, line: Mapping[str, str]) -> Outcome:
+    ours = _figure(line, "ours", "low", "high", "n")
+    trained = line["recipe"] if cell.recipe and ours else ""
+    return Outcome(cell, ours, _figure(line, "worst", "worst_low", "worst_high", "worst_n"), line["problem"], trained)
+
+
+def _figure(line: Mapping[str, str], value: str, low: str, high: str, n: str) -> Figure | None:
+    return Figure(float(line[value]), float(line[low]), float(line[high]), int(line[n])) if line[value] else None
