@@ -17,6 +17,9 @@ from robench.victim import Victim
 
 HALVINGS: Final = 12
 """The most halvings of a step; an image for which no step is wrong stays where it is."""
+PROBE: Final = 0.1
+RANDOMIZED_PROBE: Final = 0.3
+"""Length of the noise around an image at the boundary, as a share of its l2 distance from the original."""
 QUERY_ROWS: Final = 1024
 """Noisy images in one query, about; bounds memory."""
 
@@ -30,11 +33,14 @@ class HopSkipJump(Attack):
     `queries` forward passes, times EOT: the label of a randomized defense is the most frequent of the EOT draws.
 
     Departures: starts also from coarse noise (see `robench.decisions`); an image without a start stays the original.
-    The nearest image on the way is returned, a little further away than found. In linf the noise is ten times the
-    paper's, which comes close to the precision of float32 (about 5 % nearer at equal queries), and drawn from the
-    sphere as in l2. The noise that counts is what clipping to the box leaves of it, as in the authors' code. A step is
-    halved at most 12 times, and no answer has to repeat, so that a randomized defense can neither stop nor hold up the
-    attack; foolbox's demands both. The last estimate may take half its directions.
+    The nearest image on the way is returned, a little further away than found. The noise is drawn from the sphere in
+    linf as in l2, and as long as a tenth of the l2 distance to the original, three tenths where the defense draws; the
+    paper's is the distance divided by the image's size. So short a step moves an answer by less than a randomized
+    defense's own noise does, and of such answers no direction can be read (PopSkipJump, Simon-Gabriel et al. 2021,
+    arXiv 2106.07445, asks more often instead; figures in docs/decisions/0010-probes-longer-than-the-noise.md). The
+    noise that counts is what clipping to the box leaves of it, as in the authors' code. A step is halved at most 12
+    times, and no answer has to repeat, so that a randomized defense can neither stop nor hold up the attack; foolbox's
+    demands both. The last estimate may take half its directions.
 
     Args:
         queries: the most forward passes per image, before EOT.
@@ -79,12 +85,13 @@ class HopSkipJump(Attack):
         """Algorithm 2 from wrong images x_adv on; returns the nearest on the way."""
         size = x[0].numel()
         bisections = math.ceil((1.5 if threat.norm == "l2" else 2) * math.log2(size))  # to theta = d^-3/2 or d^-2
-        widen = 1 if threat.norm == "l2" else 10
+        share = RANDOMIZED_PROBE if oracle.victim.randomized else PROBE
         distance = threat.distance(x, x_adv)
         nearest, reached, step = x_adv, distance, 1
         while (count := oracle.left - HALVINGS - bisections) >= self.directions / 2:
             count = min(count, round(self.directions * math.sqrt(step)))
-            grad = estimate_gradient(oracle, x_adv, widen * distance / size, count)
+            radius = share * (x_adv - x).flatten(1).norm(dim=1)
+            grad = estimate_gradient(oracle, x_adv, radius, count)
             x_adv = leap(oracle, x_adv, threat.steepest(grad), distance / math.sqrt(step))
             x_adv = bisect(oracle, x, x_adv, threat.norm, bisections)
             distance = threat.distance(x, x_adv)

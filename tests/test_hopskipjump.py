@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from robench import ThreatModel, UsageError, Victim
+from robench import Defense, ThreatModel, UsageError, Victim
+from robench.attacks import hopskipjump
 from robench.attacks.hopskipjump import HopSkipJump, estimate_gradient, leap
 from robench.bridges.foolbox import adopt
 from robench.bridges.foreign import show
@@ -17,6 +18,7 @@ from robench.decisions import Oracle
 from robench.rng import seeded
 from robench.testing.attacks import SpyVictim, attack_once, count_errors, linear_case
 from robench.testing.toys import REACH, LinearToy, NoisyLinearToy
+from robench.types import Images, Labels, Logits
 
 NORMS = ["l2", "linf"]
 
@@ -114,6 +116,46 @@ def test_noisy_defense_is_attacked_to_the_end(norm: str) -> None:
     assert 5 * 1500 < int(victim.ledger.forwards.max()) <= 5 * 2000
     before, after = (defense.probability_right(images, y).mean() for images in (x, found))
     assert float(after) < 0.65 < 0.95 < float(before)
+
+
+class Jittery(Defense):
+    """Two classes, linear in 28x28 pixels, each with noise of 0.03; an image of `examples` is 1.4 (l2) from its error."""
+
+    name = "jittery"
+    randomized = True
+    num_classes = 2
+    input_shape = (1, 28, 28)
+
+    def __init__(self) -> None:
+        super().__init__()
+        pattern = torch.arange(784).mul(7).remainder(13).remainder(2) * 2 - 1
+        self.pattern = torch.nn.Parameter(pattern.float().view(1, 28, 28))
+        self.freeze()
+
+    def examples(self, count: int) -> tuple[Images, Labels]:
+        y = torch.arange(count) % 2
+        return 0.5 + 0.05 * (1 - 2 * y).view(-1, 1, 1, 1) * self.pattern, y
+
+    def forward(self, x: Images) -> Logits:
+        score = ((x + 0.03 * torch.randn_like(x) - 0.5) * self.pattern).flatten(1).sum(1)
+        return torch.stack((score, -score), 1)
+
+
+@pytest.mark.parametrize(("norm", "known"), [("l2", 1.4), ("linf", 0.05)])
+def test_probes_tell_more_than_the_noise_of_the_defense(
+    norm: str, known: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the paper's length, a 784th of the distance, the answers of a randomized defense are chance alone."""
+    x, y = Jittery().examples(8)
+    threat = ThreatModel(norm, 20 * known)
+    reached = []
+    for share in (hopskipjump.RANDOMIZED_PROBE, 1 / 784):
+        monkeypatch.setattr(hopskipjump, "RANDOMIZED_PROBE", share)
+        with seeded("jittery"):
+            found = HopSkipJump(queries=2000)(Victim(Jittery(), "decisions", 8, eot=5), x, y, threat)
+        reached.append(float(threat.distance(x, found).median()) / known)
+    assert reached[0] < 2.5
+    assert reached[1] > 2 * reached[0]
 
 
 def test_options_out_of_range() -> None:
