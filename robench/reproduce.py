@@ -76,15 +76,18 @@ class ReproduceRequest:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks counts, scale, precision and protocol, before hours go into the figures beside it.
+        """Checks what does not depend on a cell, before hours go into figures or a table of an earlier call is lost.
 
         Raises:
-            UsageError: a count is below 1, a scale that is not positive, or no such precision or protocol.
+            UsageError: a count is below 1, a seed below 0, a scale that is not positive, or there is no such device,
+                precision or protocol.
         """
         TrainSettings(scale=self.scale)
-        Settings(precision=self.precision)
+        Settings(precision=self.precision, device=self.device).resolve_device()
         if self.protocol:
             get_protocol(self.protocol)
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0; got {self.seed}")
         for name, count in (("n", self.n), ("protocol-n", self.protocol_n)):
             if count is not None and count < 1:
                 raise UsageError(f"{name} must be at least 1; got {count}")

@@ -47,11 +47,11 @@ def build_and_load(cls: type[D], dataset: str | None, weights: str | Path | None
     """Builds a defense from its card and options and reads its weights; see `Defense.load`."""
     path = _locate(cls, dataset, weights, options)
     if path is None:
-        return _build(cls, options)
+        return build(cls, options)
     card = read_card(path)
     if card:
         _check_training(cls, options, card.get("options", {}), path)
-    defense = _build(cls, {**card.get("options", {}), **options})
+    defense = build(cls, {**card.get("options", {}), **options})
     load_weights(defense, path)
     if card.get("weights_digest", state_digest(defense)) != state_digest(defense):
         raise DataError(
@@ -73,7 +73,7 @@ def _check_training(cls: type[Defense], asked: dict[str, Any], trained: dict[str
             continue
         found = trained.get(name, parameters[name].default)
         if found is None:  # the constructor fills it in
-            found = getattr(_build(cls, trained), name, None)
+            found = getattr(build(cls, trained), name, None)
         if asked[name] not in (found, "auto"):
             how = f"with {name}={found}" if found is not None else f"without {name}"
             raise UsageError(
@@ -123,7 +123,13 @@ def weights_stem(cls: type[Defense], dataset: str, options: dict[str, Any]) -> s
     return f"{dataset}-{variant}" if variant else dataset
 
 
-def _build(cls: type[D], options: dict[str, Any]) -> D:
+def build(cls: type[D], options: dict[str, Any]) -> D:
+    """A defense of a class, untrained.
+
+    Raises:
+        UsageError: it has no such option, or one is of the wrong kind or out of range.
+        PluginError: its constructor failed otherwise.
+    """
     from robench.registry import plugin_errors
 
     try:

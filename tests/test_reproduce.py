@@ -576,6 +576,8 @@ def test_whole_words_choose_rows_before_parts_of_words_and_commas_split_last(
         ("--protocol", "standrd", 'there is no protocol "standrd"'),
         ("--n", 0, "n must be at least 1; got 0"),
         ("--protocol-n", 0, "protocol-n must be at least 1; got 0"),
+        ("--device", "tpu", 'device must be auto, cpu or cuda; got "tpu"'),
+        ("--seed", -1, "seed must be at least 0; got -1"),
         ("--precision", "bfloat", 'precision must be one of float32, bfloat16; got "bfloat"'),
     ],
 )

@@ -174,6 +174,8 @@ def test_options_of_the_recipe_are_in_its_stages_and_facts() -> None:
     facts = recipe.facts()
     assert (facts["labelled"], facts["unlabelled"], facts["reconstruction_weight"]) == (100, 400, 2)
     assert make_recipe(ShortRun(), None).facts()["labelled"] == "all"
+    assert make_recipe(ShortRun(), "repaired").name == make_recipe(ShortRun(), None).name == "thesis"
+    assert make_recipe(ShortRun(), "repaired(labelled=9)").facts()["labelled"] == 9
 
 
 @pytest.mark.parametrize(

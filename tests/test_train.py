@@ -457,6 +457,8 @@ def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: py
     [
         (["--defense", "shortrum"], 'did you mean "shortrun"?'),
         (["--defense", "convnet", "--recipe", "thesis"], 'convnet has one recipe, "clean"; got "thesis"'),
+        (["--defense", "convnet(widht=8)"], "got an unexpected keyword argument 'widht'; its options are: "),
+        (["--defense", "convnet(width='x')"], 'defense "convnet": an option is of the wrong kind'),
         (["--dataset", "cifar10"], "cifar10"),
         (["--dataset", "fashion_mnits"], "fashion_mnist"),
         (["--scale", "0"], "scale must be positive and finite; got 0.0"),

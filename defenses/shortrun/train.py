@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -217,9 +218,11 @@ class ShortRunRecipe(Recipe):
 def make_recipe(defense: ShortRun, spec: str | None) -> ShortRunRecipe:
     """The recipe of a text such as `thesis(labelled=10000, reconstruction=0)`; None: `thesis`.
 
+    `repaired` is another name of it, after the preset whose nets it trains.
+
     Raises:
         UsageError: another name, or an option that it does not have or that is out of range.
     """
-    spec = spec or "thesis"
+    spec = re.sub(r"^repaired\b", "thesis", spec or "thesis")
     whole = dict.fromkeys(("labelled", "unlabelled", "depth", "batch"), int)
     return ShortRunRecipe(defense, spec, **parse_recipe("shortrun", "thesis", spec, {"reconstruction": float, **whole}))

@@ -20,7 +20,7 @@ from robench.stats import wilson
 from robench.threat import parse_eps
 from robench.train.loop import train
 from robench.train.run import TrainSettings
-from robench.weights import round_to_half, save_weights, weights_stem
+from robench.weights import build, round_to_half, save_weights, weights_stem
 
 TEST_IMAGES = 2000
 HARMLESS = 0.001
@@ -70,14 +70,14 @@ def train_named(job: TrainJob, *, resume: bool = False) -> tuple[Path, dict[str,
         )
     name, written = parse_spec(job.defense)
     cls = cast("type[Defense]", resolve("defense", name))
-    data = load_dataset(job.dataset, job.split, data_dir=job.data_dir)
     test = load_dataset(job.dataset, "test", n=job.test_images, data_dir=job.data_dir, at_most=True)
-    shape = cast("tuple[int, int, int]", tuple(data.x.shape[1:]))
+    shape = cast("tuple[int, int, int]", tuple(test.x.shape[1:]))
     written |= customary_bound(cls, job.dataset, written)
-    options = {**cls.options_for(shape, len(data.class_names)), **written}
+    options = {**cls.options_for(shape, len(test.class_names)), **written}
     with seeded(job.settings.seed, "weights"):
-        defense = cls(**options)
+        defense = build(cls, options)
     recipe = defense.recipe(job.recipe)
+    data = load_dataset(job.dataset, job.split, data_dir=job.data_dir)  # takes seconds, after all that may be misspelt
     variant = f" {written}" if written else ""
     card = train(defense, recipe, data, job.folder, job.settings, resume=resume, variant=variant)
     card["options"] = options
