@@ -297,7 +297,7 @@ def verify(
 def train(  # noqa: PLR0913 - each parameter is an option of the command line
     defense: Annotated[str, typer.Option(help="A defense with a training recipe.")],
     dataset: Annotated[str, typer.Option(help="Dataset name.")] = "fashion_mnist",
-    recipe: Annotated[str | None, typer.Option(help="The recipe's name; default the defense's own.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The recipe; a name that is none lists them.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of checkpoint and weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything.")] = 0,
     scale: Annotated[float, typer.Option(help="Multiplies the iterations; 0.01 is a smoke test.")] = 1.0,

@@ -2,9 +2,9 @@
 
     python tools/merge_reproduced.py jem-curves runs/a/tables.csv runs/b/tables.csv [--only-protocol]
 
-Figures of the files given stand in for those of the same cells; one under the protocol stands beside all attacks on the
-same defense at the same bound. What the page says above its tables is kept; tables, remarks and pictures are written
-anew. Without files the page is only written anew.
+Figures of the files given stand in for those of the same cells, and new cells are added; one under the protocol stands
+beside all attacks on the same defense at the same bound. What the page says above its tables is kept; tables, remarks
+and pictures are written anew. Without files the page is only written anew.
 """
 
 import argparse
@@ -36,7 +36,10 @@ def main() -> None:
         found, its_protocol = from_csv(file.read_text(encoding="utf-8"), cells)
         protocol = protocol or its_protocol
         for new in found:
+            if not asked.only_protocol and all(new.cell != old.cell for old in outcomes):
+                outcomes.append(new)
             outcomes = [merge(old, new, only_protocol=asked.only_protocol) for old in outcomes]
+    outcomes.sort(key=lambda outcome: cells.index(outcome.cell))
     path.write_text(as_csv(outcomes, protocol), encoding="utf-8")
     write_page(path, outcomes, protocol)
 

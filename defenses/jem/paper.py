@@ -111,7 +111,7 @@ def measure_calibration(name: str, dataset: str) -> Callable[[Context], Figure]:
 
 def _clean_cells() -> list[Cell]:
     published = {"cifar10": 92.9, "svhn": 96.7, "fashion_mnist": None, "mnist": None}
-    return [
+    plain = [
         Cell(
             CLEAN,
             "JEM-0",
@@ -127,6 +127,12 @@ def _clean_cells() -> list[Cell]:
         else Cell(CLEAN, "JEM-0", data, None, "", data, "jem", note="not in the paper")
         for data, figure in published.items()
     ]
+    refined = [
+        Cell(CLEAN, f"JEM-{steps}", data, None, "", data, f"jem(refine_steps={steps})", note="not in the paper")
+        for steps in REFINEMENTS[1:]
+        for data in LINF
+    ]
+    return plain + refined
 
 
 def _detection_cells() -> list[Cell]:

@@ -95,7 +95,7 @@ def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest, pictures: Ma
     head = (
         f"# The tables of `{request.name}`'s paper, measured again\n\n"
         f"`{_command(request)}`\n\n95 % intervals in brackets; accuracies in percent. The CSV beside this page has the "
-        "images behind each figure.\n"
+        "number of images behind each figure.\n"
     )
     return head + as_tables(outcomes, request.protocol, pictures)
 
