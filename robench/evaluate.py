@@ -217,8 +217,7 @@ def expected_passes(work: UnitWork, units: Sequence[Unit]) -> dict[str, int]:
     spec = work.spec
     images = sum(unit.stop - unit.start for unit in units)
     judged = 1 + len(spec.eps) * (len(spec.attacks) + int(spec.randomized and len(spec.attacks) > 1))
-    attacked = len(spec.eps) * sum(work.expected(entry, images) for entry in spec.attacks)
-    return {"judge": images * judged * spec.judge_repeats, "attack": attacked}
+    return {"judge": images * judged * spec.judge_repeats, "attack": work.expected_in_all(images)}
 
 
 def make_spec(

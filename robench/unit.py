@@ -175,7 +175,7 @@ def run_unit(work: UnitWork, unit: Unit) -> pa.Table:
     with own_batches(work.defense, device) as notes, contextlib.redirect_stdout(sys.stderr):  # what plugins print
         scene = _Scene(work, unit, x, y, table)
         table.add(0.0, CLEAN, ["ok"] * len(x), scene.clean)
-        work.tell("begun", len(work.spec.eps) * sum(work.expected(entry, len(x)) for entry in work.spec.attacks))
+        work.tell("begun", work.expected_in_all(len(x)))
         for eps in work.spec.eps:
             _run_bound(scene, ThreatModel(work.spec.norm, eps))
     return table.build(notes)
@@ -189,9 +189,9 @@ def _run_bound(scene: _Scene, threat: ThreatModel) -> None:
     alive = len(x)
     for number, entry in enumerate(work.spec.attacks):
         gone = alive - _open(scene, worst) if work.spec.cascade else 0
-        work.tell("spared", sum(work.expected(later, gone) for later in work.spec.attacks[number:]))
+        work.tell("spared", sum(work.expected(later, gone, threat.eps) for later in work.spec.attacks[number:]))
         alive -= gone
-        until = work.passes["attack"] + work.expected(entry, alive)
+        until = work.passes["attack"] + work.expected(entry, alive, threat.eps)
         try:
             found = _search(scene, entry, threat, worst)
         except Exception:  # noqa: BLE001 - an attack may fail in any way; the run goes on without it and says so

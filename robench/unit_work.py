@@ -64,9 +64,18 @@ class UnitWork:
         if self.on_query is not None and passes > 0:
             self.on_query(passes, kind)
 
-    def expected(self, entry: AttackEntry, images: int) -> int:
-        """Passes of an attack on images at one bound if none of them goes wrong before its end."""
-        return images * self.attacks[entry.key].passes() * self.spec.eot
+    def expected(self, entry: AttackEntry, images: int, eps: float) -> int:
+        """Passes of an attack on images at one bound if none of them goes wrong before its end.
+
+        The one search of a minimal-norm attack, for all bounds, is made at the smallest.
+        """
+        attack = self.attacks[entry.key]
+        searches = attack.goal != "minimal" or eps == self.spec.eps[0]
+        return searches * images * attack.passes() * self.spec.eot
+
+    def expected_in_all(self, images: int) -> int:
+        """The passes of all attacks at all bounds."""
+        return sum(self.expected(entry, images, eps) for entry in self.spec.attacks for eps in self.spec.eps)
 
     def find_change(self) -> str:
         """The first weight, buffer or plain tensor that is not as the run was planned with; empty where all are."""

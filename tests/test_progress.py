@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from engine_toys import Linear, Noisy
+from engine_toys import Linear, Noisy, grid_images
 
 from robench import Defense, ThreatModel, evaluate
+from robench.attacks.fgsm import FGSM
 from robench.attacks.pgd import PGD
 from robench.progress import Progress
 from robench.types import Images, Labels
@@ -84,3 +85,14 @@ def test_units_tell_what_was_begun_and_what_of_it_was_not_needed(
     bounds = [ThreatModel("linf", eps) for eps in (0.02, 0.1)]
     evaluate(defense, attacks, bounds, (x, y), unit_size=6, eot=2, cascade=cascade)
     assert told["begun"] - told["spared"] == told["attack"] > 0
+
+
+def test_the_one_search_of_a_minimal_norm_attack_is_expected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time left of a search for three bounds had been three times too long."""
+    told: Counter[str] = Counter()
+    monkeypatch.setattr(
+        sys.modules["robench.evaluate"], "_hear", lambda _progress, passes, kind: told.update({kind: passes})
+    )
+    bounds = [ThreatModel("linf", eps) for eps in (0.02, 0.1, 0.3)]
+    evaluate(Noisy(), "hopskipjump(queries=50),fgsm", bounds, grid_images(6), eot=2, judge_repeats=20)
+    assert told["begun"] == 6 * 2 * (50 + 3 * FGSM().passes())
