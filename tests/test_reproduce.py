@@ -71,6 +71,18 @@ def request(folder: Path, **more: Any) -> ReproduceRequest:
     return ReproduceRequest("toy", folder, **{"n": 40, "protocol": "quick", **more})
 
 
+def watch_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings of each run that `reproduce` makes from here on."""
+    seen: list[dict[str, Any]] = []
+
+    def note(*args: Any, **settings: Any) -> Any:
+        seen.append(settings)
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(reproduce, "evaluate", note)
+    return seen
+
+
 def test_figures_are_those_of_evaluate(tmp_path: Path) -> None:
     clean, fgsm, pgd, ratio = reproduce.reproduce_all(request(tmp_path))
     defense = load_defense(TOY)
@@ -97,20 +109,15 @@ def test_figures_are_those_of_evaluate(tmp_path: Path) -> None:
 
 
 def test_each_run_is_done_once_and_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-
-    def count(*args: Any, **settings: Any) -> Any:
-        calls.append(settings["resume"])
-        return evaluate(*args, **settings)
-
-    monkeypatch.setattr(reproduce, "evaluate", count)
+    runs = watch_runs(monkeypatch)
     first = reproduce.reproduce_all(request(tmp_path))
-    assert calls.count(False) == 4  # clean; either attack; the protocol
-    calls.clear()
+    assert sum(not run["resume"] for run in runs) == 4  # clean; either attack; the protocol
+    runs.clear()
     assert reproduce.reproduce_all(request(tmp_path)) == first
-    assert not calls.count(False)
+    assert all(run["resume"] for run in runs)
+    runs.clear()
     reproduce.reproduce_all(request(tmp_path, seed=1))
-    assert calls.count(False) == 4
+    assert sum(not run["resume"] for run in runs) == 4
 
 
 @pytest.mark.parametrize("name", ["Prototypes", "Blindfold"])
@@ -162,18 +169,12 @@ def test_a_minimal_norm_attack_searches_once_for_the_bounds_of_its_row(
 
 
 def test_a_faster_precision_is_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def note(*args: Any, **settings: Any) -> Any:
-        seen.append(settings["precision"])
-        return evaluate(*args, **settings)
-
-    monkeypatch.setattr(reproduce, "evaluate", note)
+    runs = watch_runs(monkeypatch)
     for precision in ("float32", "bfloat16"):
         asked = request(tmp_path, protocol="", columns=("FGSM",), precision=precision)
         assert reproduce.reproduce_all(asked)[0].ours is not None
         assert ("--precision bfloat16" in as_page([], asked)) == (precision == "bfloat16")
-    assert seen == ["float32", "bfloat16"]
+    assert [run["precision"] for run in runs] == ["float32", "bfloat16"]
     assert len(list(tmp_path.glob("*/units/*"))) == 2
 
 
