@@ -62,6 +62,15 @@ class Failing(PGD):
 HERE = f"{Path(__file__)}:Failing"
 
 
+def hear(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The passes that runs tell of from here on, by kind."""
+    told: Counter[str] = Counter()
+    monkeypatch.setattr(
+        sys.modules["robench.evaluate"], "_hear", lambda _progress, passes, kind: told.update({kind: passes})
+    )
+    return told
+
+
 @pytest.mark.parametrize("cascade", [True, False], ids=["cascade", "side_by_side"])
 @pytest.mark.parametrize(
     ("defense", "attacks"),
@@ -76,10 +85,7 @@ HERE = f"{Path(__file__)}:Failing"
 def test_units_tell_what_was_begun_and_what_of_it_was_not_needed(
     defense: Defense, attacks: str, cascade: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: Counter[str] = Counter()
-    monkeypatch.setattr(
-        sys.modules["robench.evaluate"], "_hear", lambda _progress, passes, kind: told.update({kind: passes})
-    )
+    told = hear(monkeypatch)
     x = torch.rand(12, *defense.input_shape, generator=torch.Generator().manual_seed(0))
     y = defense(x).argmax(1)
     bounds = [ThreatModel("linf", eps) for eps in (0.02, 0.1)]
@@ -89,10 +95,7 @@ def test_units_tell_what_was_begun_and_what_of_it_was_not_needed(
 
 def test_the_one_search_of_a_minimal_norm_attack_is_expected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time left of a search for three bounds had been three times too long."""
-    told: Counter[str] = Counter()
-    monkeypatch.setattr(
-        sys.modules["robench.evaluate"], "_hear", lambda _progress, passes, kind: told.update({kind: passes})
-    )
+    told = hear(monkeypatch)
     bounds = [ThreatModel("linf", eps) for eps in (0.02, 0.1, 0.3)]
     evaluate(Noisy(), "hopskipjump(queries=50),fgsm", bounds, grid_images(6), eot=2, judge_repeats=20)
     assert told["begun"] == 6 * 2 * (50 + 3 * FGSM().passes())

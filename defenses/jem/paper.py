@@ -109,9 +109,14 @@ def measure_calibration(name: str, dataset: str) -> Callable[[Context], Figure]:
     return measure
 
 
+def _spec(steps: int) -> str:
+    """JEM with so many steps of refinement, as on the command line."""
+    return f"jem(refine_steps={steps})" if steps else "jem"
+
+
 def _clean_cells() -> list[Cell]:
-    published = {"cifar10": 92.9, "svhn": 96.7, "fashion_mnist": None, "mnist": None}
-    plain = [
+    published = {"cifar10": 92.9, "svhn": 96.7}
+    known = [
         Cell(
             CLEAN,
             "JEM-0",
@@ -123,16 +128,15 @@ def _clean_cells() -> list[Cell]:
             published_with=f"{WIDE}, trained on all images",
             recipe="" if has_weights("jem", data) else "informative",
         )
-        if figure is not None
-        else Cell(CLEAN, "JEM-0", data, None, "", data, "jem", note="not in the paper")
         for data, figure in published.items()
     ]
-    refined = [
-        Cell(CLEAN, f"JEM-{steps}", data, None, "", data, f"jem(refine_steps={steps})", note="not in the paper")
-        for steps in REFINEMENTS[1:]
+    new = [
+        Cell(CLEAN, f"JEM-{steps}", data, None, "", data, _spec(steps), note="not in the paper")
+        for steps in REFINEMENTS
         for data in LINF
+        if steps or data not in published
     ]
-    return plain + refined
+    return known + new
 
 
 def _detection_cells() -> list[Cell]:
@@ -180,7 +184,6 @@ def _curve_cells() -> list[Cell]:
     """Figure 5 of the paper: accuracy against eps under white-box and label-only attacks, by steps of refinement."""
     cells = []
     for data, steps in ((data, steps) for data in LINF for steps in REFINEMENTS):
-        defense = f"jem(refine_steps={steps})" if steps else "jem"
         white = [f"pgd(steps={PGD_STEPS}){path}" for path in ("", *(("@bpda", "@detached") if steps else ()))]
         black = {"linf": f"hopskipjump(queries={QUERIES})", "l2": f"boundary(queries={QUERIES})"}
         threats = [("linf", eps) for eps in LINF[data]] + [("l2", eps) for eps in L2[data]]
@@ -195,7 +198,7 @@ def _curve_cells() -> list[Cell]:
                     None,
                     "cifar10",
                     data,
-                    defense,
+                    _spec(steps),
                     attack,
                     norm,
                     eps,

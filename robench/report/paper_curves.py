@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def _draw(panels: Panels, file: Path) -> None:
     figure = find_figure("the picture of the curves")(figsize=size, layout="constrained")
     grid = figure.subplots(len(datasets), len(norms), sharey=True, squeeze=False)
     handles: dict[Curve, Line2D] = {}
-    for (row, dataset), (column, norm) in ((a, b) for a in enumerate(datasets) for b in enumerate(norms)):
+    for (row, dataset), (column, norm) in itertools.product(enumerate(datasets), enumerate(norms)):
         axes: Axes = grid[row][column]
         if (dataset, norm) not in panels:
             axes.set_axis_off()

@@ -21,6 +21,7 @@ from robench.paper import Cell, Figure, Outcome
 from robench.report.markdown import escape, markdown_table
 from robench.report.paper_curves import draw_curves
 from robench.reproduce import ReproduceRequest
+from robench.settings import Settings
 from robench.shell import join_words
 
 LOG = logging.getLogger("robench")
@@ -121,7 +122,7 @@ def _command(request: ReproduceRequest) -> str:
         "protocol-n": request.protocol_n,
         "seed": request.seed,
         "dataset": request.dataset or None,
-        "precision": None if request.precision == "float32" else request.precision,
+        "precision": None if request.precision == Settings.precision else request.precision,
         "scale": None if request.scale == 1 else f"{request.scale:g}",
     }
     told = [*chosen, *((f"--{name}", str(value)) for name, value in options.items() if value is not None)]
