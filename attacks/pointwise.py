@@ -1,4 +1,4 @@
-"""The pointwise attack: few pixels, found by decisions alone."""
+"""The pointwise attack: an error near the original, found by decisions alone."""
 
 from __future__ import annotations
 
@@ -24,21 +24,32 @@ LARGEST: Final = 0.8
 most LARGEST times the smallest error's."""
 STRETCH: Final = 0.7
 """Half a patch's largest log aspect: it is up to exp(2 * STRETCH) = 4 times as high as wide, or as wide as high."""
+HALVINGS: Final = 10
+"""Of the way from an original to its error, in linf and l2, to find where the answer turns."""
+LARGEST_SHARE: Final = 0.25
+SMALLEST_SHARE: Final = 2.0**-10
+"""Later it is drawn nearer by a share of the way between these."""
 
 
 @dataclass(frozen=True)
 class Pointwise(Attack):
     """Starts from an error far away and sets pixels back to the original as long as the answer stays wrong.
 
-    Schott et al. 2019 (arXiv 1805.09190), the Pointwise attack. Norm: l0, all channels of a pixel together. Access:
-    decisions; of a randomized defense the majority of its EOT draws. Goal: the nearest error. An image for which no
-    start is found comes back as it was. No guarantee, but none of the result's pixels can be set back, unless
-    `max_queries` ended the search: each was tried once more, alone, and the answer was right. A randomized defense
-    may answer otherwise when it is asked again.
+    Schott et al. 2019 (arXiv 1805.09190), the Pointwise attack. Norms: l0, all channels of a pixel together; linf and
+    l2. Access: decisions; of a randomized defense the majority of its EOT draws. Goal: the nearest error. An image for
+    which no start is found comes back as it was. No guarantee, but in l0 none of the result's pixels can be set back,
+    unless `max_queries` ended the search: each was tried once more, alone, and the answer was right. A randomized
+    defense may answer otherwise when it is asked again.
 
-    Cost per image: one decision for the original; then for each restart `tries` decisions for the start and about 3
-    for each pixel of the result, or about 50. A decision is one forward pass, times EOT. All images ask together, one
-    candidate each; those that are done leave.
+    Cost per image: one decision for the original; then for each restart in l0 `tries` decisions for the start and about
+    3 for each pixel of the result, or about 50; in linf and l2 two or three for each pixel of the image. A decision is
+    one forward pass, times EOT. All images ask together, one candidate each; those that are done leave.
+
+    In linf and l2 few pixels are no aim: an error of few pixels has large changes, and setting back leaves no way to
+    smaller ones. The start is the image with all values at the far end of the box, or noise where that is no error. It
+    is drawn towards the original along a line to where the answer turns. There a pixel that serves the error cannot be
+    set back; whenever others were, the image is drawn nearer by what that has gained. `benchmarks/pointwise.py` has the
+    comparison with foolbox's, which sets back first and then draws each pixel nearer for itself.
 
     Departures from the paper, all of which save queries:
     - The start is salt-and-pepper noise in half of the first tries only. The others are patches in which every value
@@ -49,14 +60,14 @@ class Pointwise(Attack):
       A pixel that has to stay goes to the end of the queue, so that the last round is the paper's check.
 
     Args:
-        tries: decisions spent on a small start.
+        tries: decisions spent on a start, in l0 on a small one.
         restarts: independent searches; the smallest result is kept.
         max_queries: most decisions for an image, shared evenly among the restarts, at most half of them for the start;
             the search then ends with what it has, which may hold pixels that could be set back. None: no limit.
     """
 
     name = "pointwise"
-    norms = ("l0",)
+    norms = ("linf", "l2", "l0")
     access = "decisions"
     goal = "minimal"
     draws = True
@@ -81,8 +92,12 @@ class Pointwise(Attack):
             )
 
     def passes(self) -> int:
-        """One decision for the original, then the tries and about 50 for setting back."""
-        expected = 1 + self.restarts * (self.tries + 50)
+        """As in l0."""
+        return self.passes_in("l0")
+
+    def passes_in(self, norm: str) -> int:
+        """One decision for the original; then the tries and about 50 for setting back, in linf and l2 about 2,000."""
+        expected = 1 + self.restarts * (self.tries + 50 if norm == "l0" else 2000)
         return expected if self.max_queries is None else min(expected, self.max_queries)
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
@@ -90,19 +105,30 @@ class Pointwise(Attack):
         right = victim.labels(x) == y
         best, size = x.clone(), torch.where(right, torch.inf, 0.0)
         limit = None if self.max_queries is None else (self.max_queries - 1) // self.restarts
+        nearest = 1 if threat.norm == "l0" else 0
         for _ in range(self.restarts):
-            rows = (size > 1).nonzero()[:, 0]
+            rows = (size > nearest).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            found = self._search(victim.subset(rows), x[rows], y[rows], threat, limit)
-            pixels = threat.distance(x[rows], found)
-            closer = (pixels > 0) & (pixels < size[rows])
+            part, search = victim.subset(rows), self._search_pixels if threat.norm == "l0" else self._search_near
+            found = search(part, x[rows], y[rows], threat, limit)
+            distance = threat.distance(x[rows], found)
+            closer = (distance > 0) & (distance < size[rows])
             best[rows] = torch.where(closer.view(-1, 1, 1, 1), found, best[rows])
-            size[rows] = torch.where(closer, pixels, size[rows])
+            size[rows] = torch.where(closer, distance, size[rows])
         return torch.where(threat.contains(x, best).view(-1, 1, 1, 1), best, x)
 
-    def _search(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int | None) -> Images:
-        """One restart: errors of which no pixel can be set back, and the original where no start was found."""
+    def _search_near(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int | None) -> Images:
+        """One restart in linf and l2; the original where no start was found."""
+        del threat  # nothing here depends on the norm
+        x_adv, asked = _find_error(victim, x, y, self.tries if limit is None else min(self.tries, limit // 2))
+        left = None if limit is None else limit - asked
+        halvings = HALVINGS if left is None else min(HALVINGS, left)
+        x_adv = _draw_near(victim, x, y, x_adv, halvings)
+        return _set_back(victim, x, y, x_adv, None if left is None else left - halvings, draw=True)
+
+    def _search_pixels(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int | None) -> Images:
+        """One restart in l0: errors of which no pixel can be set back; the original where no start was found."""
         tries = self.tries if limit is None else min(self.tries, limit // 2)
         start = _Start.nowhere(x)
         for _ in range(tries):
@@ -214,34 +240,73 @@ def _far_end(x: Images) -> Images:
     return (x < 0.5).to(x.dtype)
 
 
-def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int | None) -> Images:
+def _find_error(victim: Victim, x: Images, y: Labels, tries: int) -> tuple[Images, int]:
+    """Errors at the far end of the box, else of noise, else the originals; and how often they asked at most."""
+    x_adv, asked = x.clone(), 0
+    rows = torch.arange(len(x), device=x.device)
+    while len(rows) and asked < tries:
+        noise = _salt_and_pepper(x[rows], torch.rand(len(rows), device=x.device)) if asked else _far_end(x)
+        asked += 1
+        wrong = victim.subset(rows).labels(noise) != y[rows]
+        x_adv[rows] = torch.where(wrong.view(-1, 1, 1, 1), noise, x_adv[rows])
+        rows = rows[~wrong]
+    return x_adv, asked
+
+
+def _draw_near(victim: Victim, x: Images, y: Labels, x_adv: Images, halvings: int) -> Images:
+    """Moves errors towards the originals, along a line, as far as the answer stays wrong."""
+    rows = (x_adv != x).flatten(1).any(1).nonzero()[:, 0]
+    part, origin, way = victim.subset(rows), x[rows], (x_adv - x)[rows]
+    right = x.new_zeros(len(rows), 1, 1, 1)  # the share of the way at which the answer is right
+    wrong = torch.ones_like(right)
+    for _ in range(halvings if len(rows) else 0):
+        middle = (right + wrong) / 2
+        fooled = (part.labels((origin + middle * way).clamp(0, 1)) != y[rows]).view(-1, 1, 1, 1)
+        wrong, right = torch.where(fooled, middle, wrong), torch.where(fooled, right, middle)
+    near = x_adv.clone()
+    near[rows] = torch.where(wrong < 1, (origin + wrong * way).clamp(0, 1), x_adv[rows])
+    return near
+
+
+def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int | None, *, draw: bool = False) -> Images:
     """Sets pixels of x_adv back to x, chunk by chunk, until none can be or each image has asked `rounds` times.
 
     The changed pixels wait in a queue; those with turns in [head, head + chunk) are tried together. Set back, they are
     out of the queue; a single pixel that has to stay gets a new turn at its end. An image is done when all that are
     left have stayed, one after the other.
+
+    With `draw` an image from which pixels were set back is drawn nearer before the next are tried, as often as the
+    answer stays wrong, by a share that doubles after success and is halved after failure: otherwise what was gained
+    would go into pixels that serve the error.
     """
     x_adv = x_adv.clone()
     turn = _shuffle((x_adv != x).any(1).flatten(1))  # b hw
     tail = turn.amax(1) + 1
     head, stayed, chunk = torch.zeros_like(tail), torch.zeros_like(tail), torch.ones_like(tail)
+    drawn, share = torch.zeros_like(tail, dtype=torch.bool), torch.full_like(tail, LARGEST_SHARE, dtype=x.dtype)
     asked, rows = 0, (tail > 1).nonzero()[:, 0]
     part = victim.subset(rows)
     while len(rows) and asked != rounds:
         asked += 1
-        first, size = head[rows], chunk[rows]
+        first, size, drawing = head[rows], chunk[rows], drawn[rows]
         tried = (turn[rows] >= first[:, None]) & (turn[rows] < (first + size)[:, None])
-        candidates = torch.where(tried.view(-1, 1, *x.shape[2:]), x[rows], x_adv[rows])
+        without = torch.where(tried.view(-1, 1, *x.shape[2:]), x[rows], x_adv[rows])
+        nearer = x_adv[rows] + share[rows].view(-1, 1, 1, 1) * (x - x_adv)[rows]
+        candidates = torch.where(drawing.view(-1, 1, 1, 1), nearer, without)
         wrong = part.labels(candidates) != y[rows]
         x_adv[rows] = torch.where(wrong.view(-1, 1, 1, 1), candidates, x_adv[rows])
-        stays = ~wrong & (size == 1)
+        drawn[rows] = wrong & draw
+        step = torch.where(wrong, 2 * share[rows], share[rows] / 2).clamp(SMALLEST_SHARE, LARGEST_SHARE)
+        share[rows] = torch.where(drawing, step, share[rows])
+        back, stays = wrong & ~drawing, ~wrong & ~drawing & (size == 1)
         turn[rows] = torch.where(tried & stays[:, None], tail[rows][:, None], turn[rows])
-        head[rows] += torch.where(wrong | stays, size, 0)
+        head[rows] += torch.where(back | stays, size, 0)
         tail[rows] += stays
-        stayed[rows] = torch.where(wrong, 0, stayed[rows] + stays)
+        stayed[rows] = torch.where(back, 0, stayed[rows] + stays)
         left = tail[rows] - head[rows]
-        chunk[rows] = torch.where(wrong, 2 * size, size // 2).minimum(left // 2).clamp_min(1)
-        done = (left <= 1) | (stayed[rows] >= left)
+        grown = torch.where(back, 2 * size, torch.where(drawing, size, size // 2))
+        chunk[rows] = grown.minimum(left // 2).clamp_min(1)
+        done = ((left <= 1) | (stayed[rows] >= left)) & ~drawn[rows]
         if bool(done.any()):
             rows = rows[~done]
             part = victim.subset(rows)

@@ -1,9 +1,9 @@
 """Speed and strength of the pointwise attack against foolbox's, in one interleaved run on the same images.
 
-The images are those that the defense gets right, in blocks. On each block foolbox's PointwiseAttack runs (without its
-search for a smaller l2 distance, which l0 does not need), then each of ours. Seconds are CPU seconds of this process on
-one thread. `ratio` is the median over the blocks of our time over foolbox's; queries are forward passes per image.
-About 2 minutes on an idle CPU core at the defaults.
+The images are those that the defense gets right, in blocks. On each block foolbox's PointwiseAttack runs (in l0 without
+its search for a smaller l2 distance), then each of ours. Seconds are CPU seconds of this process on one thread. `ratio`
+is the median over the blocks of our time over foolbox's; queries are forward passes per image. About 10 minutes on an
+idle CPU core at the defaults.
 
     python benchmarks/pointwise.py
 """
@@ -25,6 +25,8 @@ from robench.rng import foreign_generators, seeded
 from robench.types import Images, Labels
 
 PEER = "foolbox"
+WIDE = {"linf": 1.0}
+"""Bounds that hold all images; else the number of values."""
 
 
 @dataclass
@@ -33,12 +35,12 @@ class Measured:
 
     Attributes:
         seconds: CPU seconds of each block.
-        pixels: changed pixels of each image.
+        distances: of each image, in the norm.
         queries: forward passes of each block's images together.
     """
 
     seconds: list[float] = field(default_factory=list)
-    pixels: list[float] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
 
 
@@ -48,24 +50,33 @@ def main() -> None:
     torch.set_num_threads(1)
     defense = robench.load_defense(options.defense, "fashion_mnist")
     x, y = _right_images(defense, options.images)
-    found = {name: Measured() for name in (PEER, *options.attacks)}
-    blocks = zip(x.split(options.block), y.split(options.block), strict=True)
-    for number, (images, labels) in enumerate(blocks):
-        for name, measured in found.items():
-            with seeded("benchmark", number, name), foreign_generators():
-                _measure(name, measured, defense, images, labels)
-    rows = [_row(name, found[name], found[PEER], options.defense, len(x)) for name in options.attacks]
+    rows = [row for norm in options.norms for row in _compare(norm, defense, x, y, options)]
     for key in rows[0]:
-        print(f"{key:20}", *(f"{row[key]!s:>28}" for row in rows))
+        print(f"{key:20}", *(f"{row[key]!s:>36}" for row in rows))
     with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
+def _compare(
+    norm: str, defense: Defense, x: Images, y: Labels, options: argparse.Namespace
+) -> list[dict[str, str | float]]:
+    """A row for each of our attacks in one norm."""
+    threat = robench.ThreatModel(norm, WIDE.get(norm, x[0].numel()))
+    found = {name: Measured() for name in (PEER, *options.attacks)}
+    blocks = zip(x.split(options.block), y.split(options.block), strict=True)
+    for number, (images, labels) in enumerate(blocks):
+        for name, measured in found.items():
+            with seeded("benchmark", number, name), foreign_generators():
+                _measure(name, measured, defense, images, labels, threat)
+    return [{"norm": norm} | _row(name, found[name], found[PEER], options.defense, len(x)) for name in options.attacks]
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--defense", default="convnet")
+    parser.add_argument("--norms", nargs="+", default=["l0", "l2", "linf"])
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--block", type=int, default=8, help="images in one batch, of foolbox and of ours")
     parser.add_argument("--attacks", nargs="+", default=["pointwise", "pointwise(restarts=3)"])
@@ -80,30 +91,32 @@ def _right_images(defense: Defense, count: int) -> tuple[Images, Labels]:
     return x[right], y[right]
 
 
-def _measure(name: str, measured: Measured, defense: Defense, x: Images, y: Labels) -> None:
+def _measure(
+    name: str, measured: Measured, defense: Defense, x: Images, y: Labels, threat: robench.ThreatModel
+) -> None:
     asked: list[int] = []
     hook = defense.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
     began = time.process_time()
-    x_adv = _run_peer(defense, x, y) if name == PEER else _run_ours(name, defense, x, y)
+    x_adv = _run_peer(defense, x, y, threat) if name == PEER else _run_ours(name, defense, x, y, threat)
     measured.seconds.append(time.process_time() - began)
     hook.remove()
     with torch.no_grad():
         if bool((defense(x_adv).argmax(1) == y).any()):
             raise SystemExit(f"{name} left an image right")
-    measured.pixels += robench.ThreatModel("l0", x[0, 0].numel()).distance(x, x_adv).tolist()
+    measured.distances += threat.distance(x, x_adv).tolist()
     measured.queries.append(sum(asked))
 
 
-def _run_peer(defense: Defense, x: Images, y: Labels) -> Images:
+def _run_peer(defense: Defense, x: Images, y: Labels, threat: robench.ThreatModel) -> Images:
     model = foolbox.PyTorchModel(defense, bounds=(0, 1), device="cpu")
-    attack = foolbox.attacks.PointwiseAttack(l2_binary_search=False)
+    attack = foolbox.attacks.PointwiseAttack(l2_binary_search=threat.norm != "l0")
     return attack.run(model, x, foolbox.criteria.Misclassification(y))
 
 
-def _run_ours(spec: str, defense: Defense, x: Images, y: Labels) -> Images:
+def _run_ours(spec: str, defense: Defense, x: Images, y: Labels, threat: robench.ThreatModel) -> Images:
     attack = robench.load_attack(spec)
     victim = robench.Victim(defense, attack.access, len(x))
-    return attack(victim, x, y, robench.ThreatModel("l0", x[0, 0].numel()))
+    return attack(victim, x, y, threat)
 
 
 def _row(name: str, ours: Measured, peer: Measured, defense: str, images: int) -> dict[str, str | float]:
@@ -119,8 +132,8 @@ def _row(name: str, ours: Measured, peer: Measured, defense: str, images: int) -
         "ratio_high": round(max(ratios), 4),
     }
     for label, measured in (("ours", ours), (PEER, peer)):
-        row[f"{label}_median_l0"] = _median(measured.pixels)
-        row[f"{label}_mean_l0"] = round(sum(measured.pixels) / images, 2)
+        row[f"{label}_median"] = round(_median(measured.distances), 4)
+        row[f"{label}_mean"] = round(sum(measured.distances) / images, 4)
         row[f"{label}_queries"] = round(sum(measured.queries) / images, 1)
     return row
 

@@ -36,6 +36,7 @@ QUICK = {
 STRONG = {
     "boundary": "boundary(queries=1000)",
     "cw": "cw(steps=50, binary_search_steps=5)",
+    "pointwise": "pointwise(restarts=3)",
     "square": "square(queries=1000)",
     "transfer": f"transfer(source='{SURROGATE}', attack='fmn(steps=30)')",
 }
@@ -45,8 +46,10 @@ ASKS_FOR_STRENGTH = {
     "test_minimal_norm_finds_the_nearest_error",
     "test_success_does_not_fall_with_the_bound",
 }
-WEAK = {"noise": 3.0}
+WEAK = {"noise": 3.0, "pointwise": 2.5}
 """The multiples of the known distance at which attacks that are weak by design succeed; see their docstrings."""
+WITHIN = {"pointwise": 3.0}
+"""Likewise for the nearest errors of minimal-norm attacks; what `pointwise` reaches in each norm: test_pointwise.py."""
 
 
 class TestAttack(AttackContract):
@@ -55,6 +58,7 @@ class TestAttack(AttackContract):
         options = STRONG if request.node.originalname in ASKS_FOR_STRENGTH else QUICK
         self.attack = load_attack(options.get(request.param, request.param))
         monkeypatch.setattr(self, "succeeds_at", WEAK.get(request.param, self.succeeds_at))
+        monkeypatch.setattr(self, "within", WITHIN.get(request.param, self.within))
         # Types are checked under the other rules; here that would double the time of a thousand queries.
         jaxtyping.config.update("jaxtyping_disable", options is STRONG)
         yield
@@ -62,5 +66,5 @@ class TestAttack(AttackContract):
 
 
 def test_the_lists_name_attacks_and_rules_that_there_are() -> None:
-    assert {"fgsm", "pgd", *QUICK, *STRONG, *WEAK} <= set(names("attack"))
+    assert {"fgsm", "pgd", *QUICK, *STRONG, *WEAK, *WITHIN} <= set(names("attack"))
     assert all(hasattr(AttackContract, rule) for rule in ASKS_FOR_STRENGTH)

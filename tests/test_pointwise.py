@@ -18,14 +18,18 @@ from robench.testing.toys import ConvToy, LinearToy, NoisyLinearToy
 from robench.types import Images, Labels, Logits
 
 PIXELS = 16
+WIDE = {"linf": 1.0, "l2": 9.0, "l0": 36.0}
+"""Bounds that hold all images of the toys."""
+ONE_WAY = {"linf": 2.0, "l2": 2**0.5}
+"""On the linear toy half of the values that tell two classes apart start on the wrong side, and are set back."""
 
 
 def attack_toy(
-    attack: Pointwise, defense: Defense, x: Images, y: Labels, *, eps: float = PIXELS, seed: int = 0
+    attack: Pointwise, defense: Defense, x: Images, y: Labels, *, norm: str = "l0", eps: float = PIXELS, seed: int = 0
 ) -> tuple[Images, Victim]:
     victim = Victim(defense, attack.access, len(x), eot=10)
     with seeded("pointwise", seed):
-        return attack(victim, x, y, ThreatModel("l0", eps)), victim
+        return attack(victim, x, y, ThreatModel(norm, eps)), victim
 
 
 def is_wrong(defense: Defense, x: Images, y: Labels) -> Tensor:
@@ -48,6 +52,18 @@ def test_reaches_the_known_distance(channels: int, reach: float) -> None:
     assert bool(is_wrong(defense, x_adv, y).all())
     pixels = ThreatModel("l0", PIXELS).distance(x, x_adv)
     assert bool((pixels <= 1.25 * defense.distance(x, y, "l0")).all()), pixels.tolist()
+
+
+@pytest.mark.parametrize("norm", list(ONE_WAY))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reaches_what_the_start_allows(norm: str, channels: int) -> None:
+    """In linf and l2 values go one way or back: `ONE_WAY` times the known distance, or up to 1.25 times that."""
+    defense = LinearToy(channels)
+    x, y = defense.examples(12, norm)
+    x_adv, _ = attack_toy(Pointwise(), defense, x, y, norm=norm, eps=WIDE[norm])
+    assert bool(is_wrong(defense, x_adv, y).all())
+    times = ThreatModel(norm, WIDE[norm]).distance(x, x_adv) / defense.distance(x, y, norm) / ONE_WAY[norm]
+    assert bool(((times > 1 - 1e-3) & (times < 1.25)).all()), times.tolist()
 
 
 def test_returns_the_originals_where_the_error_is_too_far() -> None:
@@ -102,19 +118,22 @@ class Blind(ConvToy):
         return torch.eye(5)[0].expand(len(x), -1)
 
 
+@pytest.mark.parametrize("norm", list(WIDE))
 @pytest.mark.parametrize("restarts", [1, 2])
-def test_a_blind_defense_gets_its_images_back(restarts: int) -> None:
+def test_a_blind_defense_gets_its_images_back(restarts: int, norm: str) -> None:
     x, y = conv_images()[1], torch.zeros(16, dtype=torch.int64)
     attack = Pointwise(tries=7, restarts=restarts)
-    x_adv, victim = attack_toy(attack, Blind(), x, y, eps=36)
+    x_adv, victim = attack_toy(attack, Blind(), x, y, norm=norm, eps=WIDE[norm])
     assert torch.equal(x_adv, x)
     assert set(victim.ledger.forwards.tolist()) == {1 + 7 * restarts}
 
 
+@pytest.mark.parametrize("norm", list(WIDE))
 @pytest.mark.parametrize(("max_queries", "restarts"), [(3, 1), (7, 3), (20, 1), (41, 2)])
-def test_max_queries_is_kept(max_queries: int, restarts: int) -> None:
+def test_max_queries_is_kept(max_queries: int, restarts: int, norm: str) -> None:
     defense, x, y = conv_images()
-    x_adv, victim = attack_toy(Pointwise(max_queries=max_queries, restarts=restarts), defense, x, y, eps=36)
+    attack = Pointwise(max_queries=max_queries, restarts=restarts)
+    x_adv, victim = attack_toy(attack, defense, x, y, norm=norm, eps=WIDE[norm])
     assert int(victim.ledger.forwards.max()) <= max_queries
     assert bool((is_wrong(defense, x_adv, y) | (x_adv == x).flatten(1).all(1)).all())
 
@@ -165,14 +184,32 @@ def test_wrong_options(options: str, message: str) -> None:
         load_attack(f"pointwise({options})")
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_more_queries_and_restarts_come_nearer(norm: str) -> None:
+    """Under one seed the first of three restarts is the run without restarts, so that no image can come out worse."""
+    defense, x, y = conv_images(64)
+    found = []
+    for attack in (Pointwise(max_queries=20), Pointwise(), Pointwise(restarts=3)):
+        x_adv, _ = attack_toy(attack, defense, x, y, norm=norm, eps=WIDE[norm])
+        distance = ThreatModel(norm, WIDE[norm]).distance(x, x_adv)
+        found.append(torch.where(distance > 0, distance, WIDE[norm]))
+    few, many, again = found
+    assert float(many.mean()) < 0.8 * float(few.mean())
+    assert bool((again <= many).all())
+    assert bool((again < many).any())
+
+
 def test_other_norms_are_refused() -> None:
-    with pytest.raises(UsageError, match="supports l0; the threat model is l2"):
-        load_attack("pointwise").check_threat(ThreatModel("l2", 1.0))
+    with pytest.raises(UsageError, match="supports linf, l2, l0; the threat model is l1"):
+        load_attack("pointwise").check_threat(ThreatModel("l1", 1.0))
 
 
 def test_expected_passes() -> None:
     plain = Pointwise()
     assert 60 < plain.passes() < 200
+    assert plain.passes_in("l0") == plain.passes()
+    assert plain.passes_in("l2") == plain.passes_in("linf") > 5 * plain.passes()
+    assert dataclasses.replace(plain, max_queries=500).passes_in("l2") == 500
     assert dataclasses.replace(plain, restarts=3).passes() > 2 * plain.passes()
     assert dataclasses.replace(plain, max_queries=30).passes() == 30
 
@@ -199,13 +236,35 @@ def test_no_more_pixels_than_foolbox_with_a_tenth_of_its_queries() -> None:
     y = defense(x).argmax(1)
     x_adv, victim = attack_toy(Pointwise(), defense, x, y, eps=784)
     assert bool(is_wrong(defense, x_adv, y).all())
-    asked: list[int] = []
-    hook = net.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
-    peer = foolbox.attacks.PointwiseAttack(l2_binary_search=False)
-    model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
-    with seeded("pointwise", "foolbox"), foreign_generators():
-        theirs = peer.run(model, x, foolbox.criteria.Misclassification(y))
-    hook.remove()
+    theirs, asked = ask_foolbox(net, x, y)
     distance = ThreatModel("l0", 784).distance
     assert float(distance(x, x_adv).median()) <= float(distance(x, theirs).median())
-    assert float(victim.ledger.forwards.sum()) <= 0.1 * sum(asked)
+    assert float(victim.ledger.forwards.sum()) <= 0.1 * asked
+
+
+@pytest.mark.reference
+def test_nearer_than_foolbox_in_linf_and_l2_with_fewer_queries() -> None:
+    """Foolbox's search for a smaller l2 distance, which follows its setting back, is on."""
+    net = train_small_net()
+    defense = wrap(net, num_classes=10, input_shape=(1, 28, 28))
+    x = load_data("fashion_mnist", n=8224)[0][:12]
+    y = defense(x).argmax(1)
+    theirs, asked = ask_foolbox(net, x, y, l2_binary_search=True)
+    for norm, share in (("linf", 0.5), ("l2", 0.8)):
+        threat = ThreatModel(norm, {"linf": 1.0, "l2": 28.0}[norm])
+        x_adv, victim = attack_toy(Pointwise(), defense, x, y, norm=norm, eps=threat.eps)
+        assert bool(is_wrong(defense, x_adv, y).all())
+        assert float(threat.distance(x, x_adv).median()) <= share * float(threat.distance(x, theirs).median())
+        assert float(victim.ledger.forwards.sum()) <= asked
+
+
+def ask_foolbox(net: nn.Module, x: Images, y: Labels, *, l2_binary_search: bool = False) -> tuple[Images, int]:
+    """What foolbox's attack finds, and in how many queries."""
+    asked: list[int] = []
+    hook = net.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
+    peer = foolbox.attacks.PointwiseAttack(l2_binary_search=l2_binary_search)
+    model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    with seeded("pointwise", "foolbox"), foreign_generators():
+        found = peer.run(model, x, foolbox.criteria.Misclassification(y))
+    hook.remove()
+    return found, sum(asked)

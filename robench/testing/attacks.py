@@ -214,9 +214,16 @@ class AttackContract:
             assert torch.equal(first, second), f"{threat}: two runs under one seed differ"
 
     def test_draws_as_declared(self) -> None:
-        """The bits depend on the seed, and the generator moves, if and only if the attack declares that it draws."""
+        """The bits depend on the seed, and the generator moves, if and only if the attack declares that it draws.
+
+        At bounds that are wider for an attack that is weak by design: where it turns no image, all seeds give x.
+        """
         defense, x, y = conv_case()
-        for threat in self._threats(CONV_EPS):
+        wide = {
+            norm: math.ceil(eps * self.succeeds_at / 1.25) if norm == "l0" else eps * self.succeeds_at / 1.25
+            for norm, eps in CONV_EPS.items()
+        }
+        for threat in self._threats(wide):
             found, states = [], []
             for seed in ("run", "another run"):
                 with seeded("contract", seed):
