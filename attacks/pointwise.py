@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench.attack import Attack
+from robench.decisions import start_search
 from robench.errors import UsageError
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, PerExample
@@ -24,11 +25,10 @@ LARGEST: Final = 0.8
 most LARGEST times the smallest error's."""
 STRETCH: Final = 0.7
 """Half a patch's largest log aspect: it is up to exp(2 * STRETCH) = 4 times as high as wide, or as wide as high."""
-HALVINGS: Final = 10
-"""Of the way from an original to its error, in linf and l2, to find where the answer turns."""
 LARGEST_SHARE: Final = 0.25
 SMALLEST_SHARE: Final = 2.0**-10
-"""Later it is drawn nearer by a share of the way between these."""
+"""In linf and l2 an image is drawn nearer by a share of the way between these."""
+UNLIMITED: Final = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Pointwise(Attack):
     smaller ones. The start is the image with all values at the far end of the box, or noise where that is no error. It
     is drawn towards the original along a line to where the answer turns. There a pixel that serves the error cannot be
     set back; whenever others were, the image is drawn nearer by what that has gained. `benchmarks/pointwise.py` has the
-    comparison with foolbox's, which sets back first and then draws each pixel nearer for itself.
+    comparison with foolbox's, which sets back first and then draws each pixel nearer for itself. At the end an image is
+    moved away a little, as `robench.decisions.Started.finish` tells.
 
     Departures from the paper, all of which save queries:
     - The start is salt-and-pepper noise in half of the first tries only. The others are patches in which every value
@@ -120,12 +121,13 @@ class Pointwise(Attack):
 
     def _search_near(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int | None) -> Images:
         """One restart in linf and l2; the original where no start was found."""
-        del threat  # nothing here depends on the norm
-        x_adv, asked = _find_error(victim, x, y, self.tries if limit is None else min(self.tries, limit // 2))
-        left = None if limit is None else limit - asked
-        halvings = HALVINGS if left is None else min(HALVINGS, left)
-        x_adv = _draw_near(victim, x, y, x_adv, halvings)
-        return _set_back(victim, x, y, x_adv, None if left is None else left - halvings, draw=True)
+        queries = UNLIMITED if limit is None else limit
+        started = start_search(victim, x, y, queries, first=_far_end(x), tries=min(self.tries, queries // 2))
+        if len(started.rows) == 0:
+            return x.clone()
+        oracle = started.oracle
+        x_adv = _set_back(oracle.victim, started.x, oracle.y, started.x_adv, oracle.left, draw=True)
+        return started.finish(x, x_adv, threat)
 
     def _search_pixels(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int | None) -> Images:
         """One restart in l0: errors of which no pixel can be set back; the original where no start was found."""
@@ -238,34 +240,6 @@ def _redraw(x: Images, x_adv: Images, area: PerExample) -> Images:
 def _far_end(x: Images) -> Images:
     """Each value at the end of the box that is farther from it."""
     return (x < 0.5).to(x.dtype)
-
-
-def _find_error(victim: Victim, x: Images, y: Labels, tries: int) -> tuple[Images, int]:
-    """Errors at the far end of the box, else of noise, else the originals; and how often they asked at most."""
-    x_adv, asked = x.clone(), 0
-    rows = torch.arange(len(x), device=x.device)
-    while len(rows) and asked < tries:
-        noise = _salt_and_pepper(x[rows], torch.rand(len(rows), device=x.device)) if asked else _far_end(x)
-        asked += 1
-        wrong = victim.subset(rows).labels(noise) != y[rows]
-        x_adv[rows] = torch.where(wrong.view(-1, 1, 1, 1), noise, x_adv[rows])
-        rows = rows[~wrong]
-    return x_adv, asked
-
-
-def _draw_near(victim: Victim, x: Images, y: Labels, x_adv: Images, halvings: int) -> Images:
-    """Moves errors towards the originals, along a line, as far as the answer stays wrong."""
-    rows = (x_adv != x).flatten(1).any(1).nonzero()[:, 0]
-    part, origin, way = victim.subset(rows), x[rows], (x_adv - x)[rows]
-    right = x.new_zeros(len(rows), 1, 1, 1)  # the share of the way at which the answer is right
-    wrong = torch.ones_like(right)
-    for _ in range(halvings if len(rows) else 0):
-        middle = (right + wrong) / 2
-        fooled = (part.labels((origin + middle * way).clamp(0, 1)) != y[rows]).view(-1, 1, 1, 1)
-        wrong, right = torch.where(fooled, middle, wrong), torch.where(fooled, right, middle)
-    near = x_adv.clone()
-    near[rows] = torch.where(wrong < 1, (origin + wrong * way).clamp(0, 1), x_adv[rows])
-    return near
 
 
 def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int | None, *, draw: bool = False) -> Images:

@@ -97,7 +97,9 @@ def _stand_back(victim: Victim) -> tuple[float, ...]:
     return RANDOMIZED_STAND_BACK if victim.randomized else STAND_BACK
 
 
-def start_search(victim: Victim, x: Images, y: Labels, queries: int) -> Started:
+def start_search(
+    victim: Victim, x: Images, y: Labels, queries: int, *, first: Images | None = None, tries: int = TRIES
+) -> Started:
     """Finds a start for each image that is right: noise that is wrong, moved towards the original by bisection.
 
     So starts the boundary attack (Brendel et al. 2018, arXiv 1712.04248, section 2.1); here an image for which no noise
@@ -107,16 +109,18 @@ def start_search(victim: Victim, x: Images, y: Labels, queries: int) -> Started:
         victim: the victim.
         x: originals.
         y: their labels.
-        queries: the most queries of the whole search, at least MIN_QUERIES; this takes at most 1 + TRIES + BISECTIONS.
+        queries: the most queries of the whole search, at least MIN_QUERIES; this takes at most 1 + tries + BISECTIONS.
+        first: what is tried before noise, one for each image.
+        tries: images tried for a start.
     """
     oracle = Oracle(victim, y, queries - len(_stand_back(victim)))
     right = ~oracle.is_wrong(x)
     starts, missing = x.clone(), right.clone()
-    for number in range(min(TRIES, oracle.left)):
+    for number in range(min(tries, oracle.left)):
         rows = missing.nonzero()[:, 0]
         if len(rows) == 0:
             break
-        noise = draw_noise(x[rows], number)
+        noise = first[rows] if first is not None and number == 0 else draw_noise(x[rows], number)
         wrong = oracle.is_wrong_among(rows, noise)
         starts[rows[wrong]] = noise[wrong]
         missing[rows[wrong]] = False
