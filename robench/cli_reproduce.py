@@ -49,6 +49,10 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
     precision: Annotated[
         str, typer.Option(help="Of the attacks: float32, or bfloat16, which is faster; the judge stays float32.")
     ] = "float32",
+    unit_size: Annotated[
+        int, typer.Option(help="Images of one work unit. Ctrl-C loses the attack at work on one unit, no more.")
+    ] = 128,
+    workers: Annotated[int, typer.Option(help="Processes that share the units of a run.")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; what is finished there is not repeated.")
     ] = None,
@@ -72,6 +76,8 @@ def reproduce(  # noqa: PLR0913 - each parameter is an option of the command lin
         seed=seed,
         device=device,
         precision=precision,
+        unit_size=unit_size,
+        workers=workers,
         data_dir=data_dir,
         train=train,
         scale=scale,

@@ -54,6 +54,8 @@ class ReproduceRequest:
         seed: seeds everything.
         device: `auto`, `cpu` or `cuda`.
         precision: of the attacks, as in `Settings`; the judge stays float32.
+        unit_size: images of one work unit: what an interrupt throws away is one attack on one unit.
+        workers: processes that share the units of a run.
         data_dir: folder with datasets; None: `ROBENCH_DATA`.
         train: train the defenses of the cells that have a recipe; what was trained before in `folder` is taken up.
         scale: multiplies the iterations of these trainings.
@@ -70,7 +72,9 @@ class ReproduceRequest:
     protocol_n: int | None = None
     seed: int = 0
     device: str = "auto"
-    precision: str = "float32"
+    precision: str = Settings.precision
+    unit_size: int = Settings.unit_size
+    workers: int = Settings.workers
     data_dir: Path | None = None
     train: bool = False
     scale: float = 1.0
@@ -83,7 +87,9 @@ class ReproduceRequest:
                 precision or protocol.
         """
         TrainSettings(scale=self.scale)
-        Settings(precision=self.precision, device=self.device).resolve_device()
+        Settings(
+            precision=self.precision, device=self.device, unit_size=self.unit_size, workers=self.workers
+        ).resolve_device()
         if self.protocol:
             get_protocol(self.protocol)
         if self.seed < 0:
@@ -169,6 +175,7 @@ class _Runs:
         said = f"{cell.defense} {cell.dataset} {attacks} {cell.norm} {eps} {n} {request.seed} {first_look}"
         said += f" {weights.parent.name}" if weights else ""
         said += f" {request.precision}" if request.precision != Settings.precision else ""
+        said += f" units of {request.unit_size}" if request.unit_size != Settings.unit_size else ""
         folder = request.folder / folder_name(f"{cell.defense}-{cell.dataset}-{attacks}-{eps}", said)
         settings = {"eot": first_look.get("eot"), "judge_repeats": first_look.get("judge_repeats")}
         return evaluate(
@@ -180,6 +187,8 @@ class _Runs:
             seed=request.seed,
             device=request.device,
             precision=request.precision,
+            unit_size=request.unit_size,
+            workers=request.workers,
             out=folder,
             resume=folder.exists(),
             progress=True,

@@ -178,6 +178,19 @@ def test_a_faster_precision_is_a_run_of_its_own(tmp_path: Path, monkeypatch: pyt
     assert len(list(tmp_path.glob("*/units/*"))) == 2
 
 
+def test_smaller_units_are_a_run_of_its_own_and_workers_share_them(tmp_path: Path) -> None:
+    whole, alone, shared = (
+        reproduce.reproduce_all(request(tmp_path / folder, protocol="", columns=("PGD",), **more))[0].ours
+        for folder, more in (("a", {}), ("a", {"unit_size": 20}), ("b", {"unit_size": 20, "workers": 2}))
+    )
+    assert alone == shared
+    assert whole is not None
+    assert whole.n == 40
+    assert sorted(len(list(run.glob("units/*"))) for run in (tmp_path / "a").iterdir()) == [1, 2]
+    for size, told in ((128, False), (20, True)):
+        assert ("--unit-size 20" in as_page([], request(tmp_path, unit_size=size))) == told
+
+
 class Counted:
     """A measurement that counts its calls and writes a file into its folder."""
 
@@ -579,6 +592,8 @@ def test_whole_words_choose_rows_before_parts_of_words_and_commas_split_last(
         ("--protocol-n", 0, "protocol-n must be at least 1; got 0"),
         ("--device", "tpu", 'device must be auto, cpu or cuda; got "tpu"'),
         ("--seed", -1, "seed must be at least 0; got -1"),
+        ("--unit-size", 0, "unit_size must be at least 1; got 0"),
+        ("--workers", 0, "workers must be at least 1; got 0"),
         ("--precision", "bfloat", 'precision must be one of float32, bfloat16; got "bfloat"'),
     ],
 )

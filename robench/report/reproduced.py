@@ -123,6 +123,7 @@ def _command(request: ReproduceRequest) -> str:
         "seed": request.seed,
         "dataset": request.dataset or None,
         "precision": None if request.precision == Settings.precision else request.precision,
+        "unit-size": None if request.unit_size == Settings.unit_size else request.unit_size,
         "scale": None if request.scale == 1 else f"{request.scale:g}",
     }
     told = [*chosen, *((f"--{name}", str(value)) for name, value in options.items() if value is not None)]
