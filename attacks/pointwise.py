@@ -257,19 +257,19 @@ def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int |
     turn = _shuffle((x_adv != x).any(1).flatten(1))  # b hw
     tail = turn.amax(1) + 1
     head, stayed, chunk = torch.zeros_like(tail), torch.zeros_like(tail), torch.ones_like(tail)
-    drawn, share = torch.zeros_like(tail, dtype=torch.bool), torch.full_like(tail, LARGEST_SHARE, dtype=x.dtype)
+    draws_next, share = torch.zeros_like(tail, dtype=torch.bool), torch.full_like(tail, LARGEST_SHARE, dtype=x.dtype)
     asked, rows = 0, (tail > 1).nonzero()[:, 0]
     part = victim.subset(rows)
     while len(rows) and asked != rounds:
         asked += 1
-        first, size, drawing = head[rows], chunk[rows], drawn[rows]
+        first, size, drawing = head[rows], chunk[rows], draws_next[rows]
         tried = (turn[rows] >= first[:, None]) & (turn[rows] < (first + size)[:, None])
         without = torch.where(tried.view(-1, 1, *x.shape[2:]), x[rows], x_adv[rows])
         nearer = x_adv[rows] + share[rows].view(-1, 1, 1, 1) * (x - x_adv)[rows]
         candidates = torch.where(drawing.view(-1, 1, 1, 1), nearer, without)
         wrong = part.labels(candidates) != y[rows]
         x_adv[rows] = torch.where(wrong.view(-1, 1, 1, 1), candidates, x_adv[rows])
-        drawn[rows] = wrong & draw
+        draws_next[rows] = wrong & draw
         step = torch.where(wrong, 2 * share[rows], share[rows] / 2).clamp(SMALLEST_SHARE, LARGEST_SHARE)
         share[rows] = torch.where(drawing, step, share[rows])
         back, stays = wrong & ~drawing, ~wrong & ~drawing & (size == 1)
@@ -280,7 +280,7 @@ def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int |
         left = tail[rows] - head[rows]
         grown = torch.where(back, 2 * size, torch.where(drawing, size, size // 2))
         chunk[rows] = grown.minimum(left // 2).clamp_min(1)
-        done = ((left <= 1) | (stayed[rows] >= left)) & ~drawn[rows]
+        done = ((left <= 1) | (stayed[rows] >= left)) & ~draws_next[rows]
         if bool(done.any()):
             rows = rows[~done]
             part = victim.subset(rows)

@@ -39,6 +39,8 @@ def main() -> None:
             if not asked.only_protocol and all(new.cell != old.cell for old in outcomes):
                 outcomes.append(new)
             outcomes = [merge(old, new, only_protocol=asked.only_protocol) for old in outcomes]
+    known = {victim(outcome.cell): outcome.worst for outcome in outcomes if outcome.worst}
+    outcomes = [replace(outcome, worst=known.get(victim(outcome.cell))) for outcome in outcomes]
     outcomes.sort(key=lambda outcome: cells.index(outcome.cell))
     path.write_text(as_csv(outcomes, protocol), encoding="utf-8")
     write_page(path, outcomes, protocol)
