@@ -162,13 +162,14 @@ def test_a_pixel_is_all_its_channels() -> None:
     assert torch.equal(changed.any(1), changed.all(1))
 
 
-def test_majority_of_the_draws_decides_on_a_randomized_defense() -> None:
+@pytest.mark.parametrize("norm", list(WIDE))
+def test_majority_of_the_draws_decides_on_a_randomized_defense(norm: str) -> None:
     defense = NoisyLinearToy(sigma=2.0)
-    x, y = defense.examples(24, "l0", 2.0)
-    x_adv, victim = attack_toy(Pointwise(), defense, x, y)
+    x, y = defense.examples(24, norm)
+    x_adv, victim = attack_toy(Pointwise(), defense, x, y, norm=norm, eps=min(WIDE[norm], PIXELS))
     assert set((victim.ledger.forwards % 10).tolist()) == {0}
-    assert float(defense.probability_right(x, y).min()) > 0.9
-    assert float(defense.probability_right(x_adv, y).mean()) < 0.5
+    assert float(defense.probability_right(x, y).min()) > 0.85
+    assert float(defense.probability_right(x_adv, y).mean()) < 0.6
 
 
 @pytest.mark.parametrize(
@@ -229,37 +230,30 @@ def train_small_net() -> nn.Module:
 
 
 @pytest.mark.reference
-def test_no_more_pixels_than_foolbox_with_a_tenth_of_its_queries() -> None:
-    """On a small net, with its own answers as labels."""
+@pytest.mark.parametrize(
+    ("norm", "eps", "images", "distance", "queries"),
+    [("l0", 784, 32, 1.0, 0.1), ("l2", 28.0, 12, 0.8, 1.0), ("linf", 1.0, 12, 0.5, 1.0)],
+)
+def test_as_near_as_foolbox_with_fewer_queries(
+    norm: str, eps: float, images: int, distance: float, queries: float
+) -> None:
+    """At most these shares of foolbox's median distance and queries, on a small net with its own answers as labels.
+
+    Foolbox's search for a smaller l2 distance, which follows its setting back, is on but in l0.
+    """
     net = train_small_net()
     defense = wrap(net, num_classes=10, input_shape=(1, 28, 28))
-    x = load_data("fashion_mnist", n=8224)[0][:32]
+    x = load_data("fashion_mnist", n=8224)[0][:images]
     y = defense(x).argmax(1)
-    x_adv, victim = attack_toy(Pointwise(), defense, x, y, eps=784)
+    x_adv, victim = attack_toy(Pointwise(), defense, x, y, norm=norm, eps=eps)
     assert bool(is_wrong(defense, x_adv, y).all())
-    theirs, asked = ask_foolbox(net, x, y)
-    distance = ThreatModel("l0", 784).distance
-    assert float(distance(x, x_adv).median()) <= float(distance(x, theirs).median())
-    assert float(victim.ledger.forwards.sum()) <= 0.1 * asked
+    theirs, asked = ask_foolbox(net, x, y, l2_binary_search=norm != "l0")
+    ours, peers = (float(ThreatModel(norm, eps).distance(x, found).median()) for found in (x_adv, theirs))
+    assert ours <= distance * peers
+    assert float(victim.ledger.forwards.sum()) <= queries * asked
 
 
-@pytest.mark.reference
-def test_nearer_than_foolbox_in_linf_and_l2_with_fewer_queries() -> None:
-    """Foolbox's search for a smaller l2 distance, which follows its setting back, is on."""
-    net = train_small_net()
-    defense = wrap(net, num_classes=10, input_shape=(1, 28, 28))
-    x = load_data("fashion_mnist", n=8224)[0][:12]
-    y = defense(x).argmax(1)
-    theirs, asked = ask_foolbox(net, x, y, l2_binary_search=True)
-    for norm, share in (("linf", 0.5), ("l2", 0.8)):
-        threat = ThreatModel(norm, {"linf": 1.0, "l2": 28.0}[norm])
-        x_adv, victim = attack_toy(Pointwise(), defense, x, y, norm=norm, eps=threat.eps)
-        assert bool(is_wrong(defense, x_adv, y).all())
-        assert float(threat.distance(x, x_adv).median()) <= share * float(threat.distance(x, theirs).median())
-        assert float(victim.ledger.forwards.sum()) <= asked
-
-
-def ask_foolbox(net: nn.Module, x: Images, y: Labels, *, l2_binary_search: bool = False) -> tuple[Images, int]:
+def ask_foolbox(net: nn.Module, x: Images, y: Labels, *, l2_binary_search: bool) -> tuple[Images, int]:
     """What foolbox's attack finds, and in how many queries."""
     asked: list[int] = []
     hook = net.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
