@@ -96,7 +96,9 @@ def _say(text: str) -> None:
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str, typer.Argument(help="defenses, attacks, datasets, protocols or checks.")] = "all",
+    kind: Annotated[
+        str, typer.Argument(help="defenses, attacks, datasets, protocols, checks; recipes, weights.")
+    ] = "all",
     norm: Annotated[str | None, typer.Option(help="Only attacks that support this norm (imports them).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -295,9 +297,9 @@ def verify(
 
 @app.command()
 def train(  # noqa: PLR0913 - each parameter is an option of the command line
-    defense: Annotated[str, typer.Option(help="A defense with a training recipe.")],
+    defense: Annotated[str, typer.Option(help="A defense with a training recipe; see robench list recipes.")],
     dataset: Annotated[str, typer.Option(help="Dataset name.")] = "fashion_mnist",
-    recipe: Annotated[str | None, typer.Option(help="The recipe; a name that is none lists them.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The recipe; default: see robench list recipes.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of checkpoint and weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything.")] = 0,
     scale: Annotated[float, typer.Option(help="Multiplies the iterations; 0.01 is a smoke test.")] = 1.0,

@@ -59,6 +59,8 @@ class Defense(nn.Module):
         needs_weights: True if the class is useless untrained, so `load` insists on a weights file.
         training_options: options of the constructor that say how the weights were trained and change no answer of
             theirs; `load` refuses values that are not those of the weights' card.
+        recipes: the names that `recipe` takes, each with a line that says what it does, the default first; what
+            `robench list recipes` shows.
         batch_rows: the largest batch that the engine passes at once (None: no limit); bounds memory.
         forward_cost: how long one `forward` takes against one pass of `adaptive_forward`; guides the time left only.
         first_look: settings of a first look that a CPU affords, where the general ones cost too much.
@@ -79,6 +81,7 @@ class Defense(nn.Module):
     gradient_modes: tuple[str, ...] = ("full",)
     needs_weights: ClassVar[bool] = False
     training_options: ClassVar[tuple[str, ...]] = ()
+    recipes: ClassVar[Mapping[str, str]] = {}
     batch_rows: int | None = None
     forward_cost: float = 1.0
     first_look: Mapping[str, int] = {}

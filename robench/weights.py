@@ -96,7 +96,7 @@ def _locate(
         shipped = ", ".join(shipped_weights(cls)) or "none"
         advice = "Pass --weights FILE"
         if dataset in KNOWN or dataset in list_plugins():  # training takes no other
-            train = f"robench train --defense {_spec(cls, options)} --dataset {dataset}"
+            train = f"robench train --defense {quote_word(_spec(cls, options))} --dataset {dataset}"
             advice = f"Pass --weights FILE, or train them: {train}"
         raise UsageError(f'no weights "{stem}" of defense "{cls.name}" (shipped: {shipped}). {advice}')
     return path
@@ -112,9 +112,14 @@ def _usual_options(cls: type[Defense], dataset: str) -> dict[str, Any]:
 
 
 def _spec(cls: type[Defense], options: dict[str, Any]) -> str:
-    """The defense as the command line takes it, quoted for a shell where it has options."""
+    """The defense as `load_defense` takes it."""
     written = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return quote_word(f"{cls.name}({written})") if written else cls.name
+    return f"{cls.name}({written})" if written else cls.name
+
+
+def spec_of_weights(cls: type[Defense], options: dict[str, Any]) -> str:
+    """The defense as `load_defense` takes it, with those options of a card by which its weights are not the usual."""
+    return _spec(cls, {name: value for name, value in options.items() if cls.weights_variant({name: value})})
 
 
 def weights_stem(cls: type[Defense], dataset: str, options: dict[str, Any]) -> str:

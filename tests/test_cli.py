@@ -27,13 +27,15 @@ import torch
 from PIL import Image
 
 import robench
-from robench import ThreatModel, UsageError, load_defense
+from robench import Defense, ThreatModel, UsageError, load_defense
 from robench.cli import main
+from robench.defense import weights_digest
 from robench.defenses.convnet.model import ConvNet
 from robench.leaderboard import read_rows
+from robench.registry import names, resolve
 from robench.rng import seeded
 from robench.settings import DEFAULT_N, RANDOMIZED_EOT, RANDOMIZED_REPEATS, Settings
-from robench.weights import save_weights
+from robench.weights import build, read_card, save_weights, shipped_weights, weights_folder
 
 TOYS = Path(__file__).with_name("cli_toys.py")
 SQUARES, NOISY, RAISES = f"{TOYS}:Squares", f"{TOYS}:NoisySquares", f"{TOYS}:Raises"
@@ -223,6 +225,35 @@ def test_list_says_what_there_is(call: Call) -> None:
     assert names["checks"][0].keys() == {"name", "question"}
     assert (outcome.status, outcome.err) == (0, "")
     assert_one_line(call("list", "things"), "things", "defenses, attacks")
+
+
+def test_list_tells_the_recipes_that_train_takes(call: Call) -> None:
+    told = call("list", "recipes", "--json").json()["names"]["recipes"]
+    assert {entry["defense"] for entry in told} >= {"convnet", "convnet_at", "fortified", "jem", "shortrun"}
+    for entry in told:
+        options = {"train_attack": entry["recipe"]} if entry["defense"] == "fortified" else {}
+        defense: Defense = build(resolve("defense", entry["defense"]), options)
+        assert defense.recipe(entry["recipe"]).name == entry["recipe"]
+        assert not entry["default"] or defense.recipe().name == entry["recipe"]
+    lines = call("list", "recipes").out.splitlines()
+    assert len(lines) == 1 + len(told)
+    assert "  convnet_at trades: its own loss, beta 6 (Zhang et al. 2019)" in lines
+
+
+def test_list_tells_how_each_weights_file_is_loaded(call: Call) -> None:
+    told = call("list", "weights", "--json").json()["names"]["weights"]
+    shipped = [(name, stem) for name in names("defense") for stem in shipped_weights(resolve("defense", name))]
+    assert len(told) == len(shipped) >= 18
+    for entry, (name, stem) in zip(told, shipped, strict=True):
+        path = weights_folder(resolve("defense", name)) / f"{stem}.safetensors"
+        card = read_card(path)
+        assert weights_digest(load_defense(entry["spec"], entry["dataset"])) == card["weights_digest"]
+        assert (entry["clean_accuracy"], entry["test_images"]) == (
+            card["test"]["clean_accuracy"],
+            card["test"]["images"],
+        )
+    line = "  'fortified(layers=[])' mnist: clean 99.25 % of 2,000 test images, recipe pgd, 1.4 MB"
+    assert line in call("list", "weights").out.splitlines()
 
 
 # a run

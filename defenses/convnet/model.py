@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 from torch import nn
@@ -59,6 +59,7 @@ class ConvNet(Defense):
 
     name = "convnet"
     needs_weights = True
+    recipes: ClassVar[Mapping[str, str]] = {"clean": "clean images; clean(labelled=10000) takes so many of them"}
 
     def __init__(self, channels: int = 1, width: int | None = None, side: int = 28) -> None:
         """Builds an untrained net for `channels` x `side` x `side` images.

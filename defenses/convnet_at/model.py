@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from robench.defenses.convnet import ConvNet
 from robench.errors import UsageError
@@ -25,6 +25,12 @@ class ConvNetAT(ConvNet):
 
     name = "convnet_at"
     training_options = ("train_eps", "train_norm")
+    recipes: ClassVar[Mapping[str, str]] = {
+        "madry": "PGD of 7 steps (Madry et al. 2018)",
+        "fast": "one step from a random start, RS-FGSM (Wong et al. 2020), and a step more where it overfits to itself",
+        "pgd2": "two steps from a random start",
+        "trades": "its own loss, beta 6 (Zhang et al. 2019)",
+    }
 
     def __init__(
         self,
@@ -62,9 +68,9 @@ class ConvNetAT(ConvNet):
         return "-".join(part for part in parts if part)
 
     def recipe(self, name: str | None = None) -> Recipe:
-        """`madry` (the default): seven steps; `fast`: one, from a random start; `pgd2`: two; `trades`: its own loss."""
+        """One of `recipes`; `madry` unless another is named."""
         from robench.train.recipe import check_recipe
 
-        from .train import VARIANTS, AdversarialRecipe
+        from .train import AdversarialRecipe
 
-        return AdversarialRecipe(self, check_recipe("convnet_at", VARIANTS, name or "madry"))
+        return AdversarialRecipe(self, check_recipe("convnet_at", self.recipes, name or "madry"))

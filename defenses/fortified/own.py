@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
 
 import torch
 
@@ -84,6 +85,10 @@ class FortifiedDefense(Defense):
     stop_gradient: bool
     augment: bool
     train_steps: int
+    recipes: ClassVar[Mapping[str, str]] = {
+        "pgd": "adversarial images by PGD of train_steps steps",
+        "fgsm": "by FGSM, as in the paper; --defense 'fortified(train_attack=fgsm)' brings it",
+    }
     how_to_choose = 'by fortify(..., training=Training(train_attack="fgsm"))'
 
     def train_by(self, training: Training) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,11 @@ class JEM(Defense):
 
     name = "jem"
     generative = True
+    recipes: ClassVar[Mapping[str, str]] = {
+        "informative": "chains start at the Gaussians of the classes, as in JEM++",
+        "uniform": "chains start at uniform noise, as in the paper",
+        "classifier": "the net without its density, for comparison",
+    }
     needs_weights = True
     training_options = ("augment",)
     batch_rows = RowsByDevice(cpu=256, gpu=2048)
@@ -155,12 +160,12 @@ class JEM(Defense):
         return "" if width == WIDTH else f"width{width}"
 
     def recipe(self, name: str | None = None) -> Recipe:
-        """`informative` (the default) and `uniform`: where chains start; `classifier`: the net without its density."""
+        """One of `recipes`; `informative` unless another is named."""
         from robench.train.recipe import check_recipe
 
-        from .train import RECIPES, JEMRecipe
+        from .train import JEMRecipe
 
-        return JEMRecipe(self, check_recipe("jem", RECIPES, name or RECIPES[0]))
+        return JEMRecipe(self, check_recipe("jem", self.recipes, name or "informative"))
 
     def forward(self, x: Images) -> Logits:
         """Refines `n_chains` copies of each image and averages their logits; the refinement keeps no graph."""

@@ -17,7 +17,6 @@ from robench.types import Images, Labels, PerExample
 from .model import JEM
 from .sgld import RANK, ReplayBuffer, Sampler, draw_gaussians, fit_gaussians, sample
 
-RECIPES: Final = ("informative", "uniform", "classifier")
 BUFFER: Final = 10_000
 RESTART: Final = 0.05
 DATA_NOISE: Final = 0.03
@@ -48,7 +47,7 @@ class JEMRecipe(Recipe):
     long and samples fall behind images by 5 in log p instead of by 1.
     """
 
-    def __init__(self, defense: JEM, name: str = RECIPES[0]) -> None:
+    def __init__(self, defense: JEM, name: str = "informative") -> None:
         """Keeps the model to train."""
         self.defense, self.name = defense, name
         self.sampler = Sampler(steps=20 if name == "uniform" else 8, clamp=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,9 @@ class ShortRun(Defense):
     generative = True
     needs_weights = True
     training_options = ("sigma",)
+    recipes: ClassVar[Mapping[str, str]] = {
+        "thesis": "its three stages; options labelled, unlabelled and batch (images), depth (steps), reconstruction",
+    }
     gradient_modes = ("full", "last_step")
     latent = LATENT
     batch_rows = RowsByDevice(cpu=64, gpu=2048)  # a gradient keeps 3.2 MiB for each row and chain: 6.5 GiB at 2048
