@@ -88,12 +88,14 @@ class ReproduceRequest:
         """
         TrainSettings(scale=self.scale)
         Settings(
-            precision=self.precision, device=self.device, unit_size=self.unit_size, workers=self.workers
+            seed=self.seed,
+            precision=self.precision,
+            device=self.device,
+            unit_size=self.unit_size,
+            workers=self.workers,
         ).resolve_device()
         if self.protocol:
             get_protocol(self.protocol)
-        if self.seed < 0:
-            raise UsageError(f"seed must be at least 0; got {self.seed}")
         for name, count in (("n", self.n), ("protocol-n", self.protocol_n)):
             if count is not None and count < 1:
                 raise UsageError(f"{name} must be at least 1; got {count}")

@@ -26,7 +26,7 @@ class Settings:
 
     Attributes:
         n: images, a class-stratified draw by `seed` (of a pair of tensors the first n); None: 256, or all of a pair.
-        seed: seeds the draw of images and all randomness of the run.
+        seed: seeds the draw of images and all randomness of the run; 0 or larger.
         unit_size: images of one work unit.
         eot: draws averaged in one gradient query; None: 10 for a randomized defense, else 1.
         judge_repeats: fresh answers behind each verdict; None: 20 for a randomized defense (100 in a `standard`
@@ -83,8 +83,9 @@ class Settings:
             if value is not None or name == "seed":
                 value = _as_whole(name, value)
                 object.__setattr__(self, name, value)
-            if name != "seed" and value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1; got {value}")
+            least = 0 if name == "seed" else 1
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be at least {least}; got {value}")
         _check_choice("runner", self.runner, ("local",))
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("access", self.access, (None, *ACCESS_LEVELS))

@@ -117,6 +117,7 @@ def test_a_pair_may_be_cut() -> None:
     ("given", "message"),
     [
         ({"n": 0}, "n must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"unit_size": 0}, "unit_size must be at least 1"),
         ({"eot": -1}, "eot must be at least 1"),
         ({"judge_repeats": 0}, "judge_repeats must be at least 1"),

@@ -461,6 +461,7 @@ def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: py
         (["--defense", "convnet(width='x')"], 'defense "convnet": an option is of the wrong kind'),
         (["--dataset", "cifar10"], "cifar10"),
         (["--dataset", "fashion_mnits"], "fashion_mnist"),
+        (["--seed", "-1"], "seed must be at least 0; got -1"),
         (["--scale", "0"], "scale must be positive and finite; got 0.0"),
         (["--scale", "nan"], "scale must be positive"),
         (["--scale", "inf"], "scale must be positive and finite; got inf"),

@@ -40,7 +40,7 @@ class TrainSettings:
     """How to train.
 
     Attributes:
-        seed: seeds the order of the images and all that the defense draws.
+        seed: seeds the order of the images and all that the defense draws; 0 or larger.
         holdout: training images kept aside for the figures of the card.
         scale: multiplies the iterations of every stage; 0.01 is a smoke test.
         device: `cpu` or `cuda`.
@@ -62,11 +62,14 @@ class TrainSettings:
     lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the precision, and the scales of iterations and learning rate.
+        """Checks the seed, the precision, and the scales of iterations and learning rate.
 
         Raises:
-            UsageError: the precision is neither `auto` nor `float32`, or a scale is not positive and finite.
+            UsageError: the seed is below 0, the precision is neither `auto` nor `float32`, or a scale is not positive
+                and finite.
         """
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0; got {self.seed}")
         for name, scale in (("scale", self.scale), ("lr-scale", self.lr_scale)):
             if not 0 < scale < math.inf:
                 raise UsageError(f"{name} must be positive and finite; got {scale}")
