@@ -64,7 +64,8 @@ def tell_entry(heading: str, entry: Any) -> str:
         if None not in (clean, images):
             told = f"clean {100 * clean:.4g} % of {images:,} test images"
         spec, size = quote_word(entry["spec"]), entry["bytes"] / 1e6
-        return f"{spec} {entry['dataset']}: {told}, recipe {entry['recipe']}, {size:.1f} MB"
+        recipe = f"recipe {entry['recipe']}{' as it then was' if entry['recipe_since'] else ''}"
+        return f"{spec} {entry['dataset']}: {told}, {recipe}, {size:.1f} MB"
     return f"{entry['name']}: {entry['question']}" if heading == "checks" else str(entry)
 
 
@@ -96,6 +97,7 @@ def _weights(cls: type[Defense]) -> list[dict[str, Any]]:
                 "spec": spec_of_weights(cls, card.get("options", {})),
                 "dataset": stem.partition("-")[0],
                 "recipe": card.get("recipe", "unknown"),
+                "recipe_since": card.get("recipe_since", ""),
                 "clean_accuracy": test.get("clean_accuracy"),
                 "test_images": test.get("images"),
                 "bytes": path.stat().st_size,

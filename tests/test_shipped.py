@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Final
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from robench.registry import names, resolve
 from robench.rng import seeded
 from robench.testing.decoy_training import Distilled, OneStep, Trades, Winners
 from robench.train.split import FEWEST
-from robench.weights import build_and_load, read_card, shipped_weights, weights_folder, weights_stem
+from robench.weights import build, build_and_load, read_card, shipped_weights, weights_folder, weights_stem
 
 LARGEST, LARGEST_TOTAL = 4_000_000, 40_000_000
 IMAGES = 500
@@ -76,6 +77,21 @@ def test_card_tells_what_was_held_out_all_the_way_back(path: Path) -> None:
         assert isinstance(card["seed"], int)
         assert card["held_out"]["images"] >= FEWEST
         card = card.get("init", {})
+
+
+OWN: Final = [(cls, path) for cls, path in SHIPPED if cls not in CONTROLS]
+
+
+@pytest.mark.parametrize(("cls", "path"), OWN, ids=[f"{cls.name}-{path.stem}" for cls, path in OWN])
+def test_recipe_of_the_card_is_of_the_stages_that_it_tells(cls: type[Defense], path: Path) -> None:
+    """Of all of them, or of the last ones where training went on; else the card says what has changed since."""
+    card = read_card(path)
+    attack = {"train_attack": card["recipe"]} if cls.name == "fortified" else {}
+    recipe = build(cls, {**card["options"], **attack}).recipe(card["recipe"])
+    now = [(stage.name, stage.batch_size, stage.learning_rate, stage.flat) for stage in recipe.stages()]
+    then = [tuple(stage[key] for key in ("name", "batch_size", "learning_rate", "flat")) for stage in card["stages"]]
+    is_same = then == (now[-len(then) :] if "init" in card else now)
+    assert is_same == ("recipe_since" not in card), f"{then}, now {now}"
 
 
 @pytest.mark.parametrize(
