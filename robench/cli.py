@@ -19,7 +19,7 @@ from robench.cli_study import StudyOptions, run_study_file
 from robench.errors import Interrupted, RobenchError, UsageError
 from robench.files import as_place
 from robench.memory import keep_memory
-from robench.shell import join_words
+from robench.shell import find_command, join_words
 
 app = typer.Typer(
     name="robench",
@@ -75,7 +75,7 @@ def main() -> None:
         if text.startswith("Usage:"):  # the help, of a group of commands where none was named
             sys.stdout.write(f"{text}\n")
         else:
-            _say(f"robench: {_plain(text)} See 'robench --help'")
+            _say(f"robench: {_plain(text)} See '{find_command(error)} --help'")
         raise SystemExit(2) from None
     raise SystemExit(status if isinstance(status, int) else 0)
 
@@ -317,7 +317,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
     as_json: Json = False,
 ) -> None:
     """Train a defense and write its weights with a model card."""
-    from robench.command import TrainRequest, data_words, train_command
+    from robench.command import TrainRequest, data_words, train_command, trained_words
 
     request = TrainRequest(
         defense,
@@ -342,7 +342,7 @@ def train(  # noqa: PLR0913 - each parameter is an option of the command line
         return
     test = card["test"]
     again = ["robench", "run", "--defense", defense, "--dataset", dataset, "--weights", str(path), "--attack", "pgd"]
-    again += data_words(data_dir)
+    again += [*trained_words(card["options"]), *data_words(data_dir)]
     sys.stdout.write(
         f"clean accuracy {100 * test['clean_accuracy']:.1f} % [{100 * test['clean_low']:.1f}, "
         f"{100 * test['clean_high']:.1f}] on {test['images']} test images\nweights {path}\n"

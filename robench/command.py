@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from robench.result import Evaluation
 from robench.settings import Settings
 from robench.shell import join_words, quote_word
 from robench.store import RunStore
-from robench.threat import ThreatModel, parse_eps
+from robench.threat import ThreatModel, exact_eps, parse_eps
 from robench.train import TrainSettings
 from robench.train.named import TrainJob, train_named
 from robench.train.run import CHECKPOINT
@@ -93,6 +94,13 @@ class RunRequest:
 def data_words(data_dir: Path | None) -> list[str]:
     """The option that names the folder of the data, where one was given."""
     return [] if data_dir is None else ["--data-dir", str(data_dir)]
+
+
+def trained_words(options: Mapping[str, Any]) -> list[str]:
+    """The options that name the bound for which weights were trained, where those of their card tell it."""
+    norm, eps = str(options.get("train_norm", "linf")), options.get("train_eps")
+    words = ["--norm", norm] if norm != "linf" else []
+    return words if eps is None else [*words, "--eps", exact_eps(eps, norm)]
 
 
 def run_command(request: RunRequest) -> Evaluation:

@@ -55,7 +55,8 @@ class Defense(nn.Module):
         generative: True if it models the images too, so that it can draw or score them.
         num_classes: number of logits.
         input_shape: (channels, height, width).
-        gradient_modes: the differentiable paths that `adaptive_forward` offers, strongest first.
+        gradient_modes: the differentiable paths that `adaptive_forward` offers, the one expected to be strongest first.
+            A single attack takes that one; which is strongest a protocol finds out, which takes all.
         needs_weights: True if the class is useless untrained, so `load` insists on a weights file.
         training_options: options of the constructor that say how the weights were trained and change no answer of
             theirs; `load` refuses values that are not those of the weights' card.

@@ -155,7 +155,8 @@ def _unknown(kind: Kind, name: str) -> str:
     known, protocols = names(kind), list(PROTOCOLS) if kind == "attack" else []
     near = find_near(name, [*known, *protocols])
     beside = f"; protocols: {', '.join(protocols)}" if protocols else ""
-    return f"there is no {kind} \"{name}\"; {near}There are: {', '.join(known)}{beside}. See 'robench list {kind}s'"
+    have = f"{near}There" if near else "there"
+    return f"there is no {kind} \"{name}\"; {have} are: {', '.join(known)}{beside}. See 'robench list {kind}s'"
 
 
 def find_near(name: str, known: Iterable[str]) -> str:

@@ -19,3 +19,12 @@ def quote_word(word: str) -> str:
 def join_words(words: Iterable[str]) -> str:
     """A command of words."""
     return " ".join(map(quote_word, words))
+
+
+def find_command(error: Exception) -> str:
+    """The command in which the parser met an error, as it is typed: `robench leaderboard add`."""
+    context, words = getattr(error, "ctx", None), []
+    while context is not None and context.parent is not None:
+        words.append(context.info_name)
+        context = context.parent
+    return " ".join(["robench", *reversed(words)])

@@ -75,7 +75,7 @@ def _check_training(cls: type[Defense], asked: dict[str, Any], trained: dict[str
         if found is None:  # the constructor fills it in
             found = getattr(build(cls, trained), name, None)
         if asked[name] not in (found, "auto"):
-            how = f"with {name}={found}" if found is not None else f"without {name}"
+            how = f"with {name}={found}" if found is not None else f"with {name} left at its default"
             raise UsageError(
                 f'defense "{cls.name}": the weights {path.name} were trained {how}, not with {name}={asked[name]}. '
                 f"Leave {name} out, or train others and pass --weights FILE"

@@ -435,9 +435,18 @@ def test_error_of_a_real_process_is_one_line_too(place: Path) -> None:
     assert [*place.iterdir()] == []
 
 
-@pytest.mark.parametrize("command", [["rum"], ["run", "--attack"], ["verify"], ["leaderboard", "ad"]], ids=" ".join)
-def test_wrong_command_is_one_line(call: Call, command: list[str]) -> None:
-    assert_one_line(call(*command), "See 'robench --help'")
+@pytest.mark.parametrize(
+    ("command", "ask"),
+    [
+        ("rum", "robench"),
+        ("run --attack", "robench"),
+        ("verify", "robench verify"),
+        ("reproduce", "robench reproduce"),
+        ("leaderboard ad", "robench leaderboard"),
+    ],
+)
+def test_wrong_command_is_one_line_with_the_help_to_ask_for(call: Call, command: str, ask: str) -> None:
+    assert_one_line(call(*command.split()), f"See '{ask} --help'")
 
 
 # bad inputs: data

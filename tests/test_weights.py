@@ -167,7 +167,7 @@ def test_load_defense_takes_options_from_the_card_and_overrides_them(saved: Path
         ("convnet_at(width=16, train_eps=0.3)", "fashion_mnist", "with train_eps=0.1, not with train_eps=0.3"),
         ("fortified(train_eps=0.3)", "fashion_mnist", "with train_eps=0.1, not with train_eps=0.3"),
         ("fortified(augment=True)", "mnist", "with augment=False, not with augment=True"),
-        ("shortrun(sigma=0.5)", "fashion_mnist", "without sigma, not with sigma=0.5"),
+        ("shortrun(sigma=0.5)", "fashion_mnist", "with sigma left at its default, not with sigma=0.5"),
     ],
 )
 def test_options_do_not_claim_another_training_than_the_card(spec: str, dataset: str, told: str) -> None:

@@ -56,14 +56,15 @@ class Fortified(FortifiedDefense):
     `forward`. Cost of a forward: 8.7 M multiply-adds at 1x28x28; the autoencoder adds 0.07 M.
 
     Departures: squared errors are means over features, and the weights 2 are those of the released code for the mean
-    (the paper gives none); the net is trained with PGD by default, since with one-step images, as in the paper, it
-    learns to mask its gradient (`train_attack="fgsm"`); no label smoothing. One layer is fortified by default, the
+    (the paper gives none); the net is trained with PGD by default: with one-step images, as in the paper
+    (`train_attack="fgsm"`), it may overfit to one step; ours did not
+    (docs/decisions/0007-fortified-at-equal-training.md); no label smoothing. One layer is fortified by default, the
     last hidden one, as in all nets of the released code; `layers=()` is the same net without any, for comparison.
     """
 
     name = "fortified"
     needs_weights = True
-    how_to_choose = "by --defense 'fortified(train_attack=fgsm)'"
+    how_to_choose = "--defense 'fortified(train_attack={})'"
     training_options = tuple(option.name for option in fields(Training))
 
     def __init__(  # noqa: PLR0913 - the hyperparameters of the paper

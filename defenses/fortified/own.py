@@ -74,7 +74,7 @@ class FortifiedDefense(Defense):
     Attributes:
         net: the fortified module.
         train_attack: as in `Training`, and so are the six after it.
-        how_to_choose: how a user names another training attack; part of an error.
+        how_to_choose: how a user names another training attack, {}; part of an error.
     """
 
     net: FortifiedModule
@@ -89,7 +89,7 @@ class FortifiedDefense(Defense):
         "pgd": "adversarial images by PGD of train_steps steps",
         "fgsm": "by FGSM, as in the paper; --defense 'fortified(train_attack=fgsm)' brings it",
     }
-    how_to_choose = 'by fortify(..., training=Training(train_attack="fgsm"))'
+    how_to_choose = 'fortify(..., training=Training(train_attack="{}"))'
 
     def train_by(self, training: Training) -> None:
         """Takes the options of training, each under its own name."""
@@ -130,12 +130,14 @@ class FortifiedDefense(Defense):
         Raises:
             UsageError: another name.
         """
+        from robench.train.recipe import check_recipe
+
         from .train import FortifiedRecipe
 
-        if name not in (None, self.train_attack):
+        if name is not None and check_recipe("fortified", self.recipes, name) != self.train_attack:
             raise UsageError(
                 f'fortified: the recipe follows the option train_attack, here "{self.train_attack}"; got "{name}". '
-                f"Choose among {', '.join(get_args(TrainAttack))} {self.how_to_choose}"
+                f"Choose it by {self.how_to_choose.format(name)}"
             )
         return FortifiedRecipe(self)
 

@@ -121,7 +121,7 @@ class FortifiedRecipe(WatchedRecipe):
     def check(self, stage: Stage, x: Images, y: Labels) -> tuple[dict[str, float], bool]:
         """Accuracy after one step and after twenty: whether the net has overfitted to its attack, or lost what it had.
 
-        Training with `fgsm` goes on however little twenty steps leave: the breakage is what it is there to show.
+        Training with `fgsm` goes on however little twenty steps leave: whether it breaks is what it is there to show.
         What it must not lose is its accuracy on clean images.
         """
         del stage

@@ -115,7 +115,8 @@ class ShortRun(Defense):
         Args:
             channels: image channels (1 or 3).
             preset: `repaired` or `paper_literal`.
-            sigma: standard deviation of the observation noise that the model starts from; weights override it.
+            sigma: standard deviation of the observation noise that the model starts from; weights bring
+                their own, so that a number is taken before training alone.
                 `auto`: training fits it to its images (`auto_sigma`), and until then it is 1.216, which is the fit to
                 Fashion-MNIST. None takes `auto` for `repaired` and 6.4 for `paper_literal`.
             n_chains: chains per image in `forward`.

@@ -40,12 +40,13 @@ class ShortRunRecipe(Recipe):
     after 75 % of the classification stages), but neither batch size nor iterations. Here the rates are higher because
     the training is short; on held-out images batches of 32 did better than twice the images in half the updates.
 
-    Departures: stages 2 and 3 take Adam. A first part of stage 3 differentiates the last steps of the chain only
-    (`depth`): the gradient through 5 of 20 steps has a cosine of 0.94 with the whole one at half the cost, while that
-    of the same batch under other noise has 0.1. Stage 3 also learns sigma, the weight of the data term, down to a floor
-    that rises where the chain becomes unstable, and holds the generator to its reconstructions (`reconstruction`).
-    Chains in training are swept in bfloat16 where the device has it, which moves a gradient by 0.6 %; codes, losses and
-    weights stay in float32.
+    Departures: stages 2 and 3 take Adam, and stage 3 is flat in its first part and a cosine from the start in its
+    second, not flat for 75 %. A first part of stage 3 differentiates the last steps of the chain only (`depth`): the
+    gradient through 5 of 20 steps has a cosine of 0.94 with the whole one at half the cost, while that of the same
+    batch under other noise has 0.1. Stage 3 also learns sigma, the weight of the data term, down to a floor that rises
+    where the chain becomes unstable, and holds the generator to its reconstructions (`reconstruction`). Chains in
+    training are swept in bfloat16 where the device has it, which moves a gradient by 0.6 %; codes, losses and weights
+    stay in float32.
     """
 
     def __init__(

@@ -101,6 +101,7 @@ def customary_bound(cls: type[Defense], dataset: str, written: dict[str, Any]) -
     if written.get("train_eps") is not None:
         return {}
     norm = str(written.get("train_norm", "linf"))
+    build(cls, {"train_norm": norm} if "train_norm" in written else {})  # a norm that it does not train in is refused
     try:
         return {"train_eps": parse_eps(default_eps(dataset, norm))}
     except UsageError:
