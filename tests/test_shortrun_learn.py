@@ -19,6 +19,7 @@ from robench.defenses.shortrun import model as model_module
 from robench.defenses.shortrun import train as train_module
 from robench.defenses.shortrun.figures import reconstruct
 from robench.defenses.shortrun.train import ShortRunRecipe, make_recipe
+from robench.precision import training_precision
 from robench.rng import seeded
 from robench.train import Recipe, Stage, TrainSettings, train
 from robench.train.run import Run
@@ -125,6 +126,36 @@ def test_only_training_sweeps_in_bfloat16_and_only_where_the_device_has_it(
 
 
 # the recipe
+
+
+def test_stages_1_and_2_take_the_code_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """|x - g(z)|^2 / (2 sigma^2), and -log softmax of the classifier on z from the code that the seed gives."""
+    monkeypatch.setattr(train_module, "mixes_precision", lambda _device: False)
+    model, x, y = make_model(torch.float32), draw_images(3, dtype=torch.float32), torch.tensor([1, 2, 3])
+    recipe = make_recipe(model, None)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with seeded("stage 1"), training_precision("float32"):
+        first = recipe.reconstruction_loss(x, y)
+    with seeded("stage 1"):
+        second = recipe.label_loss(x, y)
+    with seeded("stage 1"), torch.no_grad():
+        codes = model.infer(x)
+        misfit = sum(
+            float((model.generate(code[None])[0] - (2 * one - 1)).square().sum())
+            for code, one in zip(codes, x, strict=True)
+        )
+        shares = model.classifier(codes).exp()
+        shares = shares / shares.sum(1, keepdim=True)
+    assert first.item() == pytest.approx(misfit / 3 / (2 * 0.4**2), rel=1e-4)
+    assert second.item() == pytest.approx(-float(shares[range(3), y].log().mean()), rel=1e-4)
+    first.backward()
+    assert all(parameter.grad is None for parameter in model.classifier.parameters())
+    assert all(parameter.grad is not None for parameter in model.generator.parameters())
+    model.zero_grad(set_to_none=True)
+    second.backward()
+    assert all(parameter.grad is not None for parameter in model.classifier.parameters())
+    assert all(parameter.grad is None for parameter in model.generator.parameters()), "the chain is not differentiated"
 
 
 def test_stage_3_adds_the_misfit_of_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
