@@ -54,6 +54,7 @@ OURS_AGAINST: Final = (
     ("mnist", "fashion_mnist"),
     ("mnist", "interpolation"),
     ("cifar10", "mnist"),
+    ("cifar10", "fashion_mnist"),
 )
 """Pairs that the slides do not have: inside, outside."""
 
