@@ -30,7 +30,7 @@ from torch import Tensor
 import robench
 from robench import DataError, Defense, UsageError, load_defense
 from robench.cli import main
-from robench.command import TrainRequest, train_command
+from robench.command import TrainRequest, train_command, trained_words
 from robench.data import Dataset, load_dataset
 from robench.defense import weights_digest
 from robench.defenses.convnet import ConvNet
@@ -440,6 +440,17 @@ def test_folder_that_cannot_be_made(job: TrainJob, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"^cannot make the folder .*file/run: Not a directory\. .*$"):
         train_named(dataclasses.replace(job, folder=tmp_path / "file" / "run"))
+
+
+def test_the_next_command_attacks_within_the_bound_of_the_training(
+    data_dir: Path, place: Path, command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained_words({"channels": 1}) == []
+    assert trained_words({"train_eps": 8 / 255}) == ["--eps", "8/255"]
+    words = ["--recipe", "pgd2", "--scale", "0.001"]
+    defense = "convnet_at(width=8, train_norm='l2')"
+    assert command(train_words(data_dir, str(place / "l2"), *words, defense=defense)) == 0
+    assert " --attack pgd --norm l2 --eps 1.5 --data-dir " in capsys.readouterr().out
 
 
 def test_training_that_diverges(images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
