@@ -193,6 +193,19 @@ def test_gradient_is_autograds_in_float32_over_the_whole_chain(preset: str) -> N
     assert relative(grad, expected) < 1e-5
 
 
+@pytest.mark.parametrize("depth", [None, 1])
+def test_recomputed_gradient_is_the_kept_one_in_bfloat16(depth: int | None) -> None:
+    """As under `--precision bfloat16`; the way back runs outside autocast."""
+    x, found = draw_images(3, dtype=torch.float32), {}
+    for recompute in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _, found[recompute] = code_and_gradient(make_model(torch.float32, recompute=recompute), x, depth=depth)
+    _, exact = code_and_gradient(make_model(torch.float32), x, depth=depth)
+    assert relative(found[True], found[False]) < 1e-6
+    for grad in found.values():
+        assert torch.nn.functional.cosine_similarity(grad.flatten(), exact.flatten(), dim=0) > 0.999
+
+
 def test_curvature_matters_here() -> None:
     """Without f'' the gradient is that of Gauss and Newton: the comparisons above would catch its loss."""
     model, x = make_model(), draw_images(2)

@@ -345,10 +345,11 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, target: Tensor, z: Tensor, chain: Chain, depth: int, recompute: bool) -> Tensor:
         """Runs the chain; keeps of each differentiated step its records, or the code alone."""
+        aim = target.to(chain.sweeps.dtype)
         kept: list[Tensor] = []
         for index in range(chain.steps):
             inside = index >= chain.steps - depth
-            pull, records = chain.sweeps.pull(z, target, record=inside and not recompute)
+            pull, records = chain.sweeps.pull(z, aim, record=inside and not recompute)
             if inside:
                 kept += [z] if recompute else [part for record in records for part in record]
             z = chain.move(z, pull)
@@ -363,11 +364,11 @@ class _Differentiated(torch.autograd.Function):
         target, *kept = ctx.saved_tensors
         chain: Chain = ctx.chain
         sweeps, size = chain.sweeps, len(kept) // ctx.depth
-        total = torch.zeros_like(target)
+        aim, total = target.to(sweeps.dtype), torch.zeros_like(target)
         for index in reversed(range(ctx.depth)):
             part = kept[index * size : (index + 1) * size]
             if ctx.recompute:
-                _, records = sweeps.pull(part[0], target, record=True)
+                _, records = sweeps.pull(part[0], aim, record=True)
             else:
                 records = [Record(*pair) for pair in zip(part[::2], part[1::2], strict=True)]
             image, tangents = sweeps.push(a, records)
