@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,19 @@ def test_check_sees_a_fall_and_densities_that_run_apart(
     monkeypatch.setattr(recipe, "measure", lambda _x, _y: figures)
     stage = recipe.stages()[1]
     assert recipe.check(stage, torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.int64)) == (figures, well)
+
+
+def test_a_classifier_may_have_logits_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log p(x) has an arbitrary offset, and no samples to be compared with."""
+    recipe = make_recipe("classifier")
+    x, y = torch.zeros(2, 1, 28, 28), torch.tensor([3, 3])
+    with torch.no_grad():
+        list(recipe.defense.parameters())[-1].add_(1000.0)
+        figures, well = recipe.check(recipe.stages()[-1], x, y)
+    assert figures["log_px_images"] > 900
+    assert well
+    monkeypatch.setattr(recipe, "measure", lambda _x, _y: {**figures, "log_px_images": math.nan})
+    assert not recipe.check(recipe.stages()[-1], x, y)[1]
 
 
 def test_training_recovers_from_a_planted_divergence(
