@@ -215,6 +215,12 @@ def test_fortify_replaces_a_layer_by_its_reconstruction() -> None:
     assert not torch.allclose(net(x), trace.output)  # the module itself is as it was: no hook stays
 
 
+@pytest.mark.parametrize("channels", [0, -3])
+def test_fortify_takes_a_positive_number_of_channels(channels: int) -> None:
+    with pytest.raises(UsageError, match=rf"^fortify: conv_hidden must be at least 1; got {channels}$"):
+        fortify(make_own(), ["stem"], input_shape=(3, 8, 8), conv_hidden=channels)
+
+
 def test_fortify_on_any_module() -> None:
     own = make_own()
     before = copy.deepcopy(own.state_dict())

@@ -164,9 +164,11 @@ def fortify(  # noqa: PLR0913 - the hyperparameters of the paper
 
     Raises:
         UsageError: there is no such layer, it is named twice, it is not run, its calls put out different shapes or no
-            tensor of 2 to 4 axes; no input_shape, or one that the module does not take.
+            tensor of 2 to 4 axes; no input_shape, or one that the module does not take; an option out of range.
     """
     _check_layers(module, layers)
+    if conv_hidden is not None and conv_hidden < 1:
+        raise UsageError(f"fortify: conv_hidden must be at least 1; got {conv_hidden}")
     if input_shape is None:
         if not isinstance(module, Defense):
             raise UsageError(
@@ -184,7 +186,7 @@ def fortify(  # noqa: PLR0913 - the hyperparameters of the paper
         elif shape[2:] == (1, 1):
             daes.append(PooledDAE(shape[1], hidden, noise, activation))
         else:
-            daes.append(ConvDAE(shape[1], conv_hidden or shape[1], noise, activation))
+            daes.append(ConvDAE(shape[1], shape[1] if conv_hidden is None else conv_hidden, noise, activation))
         daes[-1].to(device=like.device, dtype=like.dtype)
     return FortifiedModule(module, layers, daes, training)
 
