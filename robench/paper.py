@@ -55,6 +55,15 @@ class Context:
     folder: Path
     weights: Path | None = None
 
+    def check_images(self, least: int = 2) -> None:
+        """Checks that there are images enough for an interval.
+
+        Raises:
+            UsageError: there are not.
+        """
+        if self.n < least:
+            raise UsageError(f"takes at least {least} images; got {self.n}")
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from robench import load_data
+from robench import UsageError, load_data
 from robench.attack import Attack
 from robench.defense import Defense
 from robench.defenses.jem import JEM, paper
+from robench.defenses.shortrun.paper import measure_mse
 from robench.detection import auroc, expected_calibration_error
 from robench.outliers import make_outliers
-from robench.paper import Cell, Context
+from robench.paper import Cell, Context, Figure
 from robench.registry import load_attack, parse_spec
 from robench.reproduce import load_tables
 from robench.rng import seeded
@@ -119,6 +122,20 @@ def test_calibration_is_that_of_the_answers_in_percent(context: Context, untrain
     assert found.value == pytest.approx(expected, abs=1e-3)
     assert found.low <= found.value <= found.high
     assert found.n == 60
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        paper.measure_calibration("jem", "fashion_mnist"),
+        paper.measure_auroc("fashion_mnist", "interpolation", "log_px"),
+        measure_mse("fashion_mnist"),
+    ],
+    ids=["calibration", "auroc", "mse"],
+)
+def test_one_image_has_no_interval(measure: Callable[[Context], Figure], context: Context) -> None:
+    with pytest.raises(UsageError, match=r"^takes at least 2 images; got 1$"):
+        measure(dataclasses.replace(context, n=1))
 
 
 @pytest.mark.parametrize("data", paper.NOT_READ)

@@ -393,6 +393,22 @@ def test_three_bounds_are_drawn_as_a_curve(tmp_path: Path) -> None:
     assert (TOY, "fgsm", "row of fgsm") not in _panels(missing, "standard")["fashion_mnist", "linf"]
 
 
+def test_tables_of_a_call_with_other_words_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outcomes = [Outcome(cell, Figure(50, 40, 60, 10)) for cell in CURVES]
+    first = request(tmp_path)
+    finish_outcomes(outcomes[:2], first)
+    before = [(tmp_path / name).read_bytes() for name in ("tables.csv", "tables.md")]
+    finish_outcomes(outcomes[:1], first)
+    assert sorted(path.name for path in tmp_path.glob("*.md")) == ["tables.md"]
+    finish_outcomes(outcomes[:2], first)
+    for number, row in enumerate(("a", "b"), start=1):
+        finish_outcomes(outcomes[:1], dataclasses.replace(first, rows=(row,)))
+        assert f"tables-{number}.md" in caplog.text
+    assert [(tmp_path / name).read_bytes() for name in ("tables-1.csv", "tables-1.md")] == before
+    assert "--row b" in (tmp_path / "tables.md").read_text()
+    assert "--row a" in (tmp_path / "tables-2.md").read_text()
+
+
 def test_without_matplotlib_tables_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

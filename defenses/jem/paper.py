@@ -73,6 +73,7 @@ def measure_auroc(inside: str, outside: str, kind: str) -> Callable[[Context], F
     """
 
     def measure(context: Context) -> Figure:
+        context.check_images()
         model = load_defense(_scored_by(kind), inside).to(context.device)
 
         def score(rows: Images) -> PerExample:
@@ -100,6 +101,7 @@ def measure_calibration(name: str, dataset: str) -> Callable[[Context], Figure]:
     """Expected calibration error in percent, 15 bins, of a defense's test probabilities, as a measurement."""
 
     def measure(context: Context) -> Figure:
+        context.check_images()
         model: Defense = load_defense(name, dataset).to(context.device)
         x, y = load_data(dataset, "test", context.n, context.seed, context.data_dir)
         with torch.no_grad(), seeded(context.seed, "calibration", device=context.device):

@@ -63,6 +63,7 @@ def measure_mse(dataset: str) -> Callable[[Context], Figure]:
     """
 
     def measure(context: Context) -> Figure:
+        context.check_images()
         options = {} if context.weights is None else {"weights": context.weights}
         model = cast("ShortRun", load_defense("shortrun", dataset, **options)).to(context.device)
         data = load_dataset(dataset, "test", n=context.n, seed=context.seed, data_dir=context.data_dir)

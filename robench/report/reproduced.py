@@ -8,6 +8,7 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -70,14 +71,26 @@ def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
 def write_outcomes(
     outcomes: Sequence[Outcome], request: ReproduceRequest, pictures: Mapping[str, str] | None = None
 ) -> None:
-    """Writes `OUTPUTS` into the request's folder.
+    """Writes `OUTPUTS` into the request's folder; those of a call with other words are renamed.
 
     Both may be published: where the data lie on this machine is left out.
     """
+    page = request.folder / OUTPUTS[1]
+    if page.exists() and f"`{_command(request)}`" not in page.read_text(encoding="utf-8"):
+        _set_aside(request.folder)
     root = find_data_root(request.data_dir)
     texts = (as_csv(outcomes, request.protocol), as_page(outcomes, request, pictures))
     for name, text in zip(OUTPUTS, texts, strict=True):
         write_atomic(request.folder / name, (text.replace(f"{root}/", "") if root else text).encode())
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames `OUTPUTS` to the first of tables-1, tables-2, ... that is free."""
+    number = next(k for k in itertools.count(1) if not any(folder.glob(f"tables-{k}.*")))
+    for name in OUTPUTS:
+        if (folder / name).exists():
+            (folder / name).rename(folder / name.replace("tables", f"tables-{number}"))
+    LOG.warning("the tables of an earlier call, of other words, are %s now", folder / f"tables-{number}.md")
 
 
 def finish_outcomes(outcomes: Sequence[Outcome], request: ReproduceRequest) -> list[str]:
