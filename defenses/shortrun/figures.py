@@ -69,9 +69,18 @@ def misfit(model: ShortRun, x: Images, codes: Tensor) -> Tensor:
     return (model.generate(codes) - model.target(x)).square().flatten(1).sum(1)
 
 
+def total_variance(model: ShortRun, x: Images) -> Tensor:
+    """The squared distances of the images from their mean, summed, in the model's scale; a scalar."""
+    target = model.target(x)
+    return (target - target.mean(0)).square().sum()
+
+
 @torch.no_grad()
 def measure_chains(model: ShortRun, x: Images, y: Labels, chains: int = CHAINS) -> dict[str, float]:
-    """Accuracy by number of chains and aggregate, R2 of the chain's reconstruction, and the chains' agreement (ICC)."""
+    """Accuracy by number of chains and aggregate, R2 of the chain's reconstruction, and the chains' agreement (ICC).
+
+    One image has neither R2 nor ICC, which compare images.
+    """
     codes = torch.stack([model.infer(x) for _ in range(chains)])  # chains b 200
     logits = model.classifier(codes)
     votes = nn.functional.one_hot(logits.argmax(-1), model.num_classes).sum(0)
@@ -80,13 +89,14 @@ def measure_chains(model: ShortRun, x: Images, y: Labels, chains: int = CHAINS) 
         f"accuracy_{chains}_chains_mean_z": model.classifier(codes.mean(0)),
         f"accuracy_{chains}_chains_vote": votes,
     }
-    target = model.target(x)
-    spread = (target - target.mean(0)).square().sum()
+    compared = {}
+    if len(x) > 1:
+        left = misfit(model, x, codes[0]).sum() / total_variance(model, x)
+        compared = {"reconstruction_r2": round(1 - left.item(), 4), "chain_icc": round(chain_icc(codes), 4)}
     return {
         "accuracy_1_chain": round((logits.argmax(-1) == y).float().mean().item(), 4),
         **{name: round((answer.argmax(-1) == y).float().mean().item(), 4) for name, answer in answers.items()},
-        "reconstruction_r2": round(1 - (misfit(model, x, codes[0]).sum() / spread).item(), 4),
-        "chain_icc": round(chain_icc(codes), 4),
+        **compared,
         "sigma": round(model.log_sigma.exp().item(), 4),
     }
 
@@ -94,12 +104,11 @@ def measure_chains(model: ShortRun, x: Images, y: Labels, chains: int = CHAINS) 
 @torch.no_grad()
 def diagnose(model: ShortRun, x: Images, y: Labels) -> Mapping[str, float]:
     """The figures of `measure_chains`, and R2 and MSE of the thesis's reconstruction (scale [-1, 1])."""
-    summed = misfit(model, x, reconstruct(model, x)).mean().item()
-    target = model.target(x)
-    spread = (target - target.mean(0)).square().flatten(1).sum(1).mean().item()
+    left = misfit(model, x, reconstruct(model, x))
+    summed = left.mean().item()
     return {
         **measure_chains(model, x, y),
-        "descent_r2": round(1 - summed / spread, 4),
+        **({"descent_r2": round(1 - (left.sum() / total_variance(model, x)).item(), 4)} if len(x) > 1 else {}),
         "descent_mse_summed": round(summed, 3),
-        "descent_mse_per_pixel": round(summed / target[0].numel(), 5),
+        "descent_mse_per_pixel": round(summed / model.target(x[:1]).numel(), 5),
     }
