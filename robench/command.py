@@ -30,7 +30,7 @@ from robench.shell import join_words, quote_word
 from robench.store import RunStore
 from robench.threat import ThreatModel, exact_eps, parse_eps
 from robench.train import TrainSettings
-from robench.train.named import TrainJob, train_named
+from robench.train.named import TrainJob, find_trained, train_named
 from robench.train.run import CHECKPOINT
 
 LOG = logging.getLogger("robench")
@@ -311,10 +311,12 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
     """Trains as the command line asks for it; returns the weights file and its card.
 
     Raises:
-        RobenchError: see `train_named`.
+        RobenchError: see `train_named`; or, without `resume`, the folder holds a training already.
         Interrupted: the message names the command that resumes.
     """
     folder = request.out or Path("runs") / "train" / _train_folder(request)
+    if not request.resume and ((folder / CHECKPOINT).exists() or find_trained(folder, request.dataset)):
+        raise UsageError(f"{folder} holds a training already. Go on with it by --resume, or choose another --out")
     settings = TrainSettings(
         seed=request.seed,
         scale=request.scale,

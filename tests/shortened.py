@@ -62,6 +62,9 @@ class Shortened(Recipe):
     def prepare(self, x: Tensor) -> None:
         self.inner.prepare(x)
 
+    def begin(self) -> None:
+        self.inner.begin()
+
     def stages(self) -> list[Stage]:
         return [
             dataclasses.replace(

@@ -23,6 +23,7 @@ from robench.precision import training_precision
 from robench.rng import seeded
 from robench.train import Recipe, Stage, TrainSettings, train
 from robench.train.run import Run
+from robench.weights import save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,6 +326,9 @@ class Watched(Recipe):
         self.fitted = set(x[:, 0, 0, 0].tolist())
         self.inner.prepare(x)
 
+    def begin(self) -> None:
+        self.inner.begin()
+
     def measure(self, x: Tensor, y: Tensor) -> dict[str, float]:
         return {"images": float(len(x) + len(y))}
 
@@ -359,6 +363,37 @@ def test_each_stage_sees_its_own_images_alone_and_only_the_labelled_ones_are_dra
     others = watch((y + 1) * (torch.arange(120) % 2) % 10, 0)
     assert {number for number, _ in others.seen["generative"]} == unlabelled  # whatever the labels
     assert {number for number, _ in watch(y, 1).seen["generative"]} != unlabelled
+
+
+def start_from_weights(folder: Path, *, sigma: float, option: float | str = "auto") -> Watched:
+    """One iteration of the last stage on 60 images, from the same weights but for their sigma."""
+    x, y = load_data("fashion_mnist", n=60)
+    x = x.clone()
+    x[:, 0, 0, 0] = torch.arange(60) / 60
+    data = Dataset("few", "train", x, y, torch.arange(60), tuple("0123456789"), digest_data(x, y))
+    model = make_model(torch.float32, steps=1, sigma="auto")
+    with torch.no_grad():
+        model.log_sigma.fill_(math.log(sigma))
+    save_weights(model, folder / "given.safetensors", {"defense": "shortrun"})
+    recipe = Watched(make_recipe(make_model(torch.float32, steps=1, sigma=option), "thesis(labelled=20)"), iterations=1)
+    settings = TrainSettings(holdout=10, init=folder / "given.safetensors", first_stage="bptt")
+    train(recipe.inner.defense, recipe, data, folder / "run", settings)
+    return recipe
+
+
+@pytest.mark.parametrize("sigma", [0.3, 3.0])
+def test_training_goes_on_with_the_sigma_of_the_weights(tmp_path: Path, sigma: float) -> None:
+    """It is below or above the floor that the images alone would give, and is moved by no more than a step."""
+    recipe = start_from_weights(tmp_path, sigma=sigma)
+    assert recipe.inner.defense.log_sigma.exp().item() == pytest.approx(sigma, rel=0.01)
+    assert recipe.inner.facts()["sigma_start"] == pytest.approx(sigma, rel=1e-3)
+    assert recipe.inner.floor <= 1.001 * sigma
+    assert len(recipe.fitted) == 20  # those of the first stage that is run
+
+
+def test_a_sigma_that_the_weights_do_not_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^shortrun: the weights of --init have sigma 0\.9, not 3\. Leave sigma out$"):
+        start_from_weights(tmp_path, sigma=0.9, option=3.0)
 
 
 def test_more_labels_than_images_is_one_line_before_the_first_stage(tmp_path: Path) -> None:
@@ -456,6 +491,14 @@ def test_pictures_are_rows_of_images() -> None:
     for row in rows.values():
         assert row.shape == x.shape
         assert bool((row >= 0).all() and (row <= 1).all())
+
+
+def test_diagnostics_of_one_image_have_no_figure_that_compares_images() -> None:
+    x, y = load_data("fashion_mnist", n=1)
+    figures = make_model(torch.float32, steps=1).freeze().diagnostics(x, y)
+    assert not {"descent_r2", "reconstruction_r2", "chain_icc"} & set(figures)
+    assert {"descent_mse_summed", "accuracy_1_chain", "sigma"} < set(figures)
+    assert all(math.isfinite(value) for value in figures.values())
 
 
 def test_diagnostics_are_those_of_a_known_generator(monkeypatch: pytest.MonkeyPatch) -> None:

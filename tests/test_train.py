@@ -357,6 +357,25 @@ def test_each_training_has_a_default_folder_of_its_own(monkeypatch: pytest.Monke
     assert len(set(folders)) == len(folders)
 
 
+def test_a_training_is_not_written_over(
+    data_dir: Path, place: Path, command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--recipe", "pgd2", "--scale", "0.001"]
+    again = train_words(data_dir, str(place / "kept"), *words, defense="convnet_at(width=8)")
+    assert command(again) == 0
+    files = {path: path.read_bytes() for path in (place / "kept").iterdir()}
+    capsys.readouterr()
+    for gone in ("*.safetensors", "checkpoint.pt"):  # either is a reason
+        other = shutil.copytree(place / "kept", place / f"without-{gone[2:]}")
+        for path in other.glob(gone):
+            path.unlink()
+        assert command(train_words(data_dir, str(other), *words, defense="convnet_at(width=8)")) == 2
+        assert "holds a training already. Go on with it by --resume" in capsys.readouterr().err
+    assert command([*again, "--seed", "5"]) == 2
+    assert files == {path: path.read_bytes() for path in (place / "kept").iterdir()}
+    assert command([*again, "--resume"]) == 0
+
+
 # what is refused
 
 
@@ -377,6 +396,20 @@ def test_checkpoint_of_another_run(trained: TrainJob, settings: dict[str, Any]) 
     other = dataclasses.replace(trained, settings=dataclasses.replace(trained.settings, **settings))
     with pytest.raises(UsageError, match=r"^checkpoint .*checkpoint\.pt is of another run: .* Choose another --out.*$"):
         train_named(other, resume=True)
+
+
+def test_only_what_differs_is_told(trained: TrainJob) -> None:
+    other = dataclasses.replace(trained, settings=dataclasses.replace(trained.settings, scale=0.03))
+    with pytest.raises(UsageError, match=r"is of another run: scale: expected 0\.03, got 0\.02\. Choose another --out"):
+        train_named(other, resume=True)
+
+
+def test_checkpoint_of_an_earlier_version(trained: TrainJob) -> None:
+    path = trained.folder / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "identity": "toy default fashion_mnist 0123 {'seed': 0}"}, path)
+    with pytest.raises(UsageError, match=r"is of another run: an earlier version of robench wrote it\. Choose"):
+        train_named(trained, resume=True)
 
 
 def test_checkpoint_of_another_preset(images: Dataset, tmp_path: Path) -> None:

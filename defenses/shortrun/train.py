@@ -18,7 +18,7 @@ from robench.precision import mixes_precision
 from robench.train.recipe import Recipe, Stage, autocast, parse_recipe, ranger
 from robench.types import Images, Labels
 
-from .figures import measure_chains, misfit
+from .figures import measure_chains, misfit, total_variance
 from .model import auto_sigma
 
 if TYPE_CHECKING:
@@ -98,6 +98,19 @@ class ShortRunRecipe(Recipe):
                 self.defense.log_sigma.fill_(math.log(auto_sigma(parts, self.defense.step_size)))
         self.sigma_start = self.defense.log_sigma.exp().item()
         self.floor = LEAST_SIGMA * self.sigma_start
+
+    def begin(self) -> None:
+        """Takes up the sigma of weights that training starts from; a floor above it would move it at the first step.
+
+        Raises:
+            UsageError: the model was given another as a number.
+        """
+        sigma = self.defense.log_sigma.exp().item()
+        if not self.defense.fits_sigma and not math.isclose(sigma, self.sigma_start, rel_tol=0.01):
+            raise UsageError(
+                f"shortrun: the weights of --init have sigma {sigma:.4g}, not {self.sigma_start:.4g}. Leave sigma out"
+            )
+        self.sigma_start, self.floor = sigma, min(self.floor, sigma)
 
     def stages(self) -> list[Stage]:
         """The thesis's three stages."""
@@ -183,11 +196,10 @@ class ShortRunRecipe(Recipe):
         """Cross-entropy and R2 of one chain on held-out images."""
         del stage
         x, y = x[:CHECKED], y[:CHECKED]
-        target = self.defense.target(x)
         with torch.no_grad():
             codes = self.defense.infer(x)
             loss = nn.functional.cross_entropy(self.defense.classifier(codes), y).item()
-            left = misfit(self.defense, x, codes).sum() / (target - target.mean(0)).square().sum()
+            left = misfit(self.defense, x, codes).sum() / total_variance(self.defense, x)
         return {"cross_entropy": loss, "reconstruction_r2": 1 - left.item()}
 
     def roll_back(self, stage: Stage) -> None:

@@ -81,9 +81,11 @@ def train(
     except OSError as error:
         raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Choose another --out") from None
     defense.to(settings.device)
-    recipe.prepare(run.first_images())
+    first = _first_stage(recipe, settings.first_stage)
+    recipe.prepare(run.images_of(recipe.stages()[first]))
     if settings.init is not None:  # after `prepare`: constants fitted to the images are part of the weights
         load_weights(defense, settings.init)
+    recipe.begin()
     if run.split.seen_before:
         LOG.warning(
             f"{settings.init} may have been trained on what is held out now: its card does not tell what was, or that "
@@ -96,7 +98,7 @@ def train(
         open_log(folder, settings.tensorboard) as log,
     ):
         optimizer_state = run.load() if resume else None
-        stages = recipe.stages()[_first_stage(recipe, settings.first_stage) :]
+        stages = recipe.stages()[first:]
         run.check_demands(stages)
         for index in range(run.state.stage, len(stages)):
             _train_stage(run, stages[index], optimizer_state, log)

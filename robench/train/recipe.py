@@ -142,7 +142,10 @@ class Recipe:
     rate_share: float = 1.0
 
     def prepare(self, x: Images) -> None:
-        """Fits constants to the images of the first stage before it begins (Short Run: sigma). Default: nothing."""
+        """Fits constants to the images of the first stage that is run (Short Run: sigma). Default: nothing."""
+
+    def begin(self) -> None:
+        """Takes up what `prepare` and weights to start from (`--init`) left in the model; default: nothing."""
 
     def stages(self) -> list[Stage]:
         """The stages in order; asked for before `prepare` too, as the first tells which images that is given."""

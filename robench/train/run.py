@@ -122,7 +122,12 @@ class Run:
         told = {name: value for name, value in asdict(settings).items() if name not in ("tensorboard", "lr_scale")}
         told |= {"lr_scale": settings.lr_scale} if settings.lr_scale != 1 else {}
         told |= {"precision": self.precision, "split": (self.split.seed, len(self.split.held))}
-        self.identity = f"{defense.name} {recipe.name} {data.name} {data.digest[:16]} {told}{variant}"
+        told |= {
+            "defense": f"{defense.name}{variant}",
+            "recipe": recipe.name,
+            "data": f"{data.name} {data.digest[:16]}",
+        }
+        self.identity = {name: str(value) for name, value in told.items()}
         held, kept = self.split.held, self.split.kept
         self.x, self.y = data.x[kept], data.y[kept]
         self.x_held, self.y_held = data.x[held].to(settings.device), data.y[held].to(settings.device)
@@ -251,7 +256,7 @@ class Run:
             raise DataError(f"checkpoint {self.path} is damaged: it is no checkpoint. Delete it to start over")
         if content["identity"] != self.identity:
             raise UsageError(
-                f'checkpoint {self.path} is of another run: expected "{self.identity}", got "{content["identity"]}". '
+                f"checkpoint {self.path} is of another run: {self._tell_apart(content['identity'])}. "
                 "Choose another --out, or delete the file to start over"
             )
         self.state = Position(**content["state"])
@@ -259,6 +264,13 @@ class Run:
         self.defense.load_state_dict(content["weights"])
         self.recipe.load_state(content["recipe"])
         return content["optimizer"]
+
+    def _tell_apart(self, other: object) -> str:
+        """What a checkpoint's identity has that is not this run's."""
+        if not isinstance(other, dict):
+            return "an earlier version of robench wrote it"
+        names = [name for name in {**self.identity, **other} if self.identity.get(name) != other.get(name)]
+        return "; ".join(f"{name}: expected {self.identity.get(name)}, got {other.get(name)}" for name in names)
 
     def check_demands(self, stages: Sequence[Stage]) -> None:
         """Checks that there are as many training images as each stage takes.
@@ -282,15 +294,14 @@ class Run:
         rows = order[position * stage.batch_size : (position + 1) * stage.batch_size]
         return self.x[rows].to(self.settings.device), self.y[rows].to(self.settings.device)
 
-    def first_images(self) -> Images:
-        """The images that the first stage may see, which `Recipe.prepare` is given.
+    def images_of(self, stage: Stage) -> Images:
+        """The images that a stage may see.
 
         Raises:
             UsageError: it takes more than there are.
         """
-        first = self.recipe.stages()[:1]
-        self.check_demands(first)
-        return self.x[self._subset(first[0])] if first and first[0].images else self.x
+        self.check_demands([stage])
+        return self.x[self._subset(stage)] if stage.images else self.x
 
     def _subset(self, stage: Stage) -> Tensor:
         key = stage.images, stage.by_class
