@@ -347,6 +347,8 @@ def test_cells_are_the_papers_figures() -> None:
     published = {(cell.table, cell.row, cell.column): cell.published for cell in paper.TABLES}
     assert len(published) == len(paper.TABLES)
     assert published["table 2.1", "fortified", "FGSM 0.3"] == 97.97
+    assert published["table 2.1", "fortified", "FGSM 0.1"] == 98.34
+    assert published["table 2.1", "A3T (Erraqabi et al.)", "FGSM 0.1"] == 96.10
     assert published["table 2.2", "adversarial training", "PGD 0.1"] == 96.98
     assert published["table 2.3", "fortified", "FGSM 0.3"] == 80.47
     assert published["table 2.4", "adversarial training", "FGSM 0.03"] == 79.34

@@ -214,6 +214,7 @@ def _left_out(table: str, dataset: str, note: str, rows: dict[str, dict[str, flo
 
 FASHION_ATTACKS: Final = {"FGSM 0.1": ("fgsm", 0.1), "FGSM 0.3": ("fgsm", 0.3), "PGD 0.1": (PGD, 0.1)}
 QUOTED: Final = "not measured: the paper quotes it of another"
+BESIDE_2_1: Final = "printed in the text beside the table"
 
 TABLES: Final[list[Cell]] = [
     *_left_out(
@@ -246,6 +247,10 @@ TABLES: Final[list[Cell]] = [
             "fortified": (FULL, [97.97]),
         },
     ),
+    *_accuracies(
+        "table 2.1", "mnist", {"FGSM 0.1": ("fgsm", 0.1)}, {"fortified": (FULL, [98.34])}, published_with=BESIDE_2_1
+    ),
+    *_left_out("table 2.1", "mnist", f"{QUOTED}; {BESIDE_2_1}", {"A3T (Erraqabi et al.)": {"FGSM 0.1": 96.10}}),
     *_accuracies(
         "table 2.2",
         "mnist",
