@@ -102,13 +102,15 @@ def calibration_interval(
     """`expected_calibration_error` with its basic bootstrap interval, 95 %; the draws are the same on every call.
 
     The error is biased upwards in small samples, the more so of resampled ones; the basic interval (twice the estimate
-    less the quantiles) takes the second bias off, not the first.
+    less the quantiles) takes the second bias off, not the first. One image says nothing: the interval is [0, 1].
 
     Raises:
         UsageError: see `reliability_table`.
     """
     confidence, right = _answers(probabilities, y, bins)
     value = _error(confidence, right, bins)
+    if len(right) == 1:
+        return Estimate(value, 0.0, 1.0)
     with seeded("calibration", len(right)):
         rows = torch.randint(len(right), (draws, len(right))).numpy()
     resampled = np.array([_error(confidence[row], right[row], bins) for row in rows])

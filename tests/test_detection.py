@@ -123,6 +123,12 @@ def test_calibration_interval_covers_the_truth() -> None:
     assert 0.89 <= held / 150 <= 0.99
 
 
+def test_one_image_says_nothing_of_calibration() -> None:
+    found = calibration_interval(two_classes([0.9]), torch.tensor([0]))
+    assert found.value == pytest.approx(0.1)
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
 def test_calibration_interval_is_the_same_on_every_call() -> None:
     """And leaves torch's generator where it was."""
     probabilities, y = two_classes([0.9, 0.8, 0.7] * 10), torch.tensor([0, 0, 1] * 10)
