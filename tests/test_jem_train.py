@@ -302,6 +302,17 @@ def test_a_classifier_may_have_logits_of_any_size(monkeypatch: pytest.MonkeyPatc
     assert not recipe.check(recipe.stages()[-1], x, y)[1]
 
 
+@pytest.mark.parametrize("name", ["informative", "classifier"])
+def test_check_sees_weights_that_are_not_finite(name: str) -> None:
+    """An update may leave them so where the loss before it was finite; they are rolled back."""
+    recipe = make_recipe(name)
+    with torch.no_grad():
+        list(recipe.defense.parameters())[-1].fill_(torch.nan)
+        figures, well = recipe.check(recipe.stages()[-1], torch.zeros(2, 1, 28, 28), torch.tensor([0, 0]))
+    assert math.isnan(figures["cross_entropy"])
+    assert not well
+
+
 def test_training_recovers_from_a_planted_divergence(
     images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

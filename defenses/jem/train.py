@@ -202,7 +202,7 @@ class JEMRecipe(Recipe):
             found = {
                 "accuracy": (logits.argmax(1) == y).float().mean().item(),
                 "cross_entropy": nn.functional.cross_entropy(logits, y).item(),
-                "ece": expected_calibration_error(logits.softmax(1), y),
+                "ece": expected_calibration_error(logits.softmax(1), y) if logits.isfinite().all() else math.nan,
                 "log_px_images": logits.logsumexp(1).mean().item(),
             }
             if self.buffer is not None:
