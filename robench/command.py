@@ -336,11 +336,10 @@ def train_command(request: TrainRequest) -> tuple[Path, dict[str, Any]]:
         split=request.split,
         settings=settings,
     )
-    before = _written_at(folder / CHECKPOINT)
     try:
         return train_named(job, resume=request.resume)
     except KeyboardInterrupt:
-        resume = request.resume or _written_at(folder / CHECKPOINT) != before
+        resume = request.resume or (folder / CHECKPOINT).exists()
         told = "continue with" if resume else "nothing was saved yet; start again with"
         raise Interrupted(f"interrupted; {told}: {_train_again(request, folder, resume=resume)}") from None
 
@@ -358,10 +357,6 @@ def _train_folder(request: TrainRequest) -> str:
     ]
     first, *others = (re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-") for part in [request.defense, *parts])
     return "-".join([first, request.dataset, *(part for part in others if part), str(request.seed)])
-
-
-def _written_at(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _train_again(request: TrainRequest, folder: Path, *, resume: bool) -> str:
