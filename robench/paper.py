@@ -55,14 +55,14 @@ class Context:
     folder: Path
     weights: Path | None = None
 
-    def check_images(self, least: int = 2) -> None:
+    def check_images(self) -> None:
         """Checks that there are images enough for an interval.
 
         Raises:
-            UsageError: there are not.
+            UsageError: there is one.
         """
-        if self.n < least:
-            raise UsageError(f"takes at least {least} images; got {self.n}")
+        if self.n < 2:
+            raise UsageError(f"takes at least 2 images; got {self.n}")
 
 
 @dataclass(frozen=True)

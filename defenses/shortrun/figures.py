@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from robench.types import Images, Labels
+from robench.types import Images, Labels, PerExample
 
 from .chain import Sweeps
 
@@ -64,15 +64,21 @@ def draw_pictures(model: ShortRun, x: Images) -> dict[str, Images]:
     return {"original": x, **made}
 
 
-def misfit(model: ShortRun, x: Images, codes: Tensor) -> Tensor:
+def misfit(model: ShortRun, x: Images, codes: Tensor) -> PerExample:
     """|x - g(z)|^2 of each image, summed over pixels, in the model's scale [-1, 1]."""
     return (model.generate(codes) - model.target(x)).square().flatten(1).sum(1)
 
 
-def total_variance(model: ShortRun, x: Images) -> Tensor:
-    """The squared distances of the images from their mean, summed, in the model's scale; a scalar."""
+def r_squared(model: ShortRun, x: Images, left: PerExample) -> float:
+    """The share of the images' variance that a reconstruction explains; it takes two images.
+
+    Args:
+        model: the model, whose scale counts.
+        x: images in [0, 1].
+        left: what `misfit` gives for them.
+    """
     target = model.target(x)
-    return (target - target.mean(0)).square().sum()
+    return 1 - (left.sum() / (target - target.mean(0)).square().sum()).item()
 
 
 @torch.no_grad()
@@ -91,8 +97,8 @@ def measure_chains(model: ShortRun, x: Images, y: Labels, chains: int = CHAINS) 
     }
     compared = {}
     if len(x) > 1:
-        left = misfit(model, x, codes[0]).sum() / total_variance(model, x)
-        compared = {"reconstruction_r2": round(1 - left.item(), 4), "chain_icc": round(chain_icc(codes), 4)}
+        explained = r_squared(model, x, misfit(model, x, codes[0]))
+        compared = {"reconstruction_r2": round(explained, 4), "chain_icc": round(chain_icc(codes), 4)}
     return {
         "accuracy_1_chain": round((logits.argmax(-1) == y).float().mean().item(), 4),
         **{name: round((answer.argmax(-1) == y).float().mean().item(), 4) for name, answer in answers.items()},
@@ -108,7 +114,7 @@ def diagnose(model: ShortRun, x: Images, y: Labels) -> Mapping[str, float]:
     summed = left.mean().item()
     return {
         **measure_chains(model, x, y),
-        **({"descent_r2": round(1 - (left.sum() / total_variance(model, x)).item(), 4)} if len(x) > 1 else {}),
+        **({"descent_r2": round(r_squared(model, x, left), 4)} if len(x) > 1 else {}),
         "descent_mse_summed": round(summed, 3),
         "descent_mse_per_pixel": round(summed / model.target(x[:1]).numel(), 5),
     }

@@ -18,7 +18,7 @@ from robench.precision import mixes_precision
 from robench.train.recipe import Recipe, Stage, autocast, parse_recipe, ranger
 from robench.types import Images, Labels
 
-from .figures import measure_chains, misfit, total_variance
+from .figures import measure_chains, misfit, r_squared
 from .model import auto_sigma
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ class ShortRunRecipe(Recipe):
         with torch.no_grad():
             codes = self.defense.infer(x)
             loss = nn.functional.cross_entropy(self.defense.classifier(codes), y).item()
-            left = misfit(self.defense, x, codes).sum() / total_variance(self.defense, x)
-        return {"cross_entropy": loss, "reconstruction_r2": 1 - left.item()}
+            explained = r_squared(self.defense, x, misfit(self.defense, x, codes))
+        return {"cross_entropy": loss, "reconstruction_r2": explained}
 
     def roll_back(self, stage: Stage) -> None:
         """Keeps sigma larger from here on: the chain is stable where s (1 + lambda_1 / sigma^2) is under 2."""

@@ -121,8 +121,9 @@ class Run:
             self.precision = "bfloat16" if mixes_precision(torch.device(settings.device).type) else "float32"
         told = {name: value for name, value in asdict(settings).items() if name not in ("tensorboard", "lr_scale")}
         told |= {"lr_scale": settings.lr_scale} if settings.lr_scale != 1 else {}
-        told |= {"precision": self.precision, "split": (self.split.seed, len(self.split.held))}
         told |= {
+            "precision": self.precision,
+            "split": (self.split.seed, len(self.split.held)),
             "defense": f"{defense.name}{variant}",
             "recipe": recipe.name,
             "data": f"{data.name} {data.digest[:16]}",
