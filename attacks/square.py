@@ -14,12 +14,16 @@ from robench.attack import Attack
 from robench.errors import UsageError
 from robench.losses import get_loss, margin
 from robench.threat import ThreatModel
-from robench.types import Images, Labels, Mask, PerExample
+from robench.types import Images, Labels, Logits, Mask, PerExample
 from robench.victim import Victim
 
 LOSSES: Final = ("margin", "ce")
 HALVINGS: Final = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
 """The queries, out of 10,000, from which on the share of changed pixels is halved (section 3.2)."""
+HELD: Final = 50
+"""Queries on the same draws of a randomized defense; the first asks about the best image."""
+SHARE: Final = 0.3
+"""Of the EOT draws, how many a query has, but at least one."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,16 @@ class Square(Attack):
     Andriushchenko et al. 2020 (arXiv 1912.00049), algorithms 1 to 3: the squares shrink by a fixed schedule; in linf
     each colour of a square moves to +eps or -eps, in l2 a square gets a bump of the norm that another square gives up.
     It needs no gradient, so a defense that only hides its gradient does not stop it. Norms: linf, l2. No guarantee: an
-    upper bound of robust accuracy. Cost per image: at most `restarts * queries` forward passes, times EOT; an image of
-    a deterministic defense costs nothing more once it is misclassified.
+    upper bound of robust accuracy. Cost per image: at most `restarts * queries` forward passes, on a randomized defense
+    times 0.3 EOT; an image of a deterministic one costs nothing more once it is misclassified.
 
     Departures: the schedule is the paper's, rescaled to `queries` (the authors' code halves once more, at 500 of
     10,000, and AutoAttack does not rescale). In linf a square that would change nothing takes the other signs. In l2
     the side is at least 3, as in the paper, but on images of less than 6 pixels at least half of theirs. Each image has
-    squares of its own. On a randomized defense the loss is that of the mean logits of the EOT draws, and no image
-    leaves. The first search starts where the same attack ended within a smaller bound, if any, stretched to eps.
+    squares of its own. On a randomized defense no image leaves, and the loss is that of the mean logits of some of the
+    EOT draws, held for `HELD` queries, of which the first asks about the best image again: else the draws would say
+    more of themselves than of a square (docs/decisions/0013-square-holds-its-draws.md). The first search starts where
+    the same attack ended within a smaller bound, if any, stretched to eps.
 
     Args:
         queries: images tried in one restart, the start included.
@@ -73,6 +79,10 @@ class Square(Attack):
         """One forward for each image tried."""
         return self.restarts * self.queries
 
+    def draws_of(self, eot: int) -> int:
+        """Three of ten: the images found are as good as with all, see the class."""
+        return max(1, round(SHARE * eot))
+
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""
         best = _Best(x)
@@ -86,27 +96,37 @@ class Square(Attack):
             else:
                 start = originals + (_stripes if threat.norm == "linf" else _tiles)(originals, threat.eps)
             found = self._search(part, originals, y[rows], threat, start=threat.project(originals, start))
+            if victim.randomized and self.restarts > 1:  # the searches compare on draws that none of them chose by
+                part.hold_draws()
+                found.loss, found.broken = self._rate(part.logits(found.x), y[rows])
             best.update(rows, found.x, found.loss, found.broken)
         return best.x
 
     def _search(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, *, start: Images) -> _Best:
         """One restart."""
         move = _move_square if threat.norm == "linf" else _move_bump
-        best, asked, rows, x_adv = _Best(x), victim, torch.arange(len(x), device=x.device), start
+        draws = self.draws_of(victim.eot)
+        best, asked, rows = _Best(start), victim, torch.arange(len(x), device=x.device)
         for query in range(self.queries):
-            if query > 0:
+            renewed = query % HELD == 0 if victim.randomized else query == 0
+            if renewed:
+                victim.hold_draws()
+                best.forget()
+                x_adv = best.x
+            else:
                 x_adv = move(x[rows], best.x[rows], threat, self._side(query, x))
-            loss, broken = self._ask(asked, x_adv, y[rows])
-            best.update(rows, x_adv, loss, broken)
-            if not victim.randomized and bool(broken.any()):
-                rows = rows[~broken]
+            logits = asked.draw(x_adv, draws).mean(0)
+            if renewed or not victim.randomized:  # the best of some draws is best by luck, too
+                asked.remember(x_adv, logits)
+            best.update(rows, x_adv, *self._rate(logits, y[rows]))
+            if not victim.randomized and bool(best.broken[rows].any()):
+                rows = rows[~best.broken[rows]]
                 if len(rows) == 0:
                     break
                 asked = victim.subset(rows)
         return best
 
-    def _ask(self, victim: Victim, x_adv: Images, y: Labels) -> tuple[PerExample, Mask]:
-        logits = victim.logits(x_adv)
+    def _rate(self, logits: Logits, y: Labels) -> tuple[PerExample, Mask]:
         return get_loss(self.loss)(logits, y), margin(logits, y) > 0
 
     def _side(self, query: int, x: Images) -> int:
@@ -120,8 +140,12 @@ class _Best:
 
     def __init__(self, x: Images) -> None:
         self.x = x.clone()
-        self.loss = torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
-        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Keeps the images alone, not how good they were."""
+        self.loss = torch.full_like(self.x[:, 0, 0, 0], -torch.inf)
+        self.broken = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
 
     def rows_of_interest(self, victim: Victim) -> Tensor:
         """All examples of a randomized defense, else those that are not misclassified."""

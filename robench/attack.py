@@ -75,6 +75,10 @@ class Attack:
         del norm
         return self.passes()
 
+    def draws_of(self, eot: int) -> int:
+        """Of a randomized defense's `eot` draws, how many a query takes; an attack that takes fewer overrides it."""
+        return eot
+
     def spec(self) -> str:
         """The name with all options that are not at their default: `pgd(steps=100)`. It replays the attack."""
         changed = [

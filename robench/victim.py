@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from robench.answers import AnyLogits, check_logits, mend_gradients
 from robench.attack import ACCESS_LEVELS, Access, Goal, Randomness
 from robench.batches import pass_in_batches, pass_once
 from robench.defense import Defense
@@ -23,9 +23,6 @@ from robench.queries import Gradient, Value, standard_error
 from robench.rng import seeded
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, PerExample
-
-AnyLogits = Float[Tensor, "*draws b k"]
-"""Of one draw, or of several with these as the first axis."""
 
 
 class Victim:
@@ -100,6 +97,7 @@ class Victim:
         self.start = start
         self._at_once = self.eot > 1 and has_shared_layers(defense)
         self._randomness = randomness
+        self._held: int | None = None
         self._precision = precision
         self._rows = torch.arange(examples)
         zeros = torch.zeros(examples, dtype=torch.int64)
@@ -153,6 +151,27 @@ class Victim:
         self._open("scores", "logits")
         return self._draw(x).mean(0)
 
+    def draw(self, x: Images, count: int) -> Float[Tensor, "count b k"]:
+        """Logits in each of `count` draws, 1 to `eot`. Nothing of it is remembered (see `remember`).
+
+        Raises:
+            PluginError: the attack declared no access to scores, or the logits are not finite.
+            BudgetExhausted: the query budget would be exceeded.
+        """
+        self._open("scores", "draw")
+        part = copy.copy(self)
+        part.eot = count
+        return part._draw(x, remember=False)
+
+    def hold_draws(self) -> None:
+        """From here on queries of a batch all meet the same draws, not those before: common random numbers.
+
+        Two candidates then differ by what they are, not by what was drawn. The next call takes other draws. Subsets
+        made after it hold the same. Changes nothing where nothing is drawn, or the attack's randomness is not `fresh`.
+        """
+        if self.randomized and self._randomness == "fresh":
+            self._held = int(torch.randint(2**62, ()))
+
     def loss(self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None) -> Value:
         """Loss and logits, each the mean over `eot` draws: comparable with those of `gradient`, by forwards alone.
 
@@ -204,9 +223,11 @@ class Victim:
             losses, grads, logits = self._over_draws(
                 lambda x, y, goal: self._differentiate(x, y, goal, aimed), *map(self._spread, (x, y, goal))
             )
-        mean = Gradient(losses.mean(0), self._mend(grads).mean(0), logits.mean(0), standard_error(losses))
+        mean = Gradient(
+            losses.mean(0), mend_gradients(self._defense, grads).mean(0), logits.mean(0), standard_error(losses)
+        )
         result = self._confirm(mean, x, y, goal, aimed)
-        self._remember(x, result.logits)
+        self.remember(x, result.logits)
         return result
 
     def _over_draws(self, call: Callable[..., tuple[Tensor, ...]], *spread: Tensor) -> list[Tensor]:
@@ -248,24 +269,7 @@ class Victim:
         logits = pass_once(
             self._defense, lambda x: self._defense.adaptive_forward(x, self._mode), x, forward="adaptive_forward"
         )
-        return self._check(logits, "adaptive_forward", len(x))
-
-    def _mend(self, grads: Tensor) -> Tensor:
-        """The gradients of the draws (eot b c h w) with 0 where they are not finite.
-
-        Raises:
-            PluginError: nothing of an image's gradient is finite.
-        """
-        if bool(grads.sum().isfinite()):  # a mask of all entries takes five times as long
-            return grads
-        finite = grads.isfinite()
-        lost = int((~finite.transpose(0, 1).flatten(1).any(1)).sum())
-        if lost:
-            raise PluginError(
-                f'defense "{self._defense.name}": no entry of the gradient is finite for {lost} of {grads.shape[1]} '
-                "images. Implement adaptive_forward with a stand-in for the step without a derivative (BPDA)"
-            )
-        return grads.where(finite, 0)
+        return check_logits(self._defense, logits, "adaptive_forward", len(x))
 
     def _confirm(self, found: Gradient, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> Gradient:
         """Puts logits and losses of `forward` where a faster pass, or perhaps a stand-in, met an error.
@@ -303,23 +307,25 @@ class Victim:
         self._charge(len(x), forwards=self.eot, backwards=0)
         with self._controlled(x):
             seen = self._spread(x)
-            seen.register_hook(lambda grad: self._mend(grad.unflatten(0, (-1, len(x)))).flatten(0, 1))
+            seen.register_hook(
+                lambda grad: mend_gradients(self._defense, grad.unflatten(0, (-1, len(x)))).flatten(0, 1)
+            )
             (draws,) = self._over_draws(lambda rows: (self._adapt(rows),), seen)
         logits = draws.mean(0)
         logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
-        self._remember(x.detach(), logits.detach())
+        self.remember(x.detach(), logits.detach())
         return logits
 
     @contextlib.contextmanager
     def _controlled(self, x: Images) -> Iterator[None]:
         """Holds the defense's randomness fixed or off, where the attack asked for that."""
-        if self._randomness == "fresh" or not self.randomized:
+        if not self.randomized or (self._randomness == "fresh" and self._held is None):
             yield
         elif self._randomness == "off":
             with self._defense.without_randomness():
                 yield
-        else:  # the state of the attack's own stream names the draws, and does not move
-            with seeded("fixed", torch.initial_seed(), device=x.device):
+        else:  # the seed of the attack's own stream names the draws, and the stream does not move
+            with seeded("fixed", torch.initial_seed() if self._held is None else self._held, device=x.device):
                 yield
 
     def _fast(self, x: Images) -> contextlib.AbstractContextManager[object]:
@@ -327,13 +333,14 @@ class Victim:
             return contextlib.nullcontext()
         return torch.autocast(x.device.type, dtype=torch.bfloat16)
 
-    def _draw(self, x: Images) -> Tensor:
+    def _draw(self, x: Images, *, remember: bool = True) -> Tensor:
         """Logits of `eot` draws: eot b k."""
         self._charge(len(x), forwards=self.eot, backwards=0)
         fast = self._fast(x) if self.randomized else contextlib.nullcontext()
         with torch.no_grad(), self._controlled(x), fast:
             (draws,) = self._over_draws(lambda rows: (self._answer(rows),), self._spread(x))
-        self._remember(x, draws.mean(0))
+        if remember:
+            self.remember(x, draws.mean(0))
         return draws
 
     def _answer(self, x: Images) -> AnyLogits:
@@ -342,8 +349,8 @@ class Victim:
             logits = pass_once(
                 self._defense, lambda x: self._defense.forward_draws(x, self.eot), x, forward="forward_draws"
             )
-            return self._check(logits, "forward_draws", self.eot, len(x))
-        return self._check(pass_once(self._defense, self._defense, x), "forward", len(x))
+            return check_logits(self._defense, logits, "forward_draws", self.eot, len(x))
+        return check_logits(self._defense, pass_once(self._defense, self._defense, x), "forward", len(x))
 
     def _spread(self, rows: Tensor) -> Tensor:
         """What passes over all draws are given: a copy of the rows for each, or where the draws share layers, one."""
@@ -352,17 +359,6 @@ class Victim:
     def _fold(self, rows: Tensor) -> Tensor:
         """The EOT draws of images or labels as one batch, draw-major."""
         return rows.repeat(self.eot, *[1] * (rows.ndim - 1))
-
-    def _check(self, logits: object, forward: str, *rows: int) -> AnyLogits:
-        expected, who = (*rows, self.num_classes), f'defense "{self._defense.name}"'
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise PluginError(f"{who}: logits must be {expected}; got {came} from {forward}")
-        if not bool(logits.isfinite().all()):
-            wrong = int((~logits.isfinite().all(-1)).sum())
-            of = math.prod(rows)
-            raise PluginError(f"{who}: logits must be finite; {wrong} of {of} rows of {forward} hold NaN or inf")
-        return logits if logits.is_floating_point() and logits.dtype != torch.bfloat16 else logits.float()
 
     def _open(self, needed: Access, query: str) -> None:
         if ACCESS_LEVELS.index(needed) > ACCESS_LEVELS.index(self._access):
@@ -379,7 +375,8 @@ class Victim:
             )
         self.ledger.charge(self._rows, forwards=candidates * forwards, backwards=candidates * backwards)
 
-    def _remember(self, x: Images, logits: Logits) -> None:
+    def remember(self, x: Images, logits: Logits) -> None:
+        """Keeps the images that are the best so far by their logits, where `watch` began."""
         if self.ledger.watched is None:
             return
         size = len(self._rows)

@@ -13,12 +13,13 @@ from robench import load_data, wrap
 from robench.attacks import square
 from robench.attacks.square import Square
 from robench.defense import Defense
-from robench.errors import UsageError
+from robench.errors import BudgetExhausted, UsageError
+from robench.losses import margin
 from robench.rng import seeded
 from robench.testing import ConvToy, LinearToy, NoisyLinearToy
 from robench.testing.attacks import count_errors, linear_case, scale_bound
 from robench.threat import ThreatModel
-from robench.types import Images, Labels, Logits
+from robench.types import Images, Labels
 from robench.victim import Victim
 
 NORMS = ("linf", "l2")
@@ -30,10 +31,18 @@ class Listening(Victim):
     def __init__(self, defense: Defense, examples: int, **options: Any) -> None:
         super().__init__(defense, "scores", examples, **options)
         self.asked: list[Images] = []
+        self.answers: list[Tensor] = []
+        self.held: list[int] = []
 
-    def logits(self, x: Images) -> Logits:
+    def draw(self, x: Images, count: int) -> Tensor:
         self.asked.append(x.clone())
-        return super().logits(x)
+        answers = super().draw(x, count)
+        self.answers.append(answers)
+        return answers
+
+    def hold_draws(self) -> None:
+        self.held.append(len(self.asked))
+        super().hold_draws()
 
 
 def run(attack: Square, victim: Victim, x: Images, y: Labels, threat: ThreatModel, seed: str = "") -> Images:
@@ -157,12 +166,63 @@ def test_an_image_costs_nothing_more_once_it_is_wrong(norm: str) -> None:
     assert victim.ledger.forwards.tolist() == [1] * 4 + [18] * 8
 
 
-def test_a_randomized_defense_lets_no_image_leave() -> None:
+@pytest.mark.parametrize(("eot", "draws"), [(1, 1), (3, 1), (5, 2), (10, 3), (20, 6)])
+def test_a_randomized_defense_lets_no_image_leave(eot: int, draws: int) -> None:
     defense = NoisyLinearToy()
     x, y = defense.examples(4)
-    victim = Victim(defense, "scores", 4, eot=3)
+    victim = Listening(defense, 4, eot=eot)
+    run(Square(queries=5), victim, x, y, ThreatModel("linf", 1.0))
+    assert victim.ledger.forwards.tolist() == [5 * draws] * 4
+
+
+def test_several_searches_on_a_randomized_defense_compare_on_draws_of_their_own() -> None:
+    defense = NoisyLinearToy()
+    x, y = defense.examples(4)
+    victim = Listening(defense, 4, eot=10)
     run(Square(queries=5, restarts=2), victim, x, y, ThreatModel("linf", 1.0))
-    assert victim.ledger.forwards.tolist() == [2 * 5 * 3] * 4
+    assert victim.ledger.forwards.tolist() == [2 * (5 * 3 + 10)] * 4
+
+
+def test_a_randomized_defense_is_asked_about_the_best_image_again_on_other_draws() -> None:
+    """At every fiftieth query, of draws held until then; between them luck does not decide what is kept."""
+    defense = NoisyLinearToy()
+    x, y = defense.examples(4)
+    victim, threat = Listening(defense, 4, eot=10), ThreatModel("linf", 0.05)
+    run(Square(queries=120), victim, x, y, threat)
+    assert victim.held == [0, 50, 100]
+    assert [len(answers) for answers in victim.answers] == [3] * 120
+    losses = [margin(answers.mean(0), y) for answers in victim.answers]
+    for first in (0, 50):
+        luck = victim.answers[first] - LinearToy()(victim.asked[first])  # this defense adds its draws to the logits
+        best, loss = victim.asked[first], losses[first]
+        for query in range(first + 1, first + 50):
+            torch.testing.assert_close(victim.answers[query] - LinearToy()(victim.asked[query]), luck)
+            better = losses[query] > loss
+            best = torch.where(better.view(-1, 1, 1, 1), victim.asked[query], best)
+            loss = torch.maximum(loss, losses[query])
+        assert torch.equal(victim.asked[first + 50], best)
+
+
+def test_a_deterministic_defense_is_asked_about_nothing_twice() -> None:
+    defense, x, y = linear_case("linf")
+    victim = Listening(defense, len(x))
+    run(Square(queries=60), victim, x, y, scale_bound("linf", 0.2))
+    assert len({asked.numpy().tobytes() for asked in victim.asked}) == 60
+    assert victim.held == [0]
+
+
+def test_a_query_budget_leaves_what_other_draws_confirm() -> None:
+    """Of a randomized defense the image that was asked about again, not the luckiest of all that were tried."""
+    defense = NoisyLinearToy()
+    x, y = defense.examples(4)
+    victim, threat = Listening(defense, 4, eot=10, budget=3 * 120), ThreatModel("linf", 0.05)
+    victim.watch(x, y, threat)
+    with pytest.raises(BudgetExhausted):
+        run(Square(queries=130), victim, x, y, threat)
+    assert victim.ledger.best is not None
+    asked_again = torch.stack([victim.asked[query] for query in (0, 50, 100)])
+    for image, candidates in zip(victim.ledger.best, asked_again.transpose(0, 1), strict=True):
+        assert any(torch.equal(image, candidate) for candidate in candidates)
 
 
 def test_a_randomized_defense_is_attacked_through_its_mean_logits() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_toys import (
     Broken,
+    Calm,
     Linear,
     NoGradient,
     Noisy,
@@ -101,6 +102,7 @@ def test_no_query_goes_uncounted() -> None:
 QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
     "labels": lambda victim, x, _: victim.labels(x),
     "logits": lambda victim, x, _: victim.logits(x),
+    "draw": lambda victim, x, _: victim.draw(x, victim.eot),
     "loss": lambda victim, x, y: victim.loss(x, y),
     "loss_grad": lambda victim, x, y: victim.loss_grad(x, y),
     "gradient": lambda victim, x, y: victim.gradient(x, y),
@@ -109,8 +111,8 @@ QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
 ALLOWED: dict[Access, set[str]] = {
     "none": set(),
     "decisions": {"labels"},
-    "scores": {"labels", "logits", "loss"},
-    "gradient": {"labels", "logits", "loss", "loss_grad", "gradient", "differentiable"},
+    "scores": {"labels", "logits", "draw", "loss"},
+    "gradient": {"labels", "logits", "draw", "loss", "loss_grad", "gradient", "differentiable"},
 }
 
 
@@ -215,6 +217,50 @@ def test_loss_by_forwards_alone_is_that_of_a_gradient_query(defense: Defense, dr
         assert bool((functional.cross_entropy(logits, y, reduction="none") < loss).all()), (
             "the loss of the mean is less"
         )
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_held_draws_are_the_same_until_the_next(query: str) -> None:
+    """And those of a subset; whatever the attack itself draws in between."""
+    x, y = grid_images(3)
+    victim, part = Victim(NoisyInput(), "gradient", 3, eot=4), torch.tensor([0, 1, 2])
+    with seeded("held"):
+        free = [QUERIES[query](victim, x, y) for _ in range(2)]
+        victim.hold_draws()
+        first = QUERIES[query](victim, x, y)
+        torch.rand(5)
+        second, third = QUERIES[query](victim, x, y), QUERIES[query](victim.subset(part), x, y)
+        victim.hold_draws()
+        other = QUERIES[query](victim, x, y)
+    torch.testing.assert_close(second, first)
+    torch.testing.assert_close(third, first)
+    if query != "labels":
+        for different in (free[0], free[1], other):
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(different, first)
+
+
+@pytest.mark.parametrize("randomness", ["fixed", "off"])
+def test_draws_that_are_fixed_or_off_cannot_be_held(randomness: Any) -> None:
+    x, _ = grid_images(3)
+    victim = Victim(Calm(), "scores", 3, eot=4, randomness=randomness)
+    with seeded("held"):
+        before = victim.logits(x)
+        victim.hold_draws()
+        torch.testing.assert_close(victim.logits(x), before)
+
+
+def test_fewer_draws_than_a_query_has_cost_less_and_are_not_remembered() -> None:
+    x, y = grid_images(3)
+    victim = Victim(NoisyInput(), "scores", 3, eot=10)
+    victim.watch(x, y, ThreatModel("linf", 0.1))
+    moved = (x + 0.05).clamp(0, 1)
+    logits = victim.draw(moved, 3)
+    assert logits.shape == (3, 3, victim.num_classes)
+    assert passes(victim) == [(3, 0)] * 3
+    torch.testing.assert_close(best(victim), x)
+    victim.remember(moved, logits.mean(0))
+    torch.testing.assert_close(best(victim), moved)
 
 
 def test_gradient_mode_is_the_one_asked_for() -> None:
