@@ -116,8 +116,6 @@ class Square(Attack):
             else:
                 x_adv = move(x[rows], best.x[rows], threat, self._side(query, x))
             logits = asked.draw(x_adv, draws).mean(0)
-            if renewed or not victim.randomized:  # the best of some draws is best by luck, too
-                asked.remember(x_adv, logits)
             best.update(rows, x_adv, *self._rate(logits, y[rows]))
             if not victim.randomized and bool(best.broken[rows].any()):
                 rows = rows[~best.broken[rows]]

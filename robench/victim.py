@@ -152,7 +152,7 @@ class Victim:
         return self._draw(x).mean(0)
 
     def draw(self, x: Images, count: int) -> Float[Tensor, "count b k"]:
-        """Logits in each of `count` draws, 1 to `eot`. Nothing of it is remembered (see `remember`).
+        """Logits in each of `count` draws, 1 to `eot`, for an attack that needs fewer.
 
         Raises:
             PluginError: the attack declared no access to scores, or the logits are not finite.
@@ -161,16 +161,21 @@ class Victim:
         self._open("scores", "draw")
         part = copy.copy(self)
         part.eot = count
-        return part._draw(x, remember=False)
+        return part._draw(x)
 
     def hold_draws(self) -> None:
         """From here on queries of a batch all meet the same draws, not those before: common random numbers.
 
         Two candidates then differ by what they are, not by what was drawn. The next call takes other draws. Subsets
         made after it hold the same. Changes nothing where nothing is drawn, or the attack's randomness is not `fresh`.
+
+        Ask about the best images next: answers on other draws do not compare, so that of the best images so far (see
+        `watch`) it is forgotten how good they were, and what is asked next takes their place.
         """
         if self.randomized and self._randomness == "fresh":
             self._held = int(torch.randint(2**62, ()))
+            if self.ledger.watched is not None:
+                self.ledger.watched.margin[self._rows] = -torch.inf
 
     def loss(self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None) -> Value:
         """Loss and logits, each the mean over `eot` draws: comparable with those of `gradient`, by forwards alone.
@@ -227,7 +232,7 @@ class Victim:
             losses.mean(0), mend_gradients(self._defense, grads).mean(0), logits.mean(0), standard_error(losses)
         )
         result = self._confirm(mean, x, y, goal, aimed)
-        self.remember(x, result.logits)
+        self._remember(x, result.logits)
         return result
 
     def _over_draws(self, call: Callable[..., tuple[Tensor, ...]], *spread: Tensor) -> list[Tensor]:
@@ -313,7 +318,7 @@ class Victim:
             (draws,) = self._over_draws(lambda rows: (self._adapt(rows),), seen)
         logits = draws.mean(0)
         logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
-        self.remember(x.detach(), logits.detach())
+        self._remember(x.detach(), logits.detach())
         return logits
 
     @contextlib.contextmanager
@@ -333,14 +338,13 @@ class Victim:
             return contextlib.nullcontext()
         return torch.autocast(x.device.type, dtype=torch.bfloat16)
 
-    def _draw(self, x: Images, *, remember: bool = True) -> Tensor:
+    def _draw(self, x: Images) -> Tensor:
         """Logits of `eot` draws: eot b k."""
         self._charge(len(x), forwards=self.eot, backwards=0)
         fast = self._fast(x) if self.randomized else contextlib.nullcontext()
         with torch.no_grad(), self._controlled(x), fast:
             (draws,) = self._over_draws(lambda rows: (self._answer(rows),), self._spread(x))
-        if remember:
-            self.remember(x, draws.mean(0))
+        self._remember(x, draws.mean(0))
         return draws
 
     def _answer(self, x: Images) -> AnyLogits:
@@ -375,8 +379,7 @@ class Victim:
             )
         self.ledger.charge(self._rows, forwards=candidates * forwards, backwards=candidates * backwards)
 
-    def remember(self, x: Images, logits: Logits) -> None:
-        """Keeps the images that are the best so far by their logits, where `watch` began."""
+    def _remember(self, x: Images, logits: Logits) -> None:
         if self.ledger.watched is None:
             return
         size = len(self._rows)

@@ -38,9 +38,9 @@ class Watcher(Victim):
         self.asked.append((self._rows, x.clone(), target))
         return super().gradient(x, y, loss, target)
 
-    def _draw(self, x: Images, *, remember: bool = True) -> Tensor:
+    def _draw(self, x: Images) -> Tensor:
         self.seen.append((self._rows, x.clone()))
-        return super()._draw(x, remember=remember)
+        return super()._draw(x)
 
 
 def watch(attack: APGD, defense: Any, x: Tensor, y: Tensor, threat: ThreatModel, **more: Any) -> tuple[Watcher, Tensor]:

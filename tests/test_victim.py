@@ -250,17 +250,25 @@ def test_draws_that_are_fixed_or_off_cannot_be_held(randomness: Any) -> None:
         torch.testing.assert_close(victim.logits(x), before)
 
 
-def test_fewer_draws_than_a_query_has_cost_less_and_are_not_remembered() -> None:
+def test_fewer_draws_than_a_query_has_cost_less() -> None:
+    x, _ = grid_images(3)
+    victim = Victim(NoisyInput(), "scores", 3, eot=10)
+    assert victim.draw(x, 3).shape == (3, 3, victim.num_classes)
+    assert passes(victim) == [(3, 0)] * 3
+
+
+def test_holding_other_draws_forgets_how_good_the_best_images_were_and_not_which() -> None:
     x, y = grid_images(3)
     victim = Victim(NoisyInput(), "scores", 3, eot=10)
     victim.watch(x, y, ThreatModel("linf", 0.1))
-    moved = (x + 0.05).clamp(0, 1)
-    logits = victim.draw(moved, 3)
-    assert logits.shape == (3, 3, victim.num_classes)
-    assert passes(victim) == [(3, 0)] * 3
-    torch.testing.assert_close(best(victim), x)
-    victim.remember(moved, logits.mean(0))
-    torch.testing.assert_close(best(victim), moved)
+    first, second = (x + 0.05).clamp(0, 1), (x - 0.05).clamp(0, 1)
+    victim.logits(first)
+    part = victim.subset(torch.tensor([0, 2]))
+    part.hold_draws()
+    torch.testing.assert_close(best(victim), first)
+    part.draw(second[[0, 2]], 2)
+    torch.testing.assert_close(best(victim)[[0, 2]], second[[0, 2]])
+    torch.testing.assert_close(best(victim)[1], first[1])
 
 
 def test_gradient_mode_is_the_one_asked_for() -> None:
