@@ -288,7 +288,8 @@ class Evaluation:
         """Distance of each image's error under an attack within a bound (default the largest).
 
         0 where it is wrong without an attack, inf where none was found. Of a minimal-norm attack the nearest error that
-        it found; of a randomized defense only an image on which no answer was right counts as an error.
+        it found. Of a randomized defense only an image on which no answer was right counts as an error, and its
+        distance is no nearest one, as what such an attack found is moved out to the bound.
 
         Raises:
             DataError: the attack is not part of the run, or failed.
@@ -302,11 +303,14 @@ class Evaluation:
     def median_distances(self) -> dict[str, float | None]:
         """Of each minimal-norm attack the median distance of the errors; None where half the images have none.
 
-        Empty for a cascade, whose attacks see only what is left and show the errors of others on the rest.
+        Empty for a cascade, whose attacks see only what is left and show the errors of others on the rest, and for a
+        randomized defense, see `distances`.
         """
-        found = {}
+        found: dict[str, float | None] = {}
+        if self.spec.cascade or self.spec.randomized:
+            return found
         for entry in self.spec.attacks:
-            if entry.goal == "minimal" and not self.spec.cascade and self.answers(entry.key) is not None:
+            if entry.goal == "minimal" and self.answers(entry.key) is not None:
                 median = float(np.median(self.distances(entry.key)))
                 found[entry.key] = round(median, 6) if np.isfinite(median) else None
         return found

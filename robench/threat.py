@@ -104,6 +104,18 @@ class ThreatModel:
         """
         return (x + _PROJECTIONS[self.norm](x_adv - x, self.eps)).clamp(0, 1)
 
+    def stretch(self, x: Images, x_adv: Images) -> Images:
+        """Moves x_adv away from x, along its line, to the distance eps or as far as the box allows, in l0 not at all.
+
+        A point outside the ball is projected, and one at x stays there.
+        """
+        inside = self.project(x, x_adv)
+        if self.norm == "l0":
+            return inside
+        distance = self.distance(x, inside)
+        unit = (inside - x) / torch.where(distance > 0, distance, 1).view(-1, *[1] * (x.ndim - 1))
+        return self.project(x, x + self.eps * unit)
+
     def steepest(self, grad: Images) -> Images:
         """The direction of length 1 in this norm that raises the loss fastest (all zero where grad is).
 

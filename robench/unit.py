@@ -264,8 +264,8 @@ def _search(scene: _Scene, entry: AttackEntry, threat: ThreatModel, worst: Worst
 def _nearest(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tensor) -> Found:
     """What a minimal-norm attack's one search, within the largest bound, found within this one.
 
-    Of a randomized defense an image further away is drawn back to this bound: part of the answers may be wrong there,
-    and an attack may have gone beyond it only to be surer of its error.
+    Of a randomized defense each image is moved along its line to this bound. One further away may have part of its
+    answers wrong there; and the nearest error is where about half of them are, one nearer than the bound allows.
     """
     name = f"search of {entry.key}"
     if name not in scene.found:
@@ -274,9 +274,10 @@ def _nearest(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Ten
         may_reopen = scene.work.defense.randomized and len(scene.work.spec.eps) > 1
         scene.found[name] = _attack(scene, entry, largest, scene.right if may_reopen else wanted, None)
     search = scene.found[name]
+    if scene.work.defense.randomized:
+        return replace(search, x_adv=threat.stretch(scene.x, search.x_adv), attacked=wanted)
     inside = threat.contains(scene.x, search.x_adv).view(-1, 1, 1, 1)
-    outside = threat.project(scene.x, search.x_adv) if scene.work.defense.randomized else scene.x
-    return replace(search, x_adv=torch.where(inside, search.x_adv, outside), attacked=wanted)
+    return replace(search, x_adv=torch.where(inside, search.x_adv, scene.x), attacked=wanted)
 
 
 def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tensor, before: Found | None) -> Found:

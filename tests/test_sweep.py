@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
@@ -279,19 +280,22 @@ class Beyond(Attack):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
-def test_what_lies_beyond_a_smaller_bound_is_drawn_back_to_it_where_chance_answers(norm: str) -> None:
-    """What a search of its own would have ended at may be wrong there for some draws."""
+def test_what_a_search_found_is_moved_to_each_bound_where_chance_answers(norm: str) -> None:
+    """Back, as some draws may be wrong there, and out, as more are: at the nearest error half of them are wrong."""
     x, y = grid_images(8)
     bounds = {"linf": (0.1, 0.5), "l2": (0.3, 10), "l1": (1, 100), "l0": (2, 16)}[norm]
     threats = [ThreatModel(norm, eps) for eps in bounds]
     search = Beyond()(None, x, y, threats[1])  # type: ignore[arg-type]  # it asks nothing
-    inside = threats[0].contains(x, search).view(-1, 1, 1, 1)
-    for defense, outside in ((Noisy(), threats[0].project(x, search)), (Linear(), x)):
+    for defense in (Noisy(), Linear()):
         result = evaluate(defense, [Beyond()], threats, (x, y), judge_repeats=20, eot=1)
         right = (result.table["status"] != "skipped").to_numpy()[-len(x) :][:, None, None, None]
-        found = result.images("beyond", bounds[0])
-        assert np.array_equal(found, np.where(right, torch.where(inside, search, outside), x))
-        assert threats[0].contains(x, torch.from_numpy(found)).all()
+        for threat in threats:
+            inside = threat.contains(x, search).view(-1, 1, 1, 1)
+            there = threat.stretch(x, search) if defense.randomized else torch.where(inside, search, x)
+            found = result.images("beyond", threat.eps)
+            assert np.array_equal(found, np.where(right, there, x))
+            assert threat.contains(x, torch.from_numpy(found)).all()
+        assert result.median_distances() == ({} if defense.randomized else {"beyond": ANY})
 
 
 # failures

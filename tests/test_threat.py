@@ -159,6 +159,34 @@ def test_contains_refuses_what_is_not_an_image(norm: str, value: float) -> None:
     assert ThreatModel(norm, 1.0).contains(x, x_adv).tolist() == [True, False]
 
 
+@given(threat=threats(), pair=pairs())
+def test_stretched_to_the_bound_along_the_line(threat: ThreatModel, pair: tuple[Tensor, Tensor]) -> None:
+    """In the ball and the box, and at the bound unless the box or, in l0, the whole changes end before it."""
+    x, point = pair
+    found = threat.stretch(x, point)
+    assert bool(threat.contains(x, found).all())
+    inside = threat.project(x, point)
+    away, before = (found - x).flatten(1), (inside - x).flatten(1)
+    assert bool((away * before >= 0).all()), "no value turns round"
+    assert bool((away.abs() >= before.abs() - 1e-6).all()), "none comes nearer"
+    if threat.norm == "l0":
+        assert torch.equal(found, inside)
+        return
+    cut_off = ((found == 0) | (found == 1)).flatten(1).any(1)
+    short = threat.distance(x, found) < threat.eps * (1 - 1e-4) - 1e-6
+    nowhere = threat.distance(x, inside) < 1e-12  # squares vanish in float32
+    assert bool((~short | cut_off | nowhere).all())
+
+
+def test_stretched_by_hand() -> None:
+    x = torch.full((3, 1, 1, 2), 0.5)
+    point = x + torch.tensor([[0.03, 0.04], [0.0, 0.0], [3.0, 4.0]]).view(3, 1, 1, 2)
+    found = ThreatModel("l2", 0.25).stretch(x, point) - x
+    torch.testing.assert_close(found.flatten(1), torch.tensor([[0.15, 0.2], [0.0, 0.0], [0.15, 0.2]]))
+    found = ThreatModel("linf", 0.2).stretch(x, point) - x
+    torch.testing.assert_close(found.flatten(1), torch.tensor([[0.15, 0.2], [0.0, 0.0], [0.2, 0.2]]))
+
+
 @given(pair=pairs(), eps=st.floats(0.05, 3.0))
 @settings(max_examples=30)
 def test_l1_projection_is_the_nearest_point_of_the_ball(pair: tuple[Tensor, Tensor], eps: float) -> None:
