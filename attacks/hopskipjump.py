@@ -20,6 +20,8 @@ HALVINGS: Final = 12
 PROBE: Final = 0.1
 RANDOMIZED_PROBE: Final = 0.3
 """Length of the noise around an image at the boundary, as a share of its l2 distance from the original."""
+RANDOMIZED_BISECTIONS: Final = 8
+"""Halvings of the way back to the boundary where the defense draws: its boundary is no sharper."""
 QUERY_ROWS: Final = 1024
 """Noisy images in one query, about; bounds memory."""
 
@@ -30,7 +32,8 @@ class HopSkipJump(Attack):
 
     Chen et al. 2020 (arXiv 1904.02144), algorithm 2. Norms: l2, linf. Needs labels only, so neither a hidden gradient
     nor hidden scores protect a defense. No guarantee: an upper bound of robust accuracy. Cost per image: at most
-    `queries` forward passes, times EOT: the label of a randomized defense is the most frequent of the EOT draws.
+    `queries` forward passes, times EOT: the label of a randomized defense is the most frequent of the EOT draws; but in
+    an estimate each draw answers for a noisy image of its own.
 
     Departures: starts also from coarse noise (see `robench.decisions`); an image without a start stays the original.
     The nearest image on the way is returned, a little further away than found. The noise is drawn from the sphere in
@@ -40,11 +43,13 @@ class HopSkipJump(Attack):
     arXiv 2106.07445, asks more often instead; figures in docs/decisions/0010-probes-longer-than-the-noise.md). The
     noise that counts is what clipping to the box leaves of it, as in the authors' code. A step is halved at most 12
     times, and no answer has to repeat, so that a randomized defense can neither stop nor hold up the attack; foolbox's
-    demands both. The last estimate may take half its directions.
+    demands both. The last estimate may take half its directions. Of a randomized defense ten noisy images with an
+    answer each tell more of the direction than one with a vote of ten (docs/decisions/0014-decisions-of-one-draw.md),
+    and the bisection back takes 8 queries.
 
     Args:
         queries: the most forward passes per image, before EOT.
-        directions: noisy images in the first estimate of the gradient; the k-th takes sqrt(k) times as many.
+        directions: queries of the first estimate of the gradient; the k-th takes sqrt(k) times as many.
     """
 
     name = "hopskipjump"
@@ -84,8 +89,9 @@ class HopSkipJump(Attack):
     def _walk(self, oracle: Oracle, x: Images, x_adv: Images, threat: ThreatModel) -> Images:
         """Algorithm 2 from wrong images x_adv on; returns the nearest on the way."""
         size = x[0].numel()
-        bisections = math.ceil((1.5 if threat.norm == "l2" else 2) * math.log2(size))  # to theta = d^-3/2 or d^-2
-        share = RANDOMIZED_PROBE if oracle.victim.randomized else PROBE
+        share, bisections = PROBE, math.ceil((1.5 if threat.norm == "l2" else 2) * math.log2(size))  # d^-3/2 or d^-2
+        if oracle.victim.randomized:
+            share, bisections = RANDOMIZED_PROBE, RANDOMIZED_BISECTIONS
         distance = threat.distance(x, x_adv)
         nearest, reached, step = x_adv, distance, 1
         while (count := oracle.left - HALVINGS - bisections) >= self.directions / 2:
@@ -107,21 +113,22 @@ def estimate_gradient(oracle: Oracle, x_adv: Images, radius: PerExample, count: 
         oracle: the oracle of the images.
         x_adv: images at the boundary.
         radius: the l2 norm of the noise, for each image.
-        count: noisy images asked about, for each image.
+        count: queries. Of a randomized defense each has as many noisy images as it has EOT draws, one draw for each.
     """
     signed, moved = torch.zeros_like(x_adv), torch.zeros_like(x_adv)
     balance = torch.zeros_like(radius)
-    size = max(QUERY_ROWS // len(x_adv), 1)
-    for first in range(0, count, size):
-        noise = torch.randn(min(size, count - first), *x_adv.shape, device=x_adv.device)  # m b c h w
+    eot = oracle.victim.eot
+    size = max(QUERY_ROWS // len(x_adv), 1) * eot
+    for first in range(0, count * eot, size):
+        noise = torch.randn(min(size, count * eot - first), *x_adv.shape, device=x_adv.device)  # m b c h w
         lengths = noise.flatten(2).norm(dim=2)
         asked = (x_adv + (radius / lengths)[:, :, None, None, None] * noise).clamp(0, 1)
-        signs = oracle.is_wrong(asked.flatten(0, 1)).view(len(asked), -1).to(x_adv.dtype) * 2 - 1  # m b
+        signs = oracle.is_wrong_once(asked.flatten(0, 1)).view(len(asked), -1).to(x_adv.dtype) * 2 - 1  # m b
         change = asked - x_adv
         signed += (signs[:, :, None, None, None] * change).sum(0)
         moved += change.sum(0)
         balance += signs.sum(0)
-    mean = (balance / count).view(-1, 1, 1, 1)
+    mean = (balance / (count * eot)).view(-1, 1, 1, 1)
     return torch.where(mean.abs() < 1, signed - mean * moved, signed)
 
 

@@ -44,6 +44,12 @@ class Oracle:
         self.left -= candidates
         return self.victim.labels(x_adv) != self.y.repeat(candidates)
 
+    def is_wrong_once(self, x_adv: Images) -> Mask:
+        """As `is_wrong`, in a single draw of a randomized defense: `victim.eot` candidates are one query."""
+        candidates = len(x_adv) // len(self.y)
+        self.left -= candidates // self.victim.eot
+        return self.victim.labels_once(x_adv) != self.y.repeat(candidates)
+
     def is_wrong_among(self, rows: Tensor, x_adv: Images) -> Mask:
         """Asks about some of the images: row i of x_adv belongs to image `rows[i]`."""
         self.left -= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -135,11 +136,22 @@ class Victim:
             BudgetExhausted: the query budget would be exceeded.
         """
         self._open("decisions", "labels")
-        draws = self._draw(x)
-        if len(draws) == 1:
-            return draws[0].argmax(1)
-        votes = torch.nn.functional.one_hot(draws.argmax(2), self.num_classes).sum(0)  # eot b k -> b k
+        votes = torch.nn.functional.one_hot(self._draw(x).argmax(2), self.num_classes).sum(0)  # eot b k -> b k
         return votes.argmax(1)
+
+    def labels_once(self, x: Images) -> Labels:
+        """The class that the defense answers in a single draw, for an attack that asks about many images instead.
+
+        One draw may be wrong by luck, so these images are not among those that `watch` remembers.
+
+        Raises:
+            PluginError: the attack declared no access to decisions, or the logits are not finite.
+            BudgetExhausted: the query budget would be exceeded.
+        """
+        self._open("decisions", "labels_once")
+        part = copy.copy(self)
+        part.eot, part.ledger = 1, replace(self.ledger, watched=None) if self.randomized else self.ledger
+        return part._draw(x)[0].argmax(1)
 
     def logits(self, x: Images) -> Logits:
         """The defense's logits; of a randomized one, their mean over `eot` draws.

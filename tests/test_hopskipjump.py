@@ -141,6 +141,25 @@ class Jittery(Defense):
         return torch.stack((score, -score), 1)
 
 
+def test_each_draw_of_a_randomized_defense_answers_for_a_probe_of_its_own() -> None:
+    """As many passes tell more of the direction where none is spent on a vote."""
+    defense = Jittery()
+    x, y = defense.examples(8)
+    towards = (1 - 2 * y).view(-1, 1, 1, 1) * defense.pattern / 28
+    at = x - 1.4 * towards
+    cosines = []
+    for eot, count, left in ((5, 100, 900), (1, 100, 900), (1, 500, 500)):
+        victim = Victim(defense, "decisions", 8, eot=eot)
+        oracle = Oracle(victim, y, 1000)
+        with seeded("jittery"):
+            grad = estimate_gradient(oracle, at, torch.full((8,), 0.4), count)
+        assert victim.ledger.forwards.tolist() == [eot * count] * 8
+        assert oracle.left == left
+        cosines.append(float(torch.nn.functional.cosine_similarity(grad.flatten(1), -towards.flatten(1)).mean()))
+    assert cosines[0] > 1.5 * cosines[1]
+    assert abs(cosines[0] - cosines[2]) < 0.05
+
+
 @pytest.mark.parametrize(("norm", "known"), [("l2", 1.4), ("linf", 0.05)])
 def test_probes_tell_more_than_the_noise_of_the_defense(
     norm: str, known: float, monkeypatch: pytest.MonkeyPatch

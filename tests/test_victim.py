@@ -379,6 +379,33 @@ def test_best_images_of_a_minimal_norm_attack_are_the_nearest_errors() -> None:
     assert torch.equal(best(victim), x + 0.3 * line)
 
 
+@pytest.mark.parametrize("defense", [Noisy(gain=0.5), NoisyHead()], ids=["apart", "sharing layers"])
+def test_labels_once_are_of_one_draw_and_no_candidates(defense: Defense) -> None:
+    """One pass for each row, whatever the EOT; what chance had wrong there must not end as the nearest error."""
+    x, y = grid_images(40)
+    victim = Victim(defense, "decisions", 40, eot=5)
+    victim.watch(x, y, ThreatModel("linf", 1.0), "minimal")
+    asked = torch.cat([x, (x + 0.1).clamp(0, 1)])
+    with seeded("once"):
+        answers = [victim.labels_once(asked) for _ in range(20)]
+    assert victim.ledger.forwards.tolist() == [2 * 20] * 40
+    assert any(not torch.equal(answers[0], other) for other in answers), "each call has a draw of its own"
+    assert torch.equal(best(victim), x)
+    victim.labels(asked)
+    assert not torch.equal(best(victim), x)
+
+
+def test_labels_once_of_a_deterministic_defense_are_its_labels() -> None:
+    x, y = grid_images(6)
+    victim = Victim(Linear(), "decisions", 6, eot=5)
+    victim.watch(x, y, ThreatModel("linf", 1.0))
+    assert torch.equal(victim.labels_once((x + 0.1).clamp(0, 1)), victim.labels((x + 0.1).clamp(0, 1)))
+    assert passes(victim) == [(2, 0)] * 6
+    assert torch.equal(best(victim), (x + 0.1).clamp(0, 1))
+    with pytest.raises(PluginError, match=r"called victim\.labels_once"):
+        Victim(Linear(), "none", 6).labels_once(x)
+
+
 # targets
 
 
