@@ -85,6 +85,12 @@ class ThreatModel:
     def __str__(self) -> str:
         return f"{self.norm} eps={format_eps(self.eps, self.norm)}"
 
+    def whole_box(self, x: Images) -> ThreatModel:
+        """The bound in this norm that leaves out no image of the box, of the size of those in x."""
+        pixels = x[0, 0].numel()
+        values = pixels * x.shape[1]
+        return ThreatModel(self.norm, {"linf": 1, "l2": math.sqrt(values), "l1": values, "l0": pixels}[self.norm])
+
     def distance(self, x: Images, x_adv: Images) -> PerExample:
         """Distance of each pair in this norm."""
         return _DISTANCES[self.norm](x_adv - x)

@@ -264,12 +264,14 @@ def _search(scene: _Scene, entry: AttackEntry, threat: ThreatModel, worst: Worst
 def _nearest(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tensor) -> Found:
     """What a minimal-norm attack's one search, within the largest bound, found within this one.
 
-    Of a randomized defense each image is moved along its line to this bound. One further away may have part of its
-    answers wrong there; and the nearest error is where about half of them are, one nearer than the bound allows.
+    Of a randomized defense it is within no bound, and each image is then moved along its line to this one: the nearest
+    error is where about half of the answers are wrong, so that nearer some still are and further away more.
     """
     name = f"search of {entry.key}"
     if name not in scene.found:
         largest = ThreatModel(threat.norm, scene.work.spec.eps[-1])
+        if scene.work.defense.randomized and largest.eps > 0:
+            largest = largest.whole_box(scene.x)
         # chance may settle a randomized image at one bound and open it again at the next, which has no other search
         may_reopen = scene.work.defense.randomized and len(scene.work.spec.eps) > 1
         scene.found[name] = _attack(scene, entry, largest, scene.right if may_reopen else wanted, None)

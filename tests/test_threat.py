@@ -178,6 +178,14 @@ def test_stretched_to_the_bound_along_the_line(threat: ThreatModel, pair: tuple[
     assert bool((~short | cut_off | nowhere).all())
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_whole_box_holds_the_farthest_corner_and_no_more(norm: str) -> None:
+    x = torch.zeros(2, 3, 5, 4)
+    whole = ThreatModel(norm, 1).whole_box(x)
+    assert bool(whole.contains(x, torch.ones_like(x)).all())
+    torch.testing.assert_close(whole.distance(x, torch.ones_like(x)), torch.full((2,), whole.eps))
+
+
 def test_stretched_by_hand() -> None:
     x = torch.full((3, 1, 1, 2), 0.5)
     point = x + torch.tensor([[0.03, 0.04], [0.0, 0.0], [3.0, 4.0]]).view(3, 1, 1, 2)
