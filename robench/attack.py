@@ -51,7 +51,8 @@ class Attack:
             victim: all that the attack gets of the defense.
             x: originals in [0, 1].
             y: their labels.
-            threat: norm and bound.
+            threat: norm and bound; of a minimal-norm attack, which searches once for all bounds, the largest of a run,
+                and on a randomized defense the whole box.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement __call__")
 
