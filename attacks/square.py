@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robench.attack import Attack
-from robench.errors import UsageError
+from robench.errors import BudgetExhausted, UsageError
 from robench.losses import get_loss, margin
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, Mask, PerExample
@@ -95,10 +95,15 @@ class Square(Attack):
                 start = originals + threat.eps * threat.steepest(part.start - originals)
             else:
                 start = originals + (_stripes if threat.norm == "linf" else _tiles)(originals, threat.eps)
-            found = self._search(part, originals, y[rows], threat, start=threat.project(originals, start))
-            if victim.randomized and self.restarts > 1:  # the searches compare on draws that none of them chose by
-                part.hold_draws()
-                found.loss, found.broken = self._rate(part.logits(found.x), y[rows])
+            try:
+                found = self._search(part, originals, y[rows], threat, start=threat.project(originals, start))
+                if victim.randomized and self.restarts > 1:  # searches compare on draws that none of them chose by
+                    part.hold_draws()
+                    found.loss, found.broken = self._rate(part.logits(found.x), y[rows])
+            except BudgetExhausted:
+                if not (victim.randomized and restart):
+                    raise
+                break  # what was seen on other draws does not compare with what ended before
             best.update(rows, found.x, found.loss, found.broken)
         return best.x
 

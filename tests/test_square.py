@@ -211,6 +211,20 @@ def test_a_deterministic_defense_is_asked_about_nothing_twice() -> None:
     assert victim.held == [0]
 
 
+@pytest.mark.parametrize("queries", [5, 60])
+def test_a_query_budget_that_ends_a_later_search_leaves_what_the_first_found(queries: int) -> None:
+    """Of a randomized defense: the later search has seen its images on other draws."""
+    defense = NoisyLinearToy()
+    x, y = defense.examples(4)
+    found = []
+    for restarts, budget in ((1, None), (2, 60 * 3 + 10 + queries * 3)):
+        victim = Victim(defense, "scores", 4, eot=10, budget=budget)
+        victim.watch(x, y, ThreatModel("linf", 0.05))
+        found.append(run(Square(queries=60, restarts=restarts), victim, x, y, ThreatModel("linf", 0.05)))
+    assert victim.ledger.forwards.tolist() == [60 * 3 + 10 + queries * 3] * 4
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("queries", [20, 120])
 def test_a_query_budget_leaves_what_the_search_holds(queries: int) -> None:
     """Of a randomized defense the best image on the draws of now, not the luckiest of all that were tried."""
