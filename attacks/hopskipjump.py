@@ -88,10 +88,10 @@ class HopSkipJump(Attack):
 
     def _walk(self, oracle: Oracle, x: Images, x_adv: Images, threat: ThreatModel) -> Images:
         """Algorithm 2 from wrong images x_adv on; returns the nearest on the way."""
-        size = x[0].numel()
-        share, bisections = PROBE, math.ceil((1.5 if threat.norm == "l2" else 2) * math.log2(size))  # d^-3/2 or d^-2
         if oracle.victim.randomized:
             share, bisections = RANDOMIZED_PROBE, RANDOMIZED_BISECTIONS
+        else:  # to theta = d^-3/2 or d^-2
+            share, bisections = PROBE, math.ceil((1.5 if threat.norm == "l2" else 2) * math.log2(x[0].numel()))
         distance = threat.distance(x, x_adv)
         nearest, reached, step = x_adv, distance, 1
         while (count := oracle.left - HALVINGS - bisections) >= self.directions / 2:
@@ -118,9 +118,9 @@ def estimate_gradient(oracle: Oracle, x_adv: Images, radius: PerExample, count: 
     signed, moved = torch.zeros_like(x_adv), torch.zeros_like(x_adv)
     balance = torch.zeros_like(radius)
     eot = oracle.victim.eot
-    size = max(QUERY_ROWS // len(x_adv), 1) * eot
-    for first in range(0, count * eot, size):
-        noise = torch.randn(min(size, count * eot - first), *x_adv.shape, device=x_adv.device)  # m b c h w
+    probes, size = count * eot, max(QUERY_ROWS // len(x_adv), 1) * eot
+    for first in range(0, probes, size):
+        noise = torch.randn(min(size, probes - first), *x_adv.shape, device=x_adv.device)  # m b c h w
         lengths = noise.flatten(2).norm(dim=2)
         asked = (x_adv + (radius / lengths)[:, :, None, None, None] * noise).clamp(0, 1)
         signs = oracle.is_wrong_once(asked.flatten(0, 1)).view(len(asked), -1).to(x_adv.dtype) * 2 - 1  # m b
@@ -128,7 +128,7 @@ def estimate_gradient(oracle: Oracle, x_adv: Images, radius: PerExample, count: 
         signed += (signs[:, :, None, None, None] * change).sum(0)
         moved += change.sum(0)
         balance += signs.sum(0)
-    mean = (balance / (count * eot)).view(-1, 1, 1, 1)
+    mean = (balance / probes).view(-1, 1, 1, 1)
     return torch.where(mean.abs() < 1, signed - mean * moved, signed)
 
 

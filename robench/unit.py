@@ -267,16 +267,16 @@ def _nearest(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Ten
     Of a randomized defense it is within no bound, and each image is then moved along its line to this one: the nearest
     error is where about half of the answers are wrong, so that nearer some still are and further away more.
     """
-    name = f"search of {entry.key}"
+    name, randomized = f"search of {entry.key}", scene.work.defense.randomized
     if name not in scene.found:
-        largest = ThreatModel(threat.norm, scene.work.spec.eps[-1])
-        if scene.work.defense.randomized and largest.eps > 0:
-            largest = largest.whole_box(scene.x)
+        widest = ThreatModel(threat.norm, scene.work.spec.eps[-1])
+        if randomized and widest.eps > 0:
+            widest = widest.whole_box(scene.x)
         # chance may settle a randomized image at one bound and open it again at the next, which has no other search
-        may_reopen = scene.work.defense.randomized and len(scene.work.spec.eps) > 1
-        scene.found[name] = _attack(scene, entry, largest, scene.right if may_reopen else wanted, None)
+        may_reopen = randomized and len(scene.work.spec.eps) > 1
+        scene.found[name] = _attack(scene, entry, widest, scene.right if may_reopen else wanted, None)
     search = scene.found[name]
-    if scene.work.defense.randomized:
+    if randomized:
         return replace(search, x_adv=threat.stretch(scene.x, search.x_adv), attacked=wanted)
     inside = threat.contains(scene.x, search.x_adv).view(-1, 1, 1, 1)
     return replace(search, x_adv=torch.where(inside, search.x_adv, scene.x), attacked=wanted)
