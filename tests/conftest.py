@@ -40,6 +40,15 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
 
 
+@pytest.fixture(scope="session")
+def published_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of this repository's leaderboards, which is not kept in it."""
+    from robench.command_board import build_page  # not before the import hook
+
+    folder = Path(__file__).parents[1] / "leaderboards"
+    return build_page(folder, [], tmp_path_factory.mktemp("page") / "index.html", None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips a test whose marker asks for what is not here; with ROBENCH_REQUIRE_... = 1 (CI) it fails instead."""
     if item.get_closest_marker("data") is not None:

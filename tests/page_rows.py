@@ -11,15 +11,6 @@ from robench.leaderboard import Row, attack_columns, percent
 
 SECTION = re.compile(r'<h2 id="([^"]*)">(.*?)</section>', re.DOTALL)
 ROW = re.compile(r'<tr class="entry.*?(?=<tr class="entry|</tbody>\s*(?:<tbody>|</table></div>))', re.DOTALL)
-DRAWN = (r"<svg.*?</svg>", r'(?<=src="data:image/png;base64,)[^"]*', r"(?m)^\.d\d+ \{[^}]*\}\n?")
-"""The plots, the pictures and the styles of the plots: they change with matplotlib's and Pillow's versions."""
-
-
-def without_drawings(page: str) -> str:
-    """The page's own text, the same bytes from the same leaderboards."""
-    for pattern in DRAWN:
-        page = re.sub(pattern, "", page, flags=re.DOTALL)
-    return page
 
 
 def find_unlike(page: str, boards: Sequence[Board]) -> list[str]:

@@ -145,9 +145,9 @@ def test_filters_without_a_match_say_so_and_can_be_reset(page: Page) -> None:
     assert page.evaluate("document.activeElement.dataset.filter") == "dataset"  # not lost with the button
 
 
-def test_generative_rows_are_marked_and_found(browser: Browser, tmp_path: Path) -> None:
+def test_generative_rows_are_marked_and_found(browser: Browser, published_page: Path, tmp_path: Path) -> None:
     """On the page of this repository, whose rows are of robench's own defenses."""
-    for page in open_page(browser, Path(__file__).parents[1] / "leaderboards" / "index.html"):
+    for page in open_page(browser, published_page):
         keep_picture(page, "leaderboards-published", tmp_path)
         page.get_by_label("kind").select_option("generative")
         named = {name.split()[0]: name for name in page.locator("tr.entry:visible .name").all_inner_texts()}

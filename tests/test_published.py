@@ -9,20 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from page_rows import find_unlike, without_drawings
+from page_rows import find_unlike
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from robench.board import Board, load_boards
 from robench.bundle import bundle_folder, read_bundle
-from robench.command_board import build_page
 from robench.data import load_dataset
 from robench.defense import Defense, weights_digest
 from robench.estimate import Answers
@@ -51,8 +49,8 @@ def loaded() -> list[Board]:
 
 
 @pytest.fixture(scope="module")
-def page() -> str:
-    return (FOLDER / "index.html").read_text(encoding="utf-8")
+def page(published_page: Path) -> str:
+    return published_page.read_text(encoding="utf-8")
 
 
 def load_trusted(spec: RunSpec) -> Defense:
@@ -176,28 +174,3 @@ def test_rows_that_are_missing_or_changed_places_are_found_on_the_page(page: str
     assert f"{board.name}: {len(board.entries)} rows" in find_unlike(page, [fewer, *loaded[1:]])
     assert len(find_unlike(page, [turned, *loaded[1:]])) >= 2
     assert find_unlike(page, loaded[1:]) == [f"the boards are {', '.join(one.name for one in loaded)}"]
-
-
-def test_only_drawings_are_left_out_where_pages_are_compared(page: str) -> None:
-    text = without_drawings(page)
-    assert "<svg" not in text
-    for part in ("<title>", ".panel > td {", "<figcaption>", "<img", '"use strict";', "</html>"):
-        assert text.count(part) == page.count(part) > 0
-    drawn = re.sub(r"(<svg[^>]*>|base64,|\.d0 \{)", r"\1other", page)
-    assert drawn.count("other") > 100
-    assert without_drawings(drawn) == text
-    for place in (page.index("backward passes"), page.index("<figcaption>"), page.rindex("</html>")):
-        assert without_drawings(f"{page[:place]}7{page[place:]}") != text
-
-
-@pytest.mark.slow
-@pytest.mark.data
-def test_the_page_is_the_one_that_is_built(page: str, tmp_path: Path) -> None:
-    """Byte for byte but for plots and pictures, so that no text of it can be edited, nor be older than its template.
-
-    `robench leaderboard build` makes it anew.
-    """
-    built = build_page(FOLDER, [], tmp_path / "index.html", None).read_text(encoding="utf-8")
-    assert page.count("<svg") == built.count("<svg")
-    assert page.count("<img") == built.count("<img")
-    assert without_drawings(page) == without_drawings(built)
