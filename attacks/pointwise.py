@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench.attack import Attack
-from robench.decisions import start_search
+from robench.decisions import BISECTIONS, HeldOracle, bisect, find_starts
 from robench.errors import UsageError
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, PerExample
@@ -29,6 +29,8 @@ LARGEST_SHARE: Final = 0.25
 SMALLEST_SHARE: Final = 2.0**-10
 """In linf and l2 an image is drawn nearer by a share of the way between these."""
 UNLIMITED: Final = 1_000_000_000
+SHARE: Final = 0.2
+"""Of the EOT draws, how many a query in linf and l2 has, but at least one."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,18 @@ class Pointwise(Attack):
     """Starts from an error far away and sets pixels back to the original as long as the answer stays wrong.
 
     Schott et al. 2019 (arXiv 1805.09190), the Pointwise attack. Norms: l0, all channels of a pixel together; linf and
-    l2. Access: decisions; of a randomized defense the majority of its EOT draws. Goal: the nearest error. An image for
-    which no start is found comes back as it was. No guarantee, but in l0 none of the result's pixels can be set back,
-    unless `max_queries` ended the search: each was tried once more, alone, and the answer was right. A randomized
-    defense may answer otherwise when it is asked again.
+    l2. Access: decisions. Goal: the nearest error. An image for which no start is found comes back as it was. No
+    guarantee, but in l0 none of the result's pixels can be set back, unless `max_queries` ended the search: each was
+    tried once more, alone, and the answer was right.
+
+    A randomized defense is asked the same draws again and again, and an error is wrong in all of them: in l0 in each of
+    the EOT draws, so that it holds in others; in linf and l2, where the image is moved out to the bound at the end, in
+    two of ten (docs/decisions/0015-pointwise-holds-its-draws.md). The start in linf and l2 takes a vote of all.
 
     Cost per image: one decision for the original; then for each restart in l0 `tries` decisions for the start and about
     3 for each pixel of the result, or about 50; in linf and l2 two or three for each pixel of the image. A decision is
-    one forward pass, times EOT. All images ask together, one candidate each; those that are done leave.
+    one forward pass, times the draws. All images ask together, one candidate each; those that are done leave, those of
+    a randomized defense once they are half of the batch.
 
     In linf and l2 few pixels are no aim: an error of few pixels has large changes, and setting back leaves no way to
     smaller ones. The start is the image with all values at the far end of the box, or noise where that is no error. It
@@ -101,11 +107,15 @@ class Pointwise(Attack):
         expected = 1 + self.restarts * (self.tries + 50 if norm == "l0" else 2000)
         return expected if self.max_queries is None else min(expected, self.max_queries)
 
+    def draws_of(self, eot: int, norm: str) -> int:
+        """All in l0; two of ten in linf and l2, where the search is longer: the images found are no worse."""
+        return eot if norm == "l0" else max(1, round(SHARE * eot))
+
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""
         right = victim.labels(x) == y
         best, size = x.clone(), torch.where(right, torch.inf, 0.0)
-        limit = None if self.max_queries is None else (self.max_queries - 1) // self.restarts
+        limit = UNLIMITED if self.max_queries is None else (self.max_queries - 1) // self.restarts
         nearest = 1 if threat.norm == "l0" else 0
         for _ in range(self.restarts):
             rows = (size > nearest).nonzero()[:, 0]
@@ -119,29 +129,29 @@ class Pointwise(Attack):
             size[rows] = torch.where(closer, distance, size[rows])
         return torch.where(threat.contains(x, best).view(-1, 1, 1, 1), best, x)
 
-    def _search_near(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int | None) -> Images:
+    def _search_near(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int) -> Images:
         """One restart in linf and l2; the original where no start was found."""
-        queries = UNLIMITED if limit is None else limit
-        started = start_search(victim, x, y, queries, first=_far_end(x), tries=min(self.tries, queries // 2))
+        started = find_starts(victim, x, y, limit, first=_far_end(x), tries=min(self.tries, limit // 2))
         if len(started.rows) == 0:
             return x.clone()
-        oracle = started.oracle
-        x_adv = _set_back(oracle.victim, started.x, oracle.y, started.x_adv, oracle.left, draw=True)
-        return started.finish(x, x_adv, threat)
+        asked = started.oracle
+        oracle = HeldOracle.begin(asked.victim, started.x, asked.y, asked.left, self.draws_of(victim.eot, threat.norm))
+        near = bisect(oracle, started.x, started.x_adv, "l2", BISECTIONS)
+        return started.finish(x, _set_back(oracle, torch.arange(len(near)), started.x, near, draw=True), threat)
 
-    def _search_pixels(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int | None) -> Images:
+    def _search_pixels(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int) -> Images:
         """One restart in l0: errors of which no pixel can be set back; the original where no start was found."""
-        tries = self.tries if limit is None else min(self.tries, limit // 2)
-        start = _Start.nowhere(x)
-        for _ in range(tries):
-            rows = (start.size > 1).nonzero()[:, 0]
+        start, rows = _Start.nowhere(x), torch.arange(len(x), device=x.device)
+        oracle = HeldOracle.begin(victim, x, y, limit, self.draws_of(victim.eot, threat.norm))
+        for _ in range(min(self.tries, limit // 2)):
+            rows, oracle = oracle.release(rows, (start.size[rows] <= 1) | oracle.settled)
             if len(rows) == 0:
                 break
             candidates, boxes = start.propose(x[rows], rows)
-            wrong = victim.subset(rows).labels(candidates) != y[rows]
+            wrong = oracle.is_wrong(candidates)
             pixels = threat.distance(x[rows], candidates)
             start.update(rows, candidates, boxes, torch.where(wrong & (pixels > 0), pixels, torch.inf))
-        return _set_back(victim, x, y, start.x, None if limit is None else limit - tries)
+        return _set_back(oracle, rows, x, start.x)
 
 
 @dataclass
@@ -242,8 +252,8 @@ def _far_end(x: Images) -> Images:
     return (x < 0.5).to(x.dtype)
 
 
-def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int | None, *, draw: bool = False) -> Images:
-    """Sets pixels of x_adv back to x, chunk by chunk, until none can be or each image has asked `rounds` times.
+def _set_back(oracle: HeldOracle, rows: Tensor, x: Images, x_adv: Images, *, draw: bool = False) -> Images:
+    """Sets pixels of x_adv back to x, chunk by chunk, until none can be or the oracle has no queries left.
 
     The changed pixels wait in a queue; those with turns in [head, head + chunk) are tried together. Set back, they are
     out of the queue; a single pixel that has to stay gets a new turn at its end. An image is done when all that are
@@ -252,22 +262,27 @@ def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int |
     With `draw` an image from which pixels were set back is drawn nearer before the next are tried, as often as the
     answer stays wrong, by a share that doubles after success and is halved after failure: otherwise what was gained
     would go into pixels that serve the error.
+
+    Args:
+        oracle: that of the images `rows`.
+        rows: which images to work on.
+        x: originals.
+        x_adv: their errors; the original where there is none.
+        draw: see above.
     """
-    x_adv = x_adv.clone()
+    x_adv, rows = x_adv.clone(), rows.to(x.device)
     turn = _shuffle((x_adv != x).any(1).flatten(1))  # b hw
     tail = turn.amax(1) + 1
     head, stayed, chunk = torch.zeros_like(tail), torch.zeros_like(tail), torch.ones_like(tail)
     draws_next, share = torch.zeros_like(tail, dtype=torch.bool), torch.full_like(tail, LARGEST_SHARE, dtype=x.dtype)
-    asked, rows = 0, (tail > 1).nonzero()[:, 0]
-    part = victim.subset(rows)
-    while len(rows) and asked != rounds:
-        asked += 1
+    rows, oracle = oracle.release(rows, (tail[rows] <= 1) | oracle.settled)
+    while len(rows) and oracle.left > 0:
         first, size, drawing = head[rows], chunk[rows], draws_next[rows]
         tried = (turn[rows] >= first[:, None]) & (turn[rows] < (first + size)[:, None])
         without = torch.where(tried.view(-1, 1, *x.shape[2:]), x[rows], x_adv[rows])
         nearer = x_adv[rows] + share[rows].view(-1, 1, 1, 1) * (x - x_adv)[rows]
         candidates = torch.where(drawing.view(-1, 1, 1, 1), nearer, without)
-        wrong = part.labels(candidates) != y[rows]
+        wrong = oracle.is_wrong(candidates)
         x_adv[rows] = torch.where(wrong.view(-1, 1, 1, 1), candidates, x_adv[rows])
         draws_next[rows] = wrong & draw
         step = torch.where(wrong, 2 * share[rows], share[rows] / 2).clamp(SMALLEST_SHARE, LARGEST_SHARE)
@@ -281,9 +296,7 @@ def _set_back(victim: Victim, x: Images, y: Labels, x_adv: Images, rounds: int |
         grown = torch.where(back, 2 * size, torch.where(drawing, size, size // 2))
         chunk[rows] = grown.minimum(left // 2).clamp_min(1)
         done = ((left <= 1) | (stayed[rows] >= left)) & ~draws_next[rows]
-        if bool(done.any()):
-            rows = rows[~done]
-            part = victim.subset(rows)
+        rows, oracle = oracle.release(rows, done | oracle.settled)
     return x_adv
 
 

@@ -79,8 +79,9 @@ class Square(Attack):
         """One forward for each image tried."""
         return self.restarts * self.queries
 
-    def draws_of(self, eot: int) -> int:
+    def draws_of(self, eot: int, norm: str) -> int:
         """Three of ten: the images found are as good as with all, see the class."""
+        del norm
         return max(1, round(SHARE * eot))
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
@@ -110,7 +111,7 @@ class Square(Attack):
     def _search(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, *, start: Images) -> _Best:
         """One restart."""
         move = _move_square if threat.norm == "linf" else _move_bump
-        draws = self.draws_of(victim.eot)
+        victim = victim.with_draws(self.draws_of(victim.eot, threat.norm))
         best, asked, rows = _Best(start), victim, torch.arange(len(x), device=x.device)
         for query in range(self.queries):
             renewed = query % HELD == 0 if victim.randomized else query == 0
@@ -120,7 +121,7 @@ class Square(Attack):
                 x_adv = best.x
             else:
                 x_adv = move(x[rows], best.x[rows], threat, self._side(query, x))
-            logits = asked.draw(x_adv, draws).mean(0)
+            logits = asked.logits(x_adv)
             best.update(rows, x_adv, *self._rate(logits, y[rows]))
             if not victim.randomized and bool(best.broken[rows].any()):
                 rows = rows[~best.broken[rows]]

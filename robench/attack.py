@@ -76,8 +76,9 @@ class Attack:
         del norm
         return self.passes()
 
-    def draws_of(self, eot: int) -> int:
+    def draws_of(self, eot: int, norm: str) -> int:
         """Of a randomized defense's `eot` draws, how many a query takes; an attack that takes fewer overrides it."""
+        del norm
         return eot
 
     def spec(self) -> str:

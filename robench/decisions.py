@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional
 
@@ -61,13 +62,68 @@ class Oracle:
 
 
 @dataclass
+class HeldOracle(Oracle):
+    """An oracle that a search may trust: on a randomized defense it asks the same draws every time.
+
+    A candidate is wrong where it is in all draws that have its original right: with many draws it is wrong in those to
+    come, too, and with few it is near the error of one. An image whose original is wrong in every draw has no errors.
+    The draws are those of a batch: a narrower one meets others (see `Victim.hold_draws`).
+
+    Attributes:
+        x: the originals.
+        counts: the draws that have the original right, `draws b`.
+    """
+
+    x: Images
+    counts: Bool[Tensor, "draws b"]
+
+    @classmethod
+    def begin(cls, victim: Victim, x: Images, y: Labels, left: int, draws: int) -> Self:
+        """Takes `draws` draws of a randomized defense and asks about the originals, if there is a query left for it."""
+        victim = victim.with_draws(draws)
+        counts = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
+        if victim.randomized and len(y):
+            victim.hold_draws()
+            counts = victim.answers(x) == y if left > 0 else ~counts
+            left -= 1
+        return cls(victim, y, left, x, counts)
+
+    @property
+    def settled(self) -> Mask:
+        """The images that have no errors."""
+        return ~self.counts.any(0)
+
+    def is_wrong(self, x_adv: Images) -> Mask:
+        """Whether each image is wrong; one candidate for each, as several would not meet the same draws."""
+        self.left -= 1
+        wrong = self.victim.answers(x_adv) != self.y
+        return (wrong | ~self.counts).all(0) & ~self.settled
+
+    def release(self, rows: Tensor, done: Mask) -> tuple[Tensor, Self]:
+        """Lets images leave: the `rows` that stay, and their oracle.
+
+        Of a randomized defense none leaves before half can, as the others then meet other draws.
+
+        Args:
+            rows: where the oracle's images come from.
+            done: which of them need no answer any more; answers do them no harm.
+        """
+        leaving = int(done.sum())
+        if leaving == 0 or (self.victim.randomized and 2 * leaving < len(rows)):
+            return rows, self
+        keep = ~done
+        part = self.begin(self.victim.subset(keep), self.x[keep], self.y[keep], self.left, self.victim.eot)
+        return rows[keep], part
+
+
+@dataclass
 class Started:
     """The images of a batch that a search by decisions can begin with.
 
     Attributes:
         rows: which they are: right, and a start was found.
         x: their originals.
-        x_adv: wrong images near the boundary, on the line from the original to the start.
+        x_adv: wrong images: their starts, or on the line from the original to the start, near the boundary.
         oracle: their oracle; the queries of `finish` are not among those it has left.
     """
 
@@ -103,10 +159,8 @@ def _stand_back(victim: Victim) -> tuple[float, ...]:
     return RANDOMIZED_STAND_BACK if victim.randomized else STAND_BACK
 
 
-def start_search(
-    victim: Victim, x: Images, y: Labels, queries: int, *, first: Images | None = None, tries: int = TRIES
-) -> Started:
-    """Finds a start for each image that is right: noise that is wrong, moved towards the original by bisection.
+def start_search(victim: Victim, x: Images, y: Labels, queries: int) -> Started:
+    """Finds a start for each image that is right, moved towards the original by bisection.
 
     So starts the boundary attack (Brendel et al. 2018, arXiv 1712.04248, section 2.1); here an image for which no noise
     is wrong drops out and does not stop the others.
@@ -115,7 +169,24 @@ def start_search(
         victim: the victim.
         x: originals.
         y: their labels.
-        queries: the most queries of the whole search, at least MIN_QUERIES; this takes at most 1 + tries + BISECTIONS.
+        queries: the most queries of the whole search, at least MIN_QUERIES; this takes at most 1 + TRIES + BISECTIONS.
+    """
+    started = find_starts(victim, x, y, queries)
+    if len(started.rows):
+        started.x_adv = bisect(started.oracle, started.x, started.x_adv, "l2", BISECTIONS)
+    return started
+
+
+def find_starts(
+    victim: Victim, x: Images, y: Labels, queries: int, *, first: Images | None = None, tries: int = TRIES
+) -> Started:
+    """Finds a start for each image that is right: noise that is wrong, as it is.
+
+    Args:
+        victim: the victim.
+        x: originals.
+        y: their labels.
+        queries: the most queries of the whole search, at least MIN_QUERIES; this takes at most 1 + tries.
         first: what is tried before noise, one for each image.
         tries: images tried for a start.
     """
@@ -131,10 +202,7 @@ def start_search(
         starts[rows[wrong]] = noise[wrong]
         missing[rows[wrong]] = False
     rows = (right & ~missing).nonzero()[:, 0]
-    started = Started(rows, x[rows], starts[rows], oracle.narrow(rows))
-    if len(rows):
-        started.x_adv = bisect(started.oracle, started.x, started.x_adv, "l2", BISECTIONS)
-    return started
+    return Started(rows, x[rows], starts[rows], oracle.narrow(rows))
 
 
 def draw_noise(x: Images, number: int) -> Images:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from robench.attack import Goal
@@ -62,6 +63,17 @@ class Watched:
             margins[better],
             distances[better],
         )
+
+    def forget(self, rows: Tensor) -> None:
+        """Forgets how good the best images of the examples `rows` were, where that is what counts."""
+        if self.goal == "budget":
+            self.margin[rows] = -torch.inf
+
+    def weakest(self, rows: Tensor, draws: Float[Tensor, "draws b k"]) -> Logits:
+        """Of each image of a query about the examples `rows` the logits of the draw that is least wrong."""
+        y = self.labels[rows].repeat(draws.shape[1] // len(rows))
+        margins = torch.stack([margin(logits, y) for logits in draws])
+        return draws[margins.argmin(0), torch.arange(len(y), device=draws.device)]
 
 
 @dataclass

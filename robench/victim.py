@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 
 from robench.answers import AnyLogits, check_logits, mend_gradients
@@ -139,18 +139,22 @@ class Victim:
         votes = torch.nn.functional.one_hot(self._draw(x).argmax(2), self.num_classes).sum(0)  # eot b k -> b k
         return votes.argmax(1)
 
+    def answers(self, x: Images) -> Int[Tensor, "eot b"]:
+        """The class that the defense answers in each of `eot` draws; an error, to `watch` as well, is wrong in all.
+
+        Raises as `labels`.
+        """
+        self._open("decisions", "answers")
+        return self._draw(x, in_all=True).argmax(2)
+
     def labels_once(self, x: Images) -> Labels:
         """The class that the defense answers in a single draw, for an attack that asks about many images instead.
 
-        One draw may be wrong by luck, so these images are not among those that `watch` remembers.
-
-        Raises:
-            PluginError: the attack declared no access to decisions, or the logits are not finite.
-            BudgetExhausted: the query budget would be exceeded.
+        One draw may be wrong by luck, so these images are not among those that `watch` remembers. Raises as `labels`.
         """
         self._open("decisions", "labels_once")
-        part = copy.copy(self)
-        part.eot, part.ledger = 1, replace(self.ledger, watched=None) if self.randomized else self.ledger
+        part = self.with_draws(1)
+        part.ledger = replace(self.ledger, watched=None) if self.randomized else self.ledger
         return part._draw(x)[0].argmax(1)
 
     def logits(self, x: Images) -> Logits:
@@ -163,17 +167,11 @@ class Victim:
         self._open("scores", "logits")
         return self._draw(x).mean(0)
 
-    def draw(self, x: Images, count: int) -> Float[Tensor, "count b k"]:
-        """Logits in each of `count` draws, 1 to `eot`, for an attack that needs fewer.
-
-        Raises:
-            PluginError: the attack declared no access to scores, or the logits are not finite.
-            BudgetExhausted: the query budget would be exceeded.
-        """
-        self._open("scores", "draw")
+    def with_draws(self, count: int) -> Self:
+        """The victim that takes `count` draws for a query, at most `eot`, for an attack that needs fewer."""
         part = copy.copy(self)
-        part.eot = count
-        return part._draw(x)
+        part.eot = min(count, self.eot)
+        return part
 
     def hold_draws(self) -> None:
         """From here on queries of a batch all meet the same draws, not those before: common random numbers.
@@ -182,12 +180,12 @@ class Victim:
         made after it hold the same. Changes nothing where nothing is drawn, or the attack's randomness is not `fresh`.
 
         Ask about the best images next: answers on other draws do not compare, so that of the best images so far (see
-        `watch`) it is forgotten how good they were, and what is asked next takes their place.
+        `watch`; not of nearest errors) it is forgotten how good they were, and what is asked next takes their place.
         """
         if self.randomized and self._randomness == "fresh":
             self._held = int(torch.randint(2**62, ()))
             if self.ledger.watched is not None:
-                self.ledger.watched.margin[self._rows] = -torch.inf
+                self.ledger.watched.forget(self._rows)
 
     def loss(self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None) -> Value:
         """Loss and logits, each the mean over `eot` draws: comparable with those of `gradient`, by forwards alone.
@@ -350,13 +348,14 @@ class Victim:
             return contextlib.nullcontext()
         return torch.autocast(x.device.type, dtype=torch.bfloat16)
 
-    def _draw(self, x: Images) -> Tensor:
-        """Logits of `eot` draws: eot b k."""
+    def _draw(self, x: Images, *, in_all: bool = False) -> Tensor:
+        """Logits of `eot` draws, eot b k; what is remembered as wrong is so in their mean, or `in_all`."""
         self._charge(len(x), forwards=self.eot, backwards=0)
         fast = self._fast(x) if self.randomized else contextlib.nullcontext()
         with torch.no_grad(), self._controlled(x), fast:
             (draws,) = self._over_draws(lambda rows: (self._answer(rows),), self._spread(x))
-        self._remember(x, draws.mean(0))
+        watched = self.ledger.watched if in_all else None
+        self._remember(x, draws.mean(0) if watched is None else watched.weakest(self._rows, draws))
         return draws
 
     def _answer(self, x: Images) -> AnyLogits:

@@ -38,9 +38,9 @@ class Watcher(Victim):
         self.asked.append((self._rows, x.clone(), target))
         return super().gradient(x, y, loss, target)
 
-    def _draw(self, x: Images) -> Tensor:
+    def _draw(self, x: Images, *, in_all: bool = False) -> Tensor:
         self.seen.append((self._rows, x.clone()))
-        return super()._draw(x)
+        return super()._draw(x, in_all=in_all)
 
 
 def watch(attack: APGD, defense: Any, x: Tensor, y: Tensor, threat: ThreatModel, **more: Any) -> tuple[Watcher, Tensor]:

@@ -181,14 +181,36 @@ def test_a_pixel_is_all_its_channels() -> None:
     assert torch.equal(changed.any(1), changed.all(1))
 
 
-@pytest.mark.parametrize(("norm", "clean", "left"), [("l0", 0.9, 0.5), ("linf", 0.85, 0.6), ("l2", 0.85, 0.6)])
-def test_majority_of_the_draws_decides_on_a_randomized_defense(norm: str, clean: float, left: float) -> None:
+@pytest.mark.parametrize(
+    ("norm", "clean", "left", "passes"), [("l0", 0.9, 0.15, 800), ("linf", 0.85, 0.5, 300), ("l2", 0.85, 0.5, 300)]
+)
+def test_errors_of_a_randomized_defense_are_wrong_in_most_draws(
+    norm: str, clean: float, left: float, passes: int
+) -> None:
+    """Votes of fresh draws would leave 0.39, 0.48 and 0.53 here, for 600 passes in each norm."""
     defense = NoisyLinearToy(sigma=2.0)
     x, y = defense.examples(24, norm)
     x_adv, victim = attack_toy(Pointwise(), defense, x, y, norm=norm, eps=min(WIDE[norm], PIXELS))
-    assert set((victim.ledger.forwards % 10).tolist()) == {0}
     assert float(defense.probability_right(x, y).min()) > clean
     assert float(defense.probability_right(x_adv, y).mean()) < left
+    assert float(victim.ledger.forwards.float().mean()) < passes
+
+
+@pytest.mark.parametrize("norm", list(WIDE))
+@pytest.mark.parametrize("max_queries", [3, 9, 20, 40])
+def test_max_queries_is_kept_on_a_randomized_defense(max_queries: int, norm: str) -> None:
+    """Counted in passes: a query has ten draws at most."""
+    defense = NoisyLinearToy(sigma=2.0)
+    x, y = defense.examples(24, norm)
+    x_adv, victim = attack_toy(Pointwise(max_queries=max_queries), defense, x, y, norm=norm, eps=min(WIDE[norm], 16))
+    assert int(victim.ledger.forwards.max()) <= 10 * max_queries
+    assert bool(ThreatModel(norm, min(WIDE[norm], 16)).contains(x, x_adv).all())
+
+
+def test_a_query_has_few_draws_but_in_l0() -> None:
+    attack = Pointwise()
+    assert [attack.draws_of(eot, "l0") for eot in (1, 3, 10)] == [1, 3, 10]
+    assert [attack.draws_of(eot, norm) for norm in ("linf", "l2") for eot in (1, 3, 10, 20)] == 2 * [1, 1, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,14 @@ class Listening(Victim):
     def __init__(self, defense: Defense, examples: int, **options: Any) -> None:
         super().__init__(defense, "scores", examples, **options)
         self.asked: list[Images] = []
-        self.answers: list[Tensor] = []
+        self.draws: list[Tensor] = []
         self.held: list[int] = []
 
-    def draw(self, x: Images, count: int) -> Tensor:
+    def _draw(self, x: Images, *, in_all: bool = False) -> Tensor:
         self.asked.append(x.clone())
-        answers = super().draw(x, count)
-        self.answers.append(answers)
-        return answers
+        logits = super()._draw(x, in_all=in_all)
+        self.draws.append(logits)
+        return logits
 
     def hold_draws(self) -> None:
         self.held.append(len(self.asked))
@@ -190,13 +190,13 @@ def test_a_randomized_defense_is_asked_about_the_best_image_again_on_other_draws
     victim, threat = Listening(defense, 4, eot=10), ThreatModel("linf", 0.05)
     run(Square(queries=120), victim, x, y, threat)
     assert victim.held == [0, 50, 100]
-    assert [len(answers) for answers in victim.answers] == [3] * 120
-    losses = [margin(answers.mean(0), y) for answers in victim.answers]
+    assert [len(answers) for answers in victim.draws] == [3] * 120
+    losses = [margin(answers.mean(0), y) for answers in victim.draws]
     for first in (0, 50):
-        luck = victim.answers[first] - LinearToy()(victim.asked[first])  # this defense adds its draws to the logits
+        luck = victim.draws[first] - LinearToy()(victim.asked[first])  # this defense adds its draws to the logits
         best, loss = victim.asked[first], losses[first]
         for query in range(first + 1, first + 50):
-            torch.testing.assert_close(victim.answers[query] - LinearToy()(victim.asked[query]), luck)
+            torch.testing.assert_close(victim.draws[query] - LinearToy()(victim.asked[query]), luck)
             better = losses[query] > loss
             best = torch.where(better.view(-1, 1, 1, 1), victim.asked[query], best)
             loss = torch.maximum(loss, losses[query])
@@ -239,7 +239,7 @@ def test_a_query_budget_leaves_what_the_search_holds(queries: int) -> None:
     run(attack, listening, x, y, threat)
     first = queries // 50 * 50
     asked = torch.stack(listening.asked[first:queries])
-    margins = torch.stack([margin(answers.mean(0), y) for answers in listening.answers[first:queries]])
+    margins = torch.stack([margin(answers.mean(0), y) for answers in listening.draws[first:queries]])
     assert victim.ledger.best is not None
     assert torch.equal(victim.ledger.best, asked[margins.argmax(0), torch.arange(4)])
 

@@ -29,7 +29,7 @@ from robench.losses import margin, targeted_dlr, targeted_margin
 from robench.rng import seeded
 from robench.testing import LinearToy
 from robench.testing.attacks import conv_case
-from robench.testing.toys import CLASSES
+from robench.testing.toys import CLASSES, NoisyLinearToy
 from robench.threat import ThreatModel
 from robench.victim import Victim
 
@@ -102,7 +102,7 @@ def test_no_query_goes_uncounted() -> None:
 QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
     "labels": lambda victim, x, _: victim.labels(x),
     "logits": lambda victim, x, _: victim.logits(x),
-    "draw": lambda victim, x, _: victim.draw(x, victim.eot),
+    "answers": lambda victim, x, _: victim.answers(x),
     "loss": lambda victim, x, y: victim.loss(x, y),
     "loss_grad": lambda victim, x, y: victim.loss_grad(x, y),
     "gradient": lambda victim, x, y: victim.gradient(x, y),
@@ -110,9 +110,9 @@ QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
 }
 ALLOWED: dict[Access, set[str]] = {
     "none": set(),
-    "decisions": {"labels"},
-    "scores": {"labels", "logits", "draw", "loss"},
-    "gradient": {"labels", "logits", "draw", "loss", "loss_grad", "gradient", "differentiable"},
+    "decisions": {"labels", "answers"},
+    "scores": {"labels", "answers", "logits", "loss"},
+    "gradient": {"labels", "answers", "logits", "loss", "loss_grad", "gradient", "differentiable"},
 }
 
 
@@ -253,8 +253,12 @@ def test_draws_that_are_fixed_or_off_cannot_be_held(randomness: Any) -> None:
 def test_fewer_draws_than_a_query_has_cost_less() -> None:
     x, _ = grid_images(3)
     victim = Victim(NoisyInput(), "scores", 3, eot=10)
-    assert victim.draw(x, 3).shape == (3, 3, victim.num_classes)
-    assert passes(victim) == [(3, 0)] * 3
+    few = victim.with_draws(2)
+    assert few.answers(x).shape == (2, 3)
+    few.logits(x)
+    assert passes(victim) == [(4, 0)] * 3
+    assert victim.answers(x).shape == (10, 3)
+    assert victim.with_draws(20).eot == 10
 
 
 def test_holding_other_draws_forgets_how_good_the_best_images_were_and_not_which() -> None:
@@ -266,9 +270,29 @@ def test_holding_other_draws_forgets_how_good_the_best_images_were_and_not_which
     part = victim.subset(torch.tensor([0, 2]))
     part.hold_draws()
     torch.testing.assert_close(best(victim), first)
-    part.draw(second[[0, 2]], 2)
+    part.with_draws(2).logits(second[[0, 2]])
     torch.testing.assert_close(best(victim)[[0, 2]], second[[0, 2]])
     torch.testing.assert_close(best(victim)[1], first[1])
+
+
+def test_an_error_is_remembered_where_all_draws_of_answers_are_wrong() -> None:
+    """A vote would remember the first image, which is nearer. Other draws make nobody forget the nearest error."""
+    defense = NoisyLinearToy(sigma=2.0)
+    x, y = defense.examples(64, "l2")
+    step = torch.autograd.functional.jacobian(lambda x: margin(LinearToy.forward(defense, x), y).sum(), x)
+    step = step / step.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * defense.distance(x, y, "l2").view(-1, 1, 1, 1)
+    near, far = (x + 1.2 * step).clamp(0, 1), (x + 4 * step).clamp(0, 1)
+    victim = Victim(defense, "decisions", 64, eot=10)
+    victim.watch(x, y, ThreatModel("l2", 9.0), "minimal")
+    with seeded("all"):
+        victim.hold_draws()
+        in_all = [(victim.answers(images) != y).all(0) for images in (near, far)]
+        victim.hold_draws()
+        victim.answers(x)
+    taken = torch.where(in_all[0].view(-1, 1, 1, 1), near, far)
+    wrong = in_all[0] | in_all[1]
+    assert int((in_all[1] & ~in_all[0]).sum()) > 16
+    torch.testing.assert_close(best(victim)[wrong], taken[wrong])
 
 
 def test_gradient_mode_is_the_one_asked_for() -> None:
