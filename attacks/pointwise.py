@@ -30,7 +30,8 @@ SMALLEST_SHARE: Final = 2.0**-10
 """In linf and l2 an image is drawn nearer by a share of the way between these."""
 UNLIMITED: Final = 1_000_000_000
 SHARE: Final = 0.2
-"""Of the EOT draws, how many a query in linf and l2 has, but at least one."""
+LEAST: Final = 2
+"""Of the EOT draws, the share that a query in linf and l2 has, and how many at least, if there are as many."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Pointwise(Attack):
 
     def draws_of(self, eot: int, norm: str) -> int:
         """All in l0; two of ten in linf and l2, where the search is longer: the images found are no worse."""
-        return eot if norm == "l0" else max(1, round(SHARE * eot))
+        return eot if norm == "l0" else min(eot, max(LEAST, round(SHARE * eot)))
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""

@@ -84,7 +84,7 @@ class HeldOracle(Oracle):
         counts = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
         if victim.randomized and len(y):
             victim.hold_draws()
-            counts = victim.answers(x) == y if left > 0 else ~counts
+            counts = victim.unwatched().answers(x) == y if left > 0 else ~counts
             left -= 1
         return cls(victim, y, left, x, counts)
 

@@ -64,11 +64,6 @@ class Watched:
             distances[better],
         )
 
-    def forget(self, rows: Tensor) -> None:
-        """Forgets how good the best images of the examples `rows` were, where that is what counts."""
-        if self.goal == "budget":
-            self.margin[rows] = -torch.inf
-
     def weakest(self, rows: Tensor, draws: Float[Tensor, "draws b k"]) -> Logits:
         """Of each image of a query about the examples `rows` the logits of the draw that is least wrong."""
         y = self.labels[rows].repeat(draws.shape[1] // len(rows))
@@ -98,6 +93,11 @@ class Ledger:
     def best(self) -> Images | None:
         """The best images so far within the bound, as far as they are watched."""
         return None if self.watched is None else self.watched.best
+
+    def forget(self, rows: Tensor) -> None:
+        """Forgets how good the best images of the examples `rows` were, where that is what counts."""
+        if self.watched is not None and self.watched.goal == "budget":
+            self.watched.margin[rows] = -torch.inf
 
     def charge(self, rows: Tensor, *, forwards: int, backwards: int) -> None:
         """Counts passes of each of the examples `rows`.

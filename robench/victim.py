@@ -140,10 +140,7 @@ class Victim:
         return votes.argmax(1)
 
     def answers(self, x: Images) -> Int[Tensor, "eot b"]:
-        """The class that the defense answers in each of `eot` draws; an error, to `watch` as well, is wrong in all.
-
-        Raises as `labels`.
-        """
+        """The class in each of `eot` draws; an error, to `watch` as well, is wrong in all. Raises as `labels`."""
         self._open("decisions", "answers")
         return self._draw(x, in_all=True).argmax(2)
 
@@ -154,8 +151,7 @@ class Victim:
         """
         self._open("decisions", "labels_once")
         part = self.with_draws(1)
-        part.ledger = replace(self.ledger, watched=None) if self.randomized else self.ledger
-        return part._draw(x)[0].argmax(1)
+        return (part.unwatched() if self.randomized else part)._draw(x)[0].argmax(1)
 
     def logits(self, x: Images) -> Logits:
         """The defense's logits; of a randomized one, their mean over `eot` draws.
@@ -173,6 +169,12 @@ class Victim:
         part.eot = min(count, self.eot)
         return part
 
+    def unwatched(self) -> Self:
+        """The victim for images that are none of the attack's finds: `watch` does not remember them."""
+        part = copy.copy(self)
+        part.ledger = replace(self.ledger, watched=None)
+        return part
+
     def hold_draws(self) -> None:
         """From here on queries of a batch all meet the same draws, not those before: common random numbers.
 
@@ -184,8 +186,7 @@ class Victim:
         """
         if self.randomized and self._randomness == "fresh":
             self._held = int(torch.randint(2**62, ()))
-            if self.ledger.watched is not None:
-                self.ledger.watched.forget(self._rows)
+            self.ledger.forget(self._rows)
 
     def loss(self, x: Images, y: Labels, loss: str | Loss = "ce", target: Labels | None = None) -> Value:
         """Loss and logits, each the mean over `eot` draws: comparable with those of `gradient`, by forwards alone.

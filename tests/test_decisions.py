@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robench import Victim
+from robench import ThreatModel, Victim
 from robench.decisions import HeldOracle
 from robench.defense import Defense
 from robench.rng import seeded
@@ -82,6 +82,20 @@ def test_a_draw_counts_only_where_it_has_the_original_right() -> None:
     assert oracle.settled.tolist() == [False, False, True]
     assert oracle.is_wrong(x).tolist() == [True, True, False]
     assert oracle.is_wrong(x).tolist() == [False, True, False]
+
+
+def test_originals_are_no_finds() -> None:
+    """One that is wrong in all draws would else be the nearest error, at distance 0, when a budget ends the search."""
+    defense = NoisyLinearToy(sigma=9.0)
+    x, y = defense.examples(64, "l2")
+    victim = Victim(defense, "decisions", len(x))
+    victim.watch(x, y, ThreatModel("l2", 9.0), "minimal")
+    with seeded("held"):
+        oracle = HeldOracle.begin(victim, x, y, LEFT, 1)
+    assert int(oracle.settled.sum()) > 10
+    assert victim.ledger.watched is not None
+    assert bool((victim.ledger.watched.margin == -torch.inf).all())
+    assert victim.ledger.forwards.tolist() == [1] * 64
 
 
 def marked(*places: int) -> Tensor:

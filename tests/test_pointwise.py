@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import foolbox
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from robench import ThreatModel, Victim, load_attack, load_data, wrap
 from robench.attacks.pointwise import Pointwise
+from robench.decisions import HeldOracle
 from robench.defense import Defense
 from robench.errors import UsageError
 from robench.rng import foreign_generators, seeded
@@ -207,10 +209,30 @@ def test_max_queries_is_kept_on_a_randomized_defense(max_queries: int, norm: str
     assert bool(ThreatModel(norm, min(WIDE[norm], 16)).contains(x, x_adv).all())
 
 
+@pytest.mark.parametrize("norm", list(WIDE))
+def test_an_original_that_is_wrong_in_all_draws_is_asked_about_no_more(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a search in which that happened to all images nothing but the first questions is asked."""
+    begin = HeldOracle.begin.__func__  # type: ignore[attr-defined]
+
+    def all_wrong(cls: type[HeldOracle], *arguments: Any) -> HeldOracle:
+        oracle: HeldOracle = begin(cls, *arguments)
+        return dataclasses.replace(oracle, counts=torch.zeros_like(oracle.counts))
+
+    monkeypatch.setattr(HeldOracle, "begin", classmethod(all_wrong))
+    defense = NoisyLinearToy()
+    x, y = defense.examples(12, norm)
+    _, victim = attack_toy(Pointwise(), defense, x, y, norm=norm, eps=min(WIDE[norm], PIXELS))
+    label, originals, start, bisections, finish = 10, 10 if norm == "l0" else 2, 20, 10 * 2, 6 * 10
+    first = label + originals + (0 if norm == "l0" else start + bisections + finish)
+    assert victim.ledger.forwards.tolist() == [first] * 12
+
+
 def test_a_query_has_few_draws_but_in_l0() -> None:
     attack = Pointwise()
     assert [attack.draws_of(eot, "l0") for eot in (1, 3, 10)] == [1, 3, 10]
-    assert [attack.draws_of(eot, norm) for norm in ("linf", "l2") for eot in (1, 3, 10, 20)] == 2 * [1, 1, 2, 4]
+    assert [attack.draws_of(eot, norm) for norm in ("linf", "l2") for eot in (1, 3, 10, 20)] == 2 * [1, 2, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -99,3 +99,12 @@ def test_the_one_search_of_a_minimal_norm_attack_is_expected_once(monkeypatch: p
     bounds = [ThreatModel("linf", eps) for eps in (0.02, 0.1, 0.3)]
     evaluate(Noisy(), "hopskipjump(queries=50),fgsm", bounds, grid_images(6), eot=2, judge_repeats=20)
     assert told["begun"] == 6 * 2 * (50 + 3 * FGSM().passes())
+
+
+@pytest.mark.parametrize(("norm", "draws"), [("l0", 10), ("l2", 2)])
+def test_as_many_draws_are_expected_as_the_attack_takes_in_the_norm(
+    norm: str, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = hear(monkeypatch)
+    evaluate(Noisy(), "pointwise(max_queries=50)", ThreatModel(norm, 3), grid_images(6), eot=10, judge_repeats=20)
+    assert told["begun"] == 6 * 50 * draws

@@ -25,6 +25,7 @@ from torch.nn import functional
 from robench.attack import Access
 from robench.defense import Defense
 from robench.errors import BudgetExhausted, PluginError, UsageError
+from robench.ledger import Watched
 from robench.losses import margin, targeted_dlr, targeted_margin
 from robench.rng import seeded
 from robench.testing import LinearToy
@@ -293,6 +294,15 @@ def test_an_error_is_remembered_where_all_draws_of_answers_are_wrong() -> None:
     wrong = in_all[0] | in_all[1]
     assert int((in_all[1] & ~in_all[0]).sum()) > 16
     torch.testing.assert_close(best(victim)[wrong], taken[wrong])
+
+
+def test_the_weakest_draw_is_looked_for_under_each_image_s_own_label() -> None:
+    x, _ = grid_images(3)
+    watched = Watched.begin(x, torch.tensor([0, 1, 0]), ThreatModel("linf", 1.0), "minimal")
+    rows = torch.tensor([1, 2])  # labels 1 and 0, two candidates each
+    logits = torch.tensor([[[2.0, 0], [2, 0], [3, 0], [3, 0]], [[0, 1], [0, 1], [1, 0], [1, 0]]])  # draws b k
+    expected = torch.stack([logits[1, 0], logits[0, 1], logits[1, 2], logits[0, 3]])
+    torch.testing.assert_close(watched.weakest(rows, logits), expected)
 
 
 def test_gradient_mode_is_the_one_asked_for() -> None:
