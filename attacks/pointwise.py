@@ -29,8 +29,10 @@ LARGEST_SHARE: Final = 0.25
 SMALLEST_SHARE: Final = 2.0**-10
 """In linf and l2 an image is drawn nearer by a share of the way between these."""
 UNLIMITED: Final = 1_000_000_000
-SHARE: Final = 0.2
-LEAST: Final = 2
+VOTES: Final = 9
+"""Queries in linf and l2 that have all EOT draws, usually: two about the original, one for the start, six to end."""
+EOT_SHARE: Final = 0.2
+LEAST_DRAWS: Final = 2
 """Of the EOT draws, the share that a query in linf and l2 has, and how many at least, if there are as many."""
 
 
@@ -40,17 +42,18 @@ class Pointwise(Attack):
 
     Schott et al. 2019 (arXiv 1805.09190), the Pointwise attack. Norms: l0, all channels of a pixel together; linf and
     l2. Access: decisions. Goal: the nearest error. An image for which no start is found comes back as it was. No
-    guarantee, but in l0 none of the result's pixels can be set back, unless `max_queries` ended the search: each was
-    tried once more, alone, and the answer was right.
+    guarantee, but in l0 none of the result's pixels can be set back on a deterministic defense, unless `max_queries`
+    ended the search: each was tried once more, alone, and the answer was right.
 
-    A randomized defense is asked the same draws again and again, and an error is wrong in all of them: in l0 in each of
-    the EOT draws, so that it holds in others; in linf and l2, where the image is moved out to the bound at the end, in
-    two of ten (docs/decisions/0015-pointwise-holds-its-draws.md). The start in linf and l2 takes a vote of all.
+    A randomized defense is asked the same draws again and again, and an error is wrong in all that have its original
+    right: in l0 of the EOT draws, so that it holds in others; in linf and l2, where the image is moved out to the bound
+    at the end, of two of ten (docs/decisions/0015-pointwise-holds-its-draws.md). The start in linf and l2, and how far
+    the result stands back, are put to a vote of all.
 
     Cost per image: one decision for the original; then for each restart in l0 `tries` decisions for the start and about
     3 for each pixel of the result, or about 50; in linf and l2 two or three for each pixel of the image. A decision is
     one forward pass, times the draws. All images ask together, one candidate each; those that are done leave, those of
-    a randomized defense once they are half of the batch.
+    a randomized defense once they are half of the batch, after which the others' originals are asked about again.
 
     In linf and l2 few pixels are no aim: an error of few pixels has large changes, and setting back leaves no way to
     smaller ones. The start is the image with all values at the far end of the box, or noise where that is no error. It
@@ -109,8 +112,13 @@ class Pointwise(Attack):
         return expected if self.max_queries is None else min(expected, self.max_queries)
 
     def draws_of(self, eot: int, norm: str) -> int:
-        """All in l0; two of ten in linf and l2, where the search is longer: the images found are no worse."""
-        return eot if norm == "l0" else min(eot, max(LEAST, round(SHARE * eot)))
+        """The EOT draws of the search: all in l0; in linf and l2 two of ten, or two: what it finds is as good."""
+        return eot if norm == "l0" else min(eot, max(LEAST_DRAWS, round(EOT_SHARE * eot)))
+
+    def passes_with_eot(self, norm: str, eot: int) -> int:
+        """As `passes_in`, of which in linf and l2 a few have all draws."""
+        all_draws = self.passes_in(norm) if norm == "l0" else min(VOTES, self.passes_in(norm))
+        return eot * all_draws + self.draws_of(eot, norm) * (self.passes_in(norm) - all_draws)
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""
@@ -138,15 +146,17 @@ class Pointwise(Attack):
         asked = started.oracle
         oracle = HeldOracle.begin(asked.victim, started.x, asked.y, asked.left, self.draws_of(victim.eot, threat.norm))
         near = bisect(oracle, started.x, started.x_adv, "l2", BISECTIONS)
-        return started.finish(x, _set_back(oracle, torch.arange(len(near)), started.x, near, draw=True), threat)
+        return started.finish(
+            x, _set_back(oracle, torch.arange(len(near), device=x.device), started.x, near, draw=True), threat
+        )
 
     def _search_pixels(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int) -> Images:
         """One restart in l0: errors of which no pixel can be set back; the original where no start was found."""
         start, rows = _Start.nowhere(x), torch.arange(len(x), device=x.device)
         oracle = HeldOracle.begin(victim, x, y, limit, self.draws_of(victim.eot, threat.norm))
         for _ in range(min(self.tries, limit // 2)):
-            rows, oracle = oracle.release(rows, (start.size[rows] <= 1) | oracle.settled)
-            if len(rows) == 0:
+            rows, oracle = oracle.release(rows, (start.size[rows] <= 1) | oracle.exempt)
+            if len(rows) == 0 or oracle.left <= 0:
                 break
             candidates, boxes = start.propose(x[rows], rows)
             wrong = oracle.is_wrong(candidates)
@@ -271,12 +281,12 @@ def _set_back(oracle: HeldOracle, rows: Tensor, x: Images, x_adv: Images, *, dra
         x_adv: their errors; the original where there is none.
         draw: see above.
     """
-    x_adv, rows = x_adv.clone(), rows.to(x.device)
+    x_adv = x_adv.clone()
     turn = _shuffle((x_adv != x).any(1).flatten(1))  # b hw
     tail = turn.amax(1) + 1
     head, stayed, chunk = torch.zeros_like(tail), torch.zeros_like(tail), torch.ones_like(tail)
     draws_next, share = torch.zeros_like(tail, dtype=torch.bool), torch.full_like(tail, LARGEST_SHARE, dtype=x.dtype)
-    rows, oracle = oracle.release(rows, (tail[rows] <= 1) | oracle.settled)
+    rows, oracle = oracle.release(rows, (tail[rows] <= 1) | oracle.exempt)
     while len(rows) and oracle.left > 0:
         first, size, drawing = head[rows], chunk[rows], draws_next[rows]
         tried = (turn[rows] >= first[:, None]) & (turn[rows] < (first + size)[:, None])
@@ -297,7 +307,7 @@ def _set_back(oracle: HeldOracle, rows: Tensor, x: Images, x_adv: Images, *, dra
         grown = torch.where(back, 2 * size, torch.where(drawing, size, size // 2))
         chunk[rows] = grown.minimum(left // 2).clamp_min(1)
         done = ((left <= 1) | (stayed[rows] >= left)) & ~draws_next[rows]
-        rows, oracle = oracle.release(rows, done | oracle.settled)
+        rows, oracle = oracle.release(rows, done | oracle.exempt)
     return x_adv
 
 

@@ -79,10 +79,13 @@ class Square(Attack):
         """One forward for each image tried."""
         return self.restarts * self.queries
 
-    def draws_of(self, eot: int, norm: str) -> int:
-        """Three of ten: the images found are as good as with all, see the class."""
-        del norm
+    def draws_of(self, eot: int) -> int:
+        """Of the EOT draws those of a query, three of ten: the images found are as good as with all, see the class."""
         return max(1, round(SHARE * eot))
+
+    def passes_with_eot(self, norm: str, eot: int) -> int:
+        """As `passes_in`, times the draws of a query."""
+        return self.draws_of(eot) * self.passes_in(norm)
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""
@@ -111,7 +114,7 @@ class Square(Attack):
     def _search(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, *, start: Images) -> _Best:
         """One restart."""
         move = _move_square if threat.norm == "linf" else _move_bump
-        victim = victim.with_draws(self.draws_of(victim.eot, threat.norm))
+        victim = victim.with_draws(self.draws_of(victim.eot))
         best, asked, rows = _Best(start), victim, torch.arange(len(x), device=x.device)
         for query in range(self.queries):
             renewed = query % HELD == 0 if victim.randomized else query == 0

@@ -76,10 +76,9 @@ class Attack:
         del norm
         return self.passes()
 
-    def draws_of(self, eot: int, norm: str) -> int:
-        """Of a randomized defense's `eot` draws, how many a query takes; an attack that takes fewer overrides it."""
-        del norm
-        return eot
+    def passes_with_eot(self, norm: str, eot: int) -> int:
+        """As `passes_in`, times `eot` draws; an attack whose queries have fewer overrides it."""
+        return eot * self.passes_in(norm)
 
     def spec(self) -> str:
         """The name with all options that are not at their default: `pgd(steps=100)`. It replays the attack."""

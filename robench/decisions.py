@@ -62,47 +62,53 @@ class Oracle:
 
 
 @dataclass
-class HeldOracle(Oracle):
-    """An oracle that a search may trust: on a randomized defense it asks the same draws every time.
+class HeldOracle:
+    """Says which images are wrong, on a randomized defense in the same draws every time.
 
     A candidate is wrong where it is in all draws that have its original right: with many draws it is wrong in those to
-    come, too, and with few it is near the error of one. An image whose original is wrong in every draw has no errors.
-    The draws are those of a batch: a narrower one meets others (see `Victim.hold_draws`).
+    come, too, and with few it is near the error of one. The draws are those of a batch: a narrower one meets others.
 
     Attributes:
+        victim: the victim of the images under attack, with the draws held.
         x: the originals.
-        counts: the draws that have the original right, `draws b`.
+        y: their labels.
+        left: queries left of the image that was asked about most.
+        original_right: the draws that have the original right, `draws b`.
     """
 
+    victim: Victim
     x: Images
-    counts: Bool[Tensor, "draws b"]
+    y: Labels
+    left: int
+    original_right: Bool[Tensor, "draws b"]
 
     @classmethod
     def begin(cls, victim: Victim, x: Images, y: Labels, left: int, draws: int) -> Self:
         """Takes `draws` draws of a randomized defense and asks about the originals, if there is a query left for it."""
         victim = victim.with_draws(draws)
-        counts = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
+        right = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
         if victim.randomized and len(y):
             victim.hold_draws()
-            counts = victim.unwatched().answers(x) == y if left > 0 else ~counts
+            right = victim.unwatched().labels_per_draw(x) == y if left > 0 else ~right
             left -= 1
-        return cls(victim, y, left, x, counts)
+        return cls(victim, x, y, left, right)
 
     @property
-    def settled(self) -> Mask:
-        """The images that have no errors."""
-        return ~self.counts.any(0)
+    def exempt(self) -> Mask:
+        """The images that are not to be searched: no draw has their original right, or no query was left to ask."""
+        return ~self.original_right.any(0)
 
     def is_wrong(self, x_adv: Images) -> Mask:
         """Whether each image is wrong; one candidate for each, as several would not meet the same draws."""
         self.left -= 1
-        wrong = self.victim.answers(x_adv) != self.y
-        return (wrong | ~self.counts).all(0) & ~self.settled
+        wrong = self.victim.labels_per_draw(x_adv) != self.y
+        return (wrong | ~self.original_right).all(0) & ~self.exempt
 
     def release(self, rows: Tensor, done: Mask) -> tuple[Tensor, Self]:
         """Lets images leave: the `rows` that stay, and their oracle.
 
-        Of a randomized defense none leaves before half can, as the others then meet other draws.
+        Of a randomized defense none leaves before half can, as the others then meet other draws; so the originals are
+        asked about once more.
 
         Args:
             rows: where the oracle's images come from.
@@ -186,7 +192,7 @@ def find_starts(
         victim: the victim.
         x: originals.
         y: their labels.
-        queries: the most queries of the whole search, at least MIN_QUERIES; this takes at most 1 + tries.
+        queries: the most queries of the whole search, those of `finish` among them; this takes at most 1 + tries.
         first: what is tried before noise, one for each image.
         tries: images tried for a start.
     """
@@ -216,7 +222,7 @@ def draw_noise(x: Images, number: int) -> Images:
     return functional.interpolate(coarse, scale_factor=grain, mode="nearest")[:, :, :height, :width]
 
 
-def bisect(oracle: Oracle, x: Images, x_adv: Images, norm: str, steps: int) -> Images:
+def bisect(oracle: Oracle | HeldOracle, x: Images, x_adv: Images, norm: str, steps: int) -> Images:
     """Moves wrong images towards their originals, up to the boundary, in at most `steps` queries.
 
     In l2 along the line, in linf by clipping to a ball around the original: the projections of HopSkipJump (Chen et

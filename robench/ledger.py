@@ -51,6 +51,8 @@ class Watched:
         """Keeps what is better: images of the examples `rows`, which are all different, with the logits on them."""
         margins, originals = margin(logits, self.labels[rows]), self.originals[rows]
         distances = self.threat.distance(originals, images)
+        if self.goal == "minimal":
+            margins = torch.where(distances > 0, margins, margins.clamp_max(0))  # the original itself is no find
         best_margins, best_distances = self.margin[rows], self.distance[rows]
         better = margins > best_margins
         if self.goal == "minimal":

@@ -71,7 +71,7 @@ class UnitWork:
         """
         attack = self.attacks[entry.key]
         searches = attack.goal != "minimal" or eps == self.spec.eps[0]
-        return searches * images * attack.passes_in(self.spec.norm) * attack.draws_of(self.spec.eot, self.spec.norm)
+        return searches * images * attack.passes_with_eot(self.spec.norm, self.spec.eot)
 
     def expected_in_all(self, images: int) -> int:
         """The passes of all attacks at all bounds."""

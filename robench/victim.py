@@ -139,9 +139,9 @@ class Victim:
         votes = torch.nn.functional.one_hot(self._draw(x).argmax(2), self.num_classes).sum(0)  # eot b k -> b k
         return votes.argmax(1)
 
-    def answers(self, x: Images) -> Int[Tensor, "eot b"]:
+    def labels_per_draw(self, x: Images) -> Int[Tensor, "eot b"]:
         """The class in each of `eot` draws; an error, to `watch` as well, is wrong in all. Raises as `labels`."""
-        self._open("decisions", "answers")
+        self._open("decisions", "labels_per_draw")
         return self._draw(x, in_all=True).argmax(2)
 
     def labels_once(self, x: Images) -> Labels:
@@ -164,7 +164,9 @@ class Victim:
         return self._draw(x).mean(0)
 
     def with_draws(self, count: int) -> Self:
-        """The victim that takes `count` draws for a query, at most `eot`, for an attack that needs fewer."""
+        """The victim that takes `count` draws for a query, 1 to `eot` (or more: all); PluginError where none."""
+        if count < 1:
+            raise PluginError(f"victim.with_draws takes at least one draw; got {count}")
         part = copy.copy(self)
         part.eot = min(count, self.eot)
         return part
@@ -178,9 +180,8 @@ class Victim:
     def hold_draws(self) -> None:
         """From here on queries of a batch all meet the same draws, not those before: common random numbers.
 
-        Two candidates then differ by what they are, not by what was drawn. The next call takes other draws. Subsets
-        made after it hold the same. Changes nothing where nothing is drawn, or the attack's randomness is not `fresh`.
-
+        The next call takes other draws. A subset of all examples meets the same; a narrower one, or another number of
+        candidates or draws, meets others, held as well. Nothing changes where the attack's randomness is not `fresh`.
         Ask about the best images next: answers on other draws do not compare, so that of the best images so far (see
         `watch`; not of nearest errors) it is forgotten how good they were, and what is asked next takes their place.
         """

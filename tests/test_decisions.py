@@ -65,7 +65,7 @@ class Scripted(Victim):
 
     script: Iterator[list[list[int]]]
 
-    def answers(self, x: Images) -> Tensor:
+    def labels_per_draw(self, x: Images) -> Tensor:
         return torch.tensor(next(self.script))
 
 
@@ -78,8 +78,8 @@ def test_a_draw_counts_only_where_it_has_the_original_right() -> None:
     victim = Scripted(defense, "decisions", 3, eot=10)
     victim.script = iter([originals, *candidates])
     oracle = HeldOracle.begin(victim, x, y, LEFT, 2)
-    assert oracle.counts.tolist() == [[True, False, False], [True, True, False]]
-    assert oracle.settled.tolist() == [False, False, True]
+    assert oracle.original_right.tolist() == [[True, False, False], [True, True, False]]
+    assert oracle.exempt.tolist() == [False, False, True]
     assert oracle.is_wrong(x).tolist() == [True, True, False]
     assert oracle.is_wrong(x).tolist() == [False, True, False]
 
@@ -92,7 +92,7 @@ def test_originals_are_no_finds() -> None:
     victim.watch(x, y, ThreatModel("l2", 9.0), "minimal")
     with seeded("held"):
         oracle = HeldOracle.begin(victim, x, y, LEFT, 1)
-    assert int(oracle.settled.sum()) > 10
+    assert int(oracle.exempt.sum()) > 10
     assert victim.ledger.watched is not None
     assert bool((victim.ledger.watched.margin == -torch.inf).all())
     assert victim.ledger.forwards.tolist() == [1] * 64
@@ -111,7 +111,7 @@ def test_none_leaves_a_randomized_defense_before_half_can() -> None:
     assert kept.tolist() == [12, 13, 15]
     assert torch.equal(part.x, x[[2, 3, 5]])
     assert part.left == LEFT - 2
-    assert part.counts.shape == (2, 3)
+    assert part.original_right.shape == (2, 3)
     assert oracle.victim.ledger.forwards.tolist() == [2, 2, 4, 4, 2, 4]
     rows, part = part.release(kept, torch.ones(3, dtype=torch.bool))
     assert len(rows) == len(part.y) == 0
@@ -129,9 +129,9 @@ def test_a_deterministic_defense_is_asked_nothing_more() -> None:
 
 
 @pytest.mark.parametrize("left", [0, -1])
-def test_without_a_query_left_all_are_settled(left: int) -> None:
+def test_without_a_query_left_all_are_exempt(left: int) -> None:
     defense = NoisyLinearToy()
     x, y = defense.examples(6)
     oracle = oracle_of(defense, x, y, draws=2, left=left)
-    assert bool(oracle.settled.all())
+    assert bool(oracle.exempt.all())
     assert not bool(oracle.victim.ledger.forwards.any())

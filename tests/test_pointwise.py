@@ -198,15 +198,37 @@ def test_errors_of_a_randomized_defense_are_wrong_in_most_draws(
     assert float(victim.ledger.forwards.float().mean()) < passes
 
 
+class Counting(Victim):
+    """Counts the queries of the image that is asked about most, whatever their draws."""
+
+    asked: Tensor
+
+    def _charge(self, count: int, *, forwards: int, backwards: int) -> None:
+        super()._charge(count, forwards=forwards, backwards=backwards)
+        self.asked[self._rows] += count // len(self._rows)
+
+
 @pytest.mark.parametrize("norm", list(WIDE))
-@pytest.mark.parametrize("max_queries", [3, 9, 20, 40])
-def test_max_queries_is_kept_on_a_randomized_defense(max_queries: int, norm: str) -> None:
-    """Counted in passes: a query has ten draws at most."""
-    defense = NoisyLinearToy(sigma=2.0)
-    x, y = defense.examples(24, norm)
-    x_adv, victim = attack_toy(Pointwise(max_queries=max_queries), defense, x, y, norm=norm, eps=min(WIDE[norm], 16))
-    assert int(victim.ledger.forwards.max()) <= 10 * max_queries
-    assert bool(ThreatModel(norm, min(WIDE[norm], 16)).contains(x, x_adv).all())
+@pytest.mark.parametrize("eot", [1, 10])
+@pytest.mark.parametrize(("max_queries", "restarts"), [(3, 1), (5, 2), (9, 1), (20, 1), (40, 1), (41, 2)])
+def test_max_queries_is_kept_on_a_randomized_defense(max_queries: int, restarts: int, eot: int, norm: str) -> None:
+    defense = NoisyLinearToy(sigma=6.0)
+    x, y = defense.examples(48, norm, 1.0 if norm == "l0" else None)
+    attack, eps = Pointwise(max_queries=max_queries, restarts=restarts), min(WIDE[norm], PIXELS)
+    for seed in range(3):
+        victim = Counting(defense, attack.access, len(x), eot=eot)
+        victim.asked = torch.zeros(len(x), dtype=torch.int64)
+        with seeded("pointwise", seed):
+            x_adv = attack(victim, x, y, ThreatModel(norm, eps))
+        assert int(victim.asked.max()) <= max_queries
+        assert bool(ThreatModel(norm, eps).contains(x, x_adv).all())
+
+
+@pytest.mark.parametrize("eot", [1, 3, 10])
+def test_a_query_has_few_draws_but_in_l0_unless_it_is_a_vote(eot: int) -> None:
+    attack = Pointwise(max_queries=100)
+    assert attack.passes_with_eot("l0", eot) == 100 * eot
+    assert attack.passes_with_eot("l2", eot) == 9 * eot + 91 * min(eot, 2)
 
 
 @pytest.mark.parametrize("norm", list(WIDE))
@@ -218,7 +240,7 @@ def test_an_original_that_is_wrong_in_all_draws_is_asked_about_no_more(
 
     def all_wrong(cls: type[HeldOracle], *arguments: Any) -> HeldOracle:
         oracle: HeldOracle = begin(cls, *arguments)
-        return dataclasses.replace(oracle, counts=torch.zeros_like(oracle.counts))
+        return dataclasses.replace(oracle, original_right=torch.zeros_like(oracle.original_right))
 
     monkeypatch.setattr(HeldOracle, "begin", classmethod(all_wrong))
     defense = NoisyLinearToy()

@@ -103,7 +103,7 @@ def test_no_query_goes_uncounted() -> None:
 QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
     "labels": lambda victim, x, _: victim.labels(x),
     "logits": lambda victim, x, _: victim.logits(x),
-    "answers": lambda victim, x, _: victim.answers(x),
+    "labels_per_draw": lambda victim, x, _: victim.labels_per_draw(x),
     "loss": lambda victim, x, y: victim.loss(x, y),
     "loss_grad": lambda victim, x, y: victim.loss_grad(x, y),
     "gradient": lambda victim, x, y: victim.gradient(x, y),
@@ -111,9 +111,9 @@ QUERIES: dict[str, Callable[[Victim, Tensor, Tensor], object]] = {
 }
 ALLOWED: dict[Access, set[str]] = {
     "none": set(),
-    "decisions": {"labels", "answers"},
-    "scores": {"labels", "answers", "logits", "loss"},
-    "gradient": {"labels", "answers", "logits", "loss", "loss_grad", "gradient", "differentiable"},
+    "decisions": {"labels", "labels_per_draw"},
+    "scores": {"labels", "labels_per_draw", "logits", "loss"},
+    "gradient": {"labels", "labels_per_draw", "logits", "loss", "loss_grad", "gradient", "differentiable"},
 }
 
 
@@ -241,6 +241,17 @@ def test_held_draws_are_the_same_until_the_next(query: str) -> None:
                 torch.testing.assert_close(different, first)
 
 
+def test_a_narrower_subset_meets_other_draws_which_are_held_too() -> None:
+    x, _ = grid_images(3)
+    victim, rows = Victim(NoisyInput(), "scores", 3, eot=4), torch.tensor([1, 2])
+    with seeded("held"):
+        victim.hold_draws()
+        whole = victim.logits(x)[rows]
+        parts = [victim.subset(rows).logits(x[rows]) for _ in range(2)]
+    torch.testing.assert_close(parts[0], parts[1])
+    assert not torch.allclose(parts[0], whole)
+
+
 @pytest.mark.parametrize("randomness", ["fixed", "off"])
 def test_draws_that_are_fixed_or_off_cannot_be_held(randomness: Any) -> None:
     x, _ = grid_images(3)
@@ -255,11 +266,14 @@ def test_fewer_draws_than_a_query_has_cost_less() -> None:
     x, _ = grid_images(3)
     victim = Victim(NoisyInput(), "scores", 3, eot=10)
     few = victim.with_draws(2)
-    assert few.answers(x).shape == (2, 3)
+    assert few.labels_per_draw(x).shape == (2, 3)
     few.logits(x)
     assert passes(victim) == [(4, 0)] * 3
-    assert victim.answers(x).shape == (10, 3)
+    assert victim.labels_per_draw(x).shape == (10, 3)
     assert victim.with_draws(20).eot == 10
+    for count in (0, -5):
+        with pytest.raises(PluginError, match=f"takes at least one draw; got {count}"):
+            victim.with_draws(count)
 
 
 def test_holding_other_draws_forgets_how_good_the_best_images_were_and_not_which() -> None:
@@ -287,13 +301,29 @@ def test_an_error_is_remembered_where_all_draws_of_answers_are_wrong() -> None:
     victim.watch(x, y, ThreatModel("l2", 9.0), "minimal")
     with seeded("all"):
         victim.hold_draws()
-        in_all = [(victim.answers(images) != y).all(0) for images in (near, far)]
+        in_all = [(victim.labels_per_draw(images) != y).all(0) for images in (near, far)]
         victim.hold_draws()
-        victim.answers(x)
+        victim.labels_per_draw(x)
     taken = torch.where(in_all[0].view(-1, 1, 1, 1), near, far)
     wrong = in_all[0] | in_all[1]
     assert int((in_all[1] & ~in_all[0]).sum()) > 16
     torch.testing.assert_close(best(victim)[wrong], taken[wrong])
+
+
+@pytest.mark.parametrize("query", ["labels", "labels_per_draw"])
+def test_the_original_is_no_find_of_a_search_for_the_nearest_error(query: str) -> None:
+    """It would be the nearest, where a randomized defense has it wrong by luck, and nothing would take its place."""
+    x, y = grid_images(40)
+    victim = Victim(Noisy(gain=0.1), "decisions", 40, eot=1)
+    victim.watch(x, y, ThreatModel("linf", 1.0), "minimal")
+    moved = (x + 0.01).clamp(0, 1)
+    with seeded("original"):
+        wrong = torch.stack([QUERIES[query](victim, x, y).view(-1) != y for _ in range(5)])  # type: ignore[attr-defined]
+        found = torch.stack([QUERIES[query](victim, moved, y).view(-1) != y for _ in range(5)])  # type: ignore[attr-defined]
+    assert int(wrong.any(0).sum()) > 10
+    taken = found.any(0)
+    assert int((taken & wrong.any(0)).sum()) > 10
+    torch.testing.assert_close(best(victim)[taken], moved[taken])
 
 
 def test_the_weakest_draw_is_looked_for_under_each_image_s_own_label() -> None:
