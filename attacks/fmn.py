@@ -13,12 +13,16 @@ from torch import Tensor
 from robench.attack import Attack
 from robench.errors import UsageError
 from robench.losses import margin
+from robench.queries import Gradient
 from robench.threat import ThreatModel
-from robench.types import Images, Labels, Logits, Mask, PerExample
+from robench.types import Images, Labels, Mask, PerExample
 from robench.victim import Victim
 
 CONFIRMATIONS: Final = 3
-"""More means over fresh draws of a randomized defense that must agree before an error counts."""
+"""More means over fresh draws of a randomized defense that must agree before an error counts; but in l0:"""
+SURE: Final = 2.0
+SURE_DRAWS: Final = 10
+"""An error's mean margin is `SURE` standard deviations of the draws above 0, and so many draws more are all wrong."""
 STEP: Final = ThreatModel("l2", 1.0)
 """Steps follow the gradient divided by its l2 norm, whatever the norm of the attack (algorithm 1)."""
 STEP_SIZE: Final[dict[str, float]] = {"linf": 3.0, "l2": 1.0, "l1": 3.0, "l0": 1.0}
@@ -46,7 +50,9 @@ class FMN(Attack):
     end of the box; pixels are kept by the l2 norm over their channels. (3) The last iterate is looked at. The nearest
     error is projected on smaller balls, found by bisection between 0 and its distance, which pulls in errors that were
     met late; in l0 its least changed pixels are then taken back one by one. (4) On a randomized defense the margin is
-    the mean over the EOT draws, and an error counts only where three more means over fresh draws agree.
+    the mean over the EOT draws, and an error counts only where three more means over fresh draws agree. In l0, where it
+    is not moved out to the bound at the end, an error has to last: twice the standard deviation of the draws is taken
+    off the margin, and ten more draws must all be wrong (docs/decisions/0015-pointwise-holds-its-draws.md).
 
     Args:
         steps: gradient steps.
@@ -100,19 +106,21 @@ class FMN(Attack):
     def _search(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """The nearest error met, whatever eps; the original where there was none."""
         nearest = _Nearest(x, y, threat)
+        sure = victim.randomized and threat.norm == "l0"
         project, unit = _PROJECTIONS[threat.norm], 1.0 if threat.norm == "l0" else 0.0
         first_step = self.step_size or STEP_SIZE[threat.norm]
         last_step = STEP_DECAY[threat.norm] * first_step
         x_adv, radius = x, torch.zeros(len(x), device=x.device, dtype=x.dtype)
         for step in range(self.steps):
-            _, grad, logits, _ = victim.gradient(x_adv, y, "margin")
-            wrong = nearest.update(victim, x_adv, logits)
-            needed = threat.distance(x, x_adv) + _REMAINING[threat.norm](x_adv, grad, -margin(logits, y))
+            found = victim.gradient(x_adv, y, "margin")
+            margins = _sure_margin(found, victim.eot) if sure else margin(found.logits, y)
+            wrong = nearest.update(victim, x_adv, margins)
+            needed = threat.distance(x, x_adv) + _REMAINING[threat.norm](x_adv, found.grad, -margins)
             gamma = _anneal(self.gamma, GAMMA_LAST, step / self.steps)
             radius = _next_radius(radius, gamma, unit, needed=needed, wrong=wrong, nearest=nearest.distance)
             step_size = _anneal(first_step, last_step, step / self.steps)
-            x_adv = (x + project(x_adv + step_size * STEP.steepest(grad) - x, radius)).clamp(0, 1)
-        nearest.update(victim, x_adv, victim.logits(x_adv))
+            x_adv = (x + project(x_adv + step_size * STEP.steepest(found.grad) - x, radius)).clamp(0, 1)
+        nearest.update(victim, x_adv, margin(victim.logits(x_adv), y))
         if not victim.randomized:
             self._shrink(victim, nearest, threat)
             if threat.norm == "l0":
@@ -127,7 +135,7 @@ class FMN(Attack):
         for _ in range(self.refine):
             radius = (lower + upper) / 2
             x_adv = (nearest.x + _PROJECTIONS[threat.norm](delta, radius)).clamp(0, 1)
-            wrong = nearest.update(victim, x_adv, victim.logits(x_adv))
+            wrong = nearest.update(victim, x_adv, margin(victim.logits(x_adv), nearest.y))
             lower, upper = torch.where(wrong, lower, radius), torch.where(wrong, radius, upper)
 
     def _restore_pixels(self, victim: Victim, nearest: _Nearest) -> None:
@@ -137,7 +145,7 @@ class FMN(Attack):
         for rank in range(min(self.refine, order.shape[1])):
             restored = torch.zeros_like(size, dtype=torch.bool).scatter_(1, order[:, rank : rank + 1], True)
             x_adv = torch.where(restored.view(-1, 1, *nearest.x.shape[2:]), nearest.x, nearest.x_adv)
-            nearest.update(victim, x_adv, victim.logits(x_adv))
+            nearest.update(victim, x_adv, margin(victim.logits(x_adv), nearest.y))
 
 
 class _Nearest:
@@ -148,9 +156,9 @@ class _Nearest:
         self.x_adv = x.clone()
         self.distance = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
 
-    def update(self, victim: Victim, x_adv: Images, logits: Logits) -> Mask:
+    def update(self, victim: Victim, x_adv: Images, margins: PerExample) -> Mask:
         """Keeps the errors that are nearer; returns where x_adv is an error."""
-        wrong = margin(logits, self.y) > 0
+        wrong = margins > 0
         distance = self.threat.distance(self.x, x_adv)
         nearer = wrong & (distance < self.distance)
         if victim.randomized:
@@ -160,15 +168,23 @@ class _Nearest:
         return wrong
 
     def _ask_again(self, victim: Victim, x_adv: Images, nearer: Mask) -> Mask:
-        """Where every one of the further means agrees that x_adv is an error."""
-        agreed = nearer.clone()
-        for _ in range(CONFIRMATIONS):
+        """Where x_adv is an error in every one of the further means, or in l0 draws."""
+        agreed, in_l0 = nearer.clone(), self.threat.norm == "l0"
+        for _ in range(math.ceil(SURE_DRAWS / victim.eot) if in_l0 else CONFIRMATIONS):
             asked = agreed.nonzero()[:, 0]
             if len(asked) == 0:
                 break
-            logits = victim.subset(asked).logits(x_adv[asked])
-            agreed[asked] = margin(logits, self.y[asked]) > 0
+            part = victim.subset(asked)
+            if in_l0:
+                agreed[asked] = (part.labels_per_draw(x_adv[asked]) != self.y[asked]).all(0)
+            else:
+                agreed[asked] = margin(part.logits(x_adv[asked]), self.y[asked]) > 0
         return agreed
+
+
+def _sure_margin(found: Gradient, eot: int) -> PerExample:
+    """The mean margin of the draws, less `SURE` times their standard deviation."""
+    return found.loss - SURE * math.sqrt(eot) * found.noise
 
 
 def _next_radius(
