@@ -19,10 +19,11 @@ from robench.types import Images, Labels, Mask, PerExample
 from robench.victim import Victim
 
 CONFIRMATIONS: Final = 3
-"""More means over fresh draws of a randomized defense that must agree before an error counts; but in l0:"""
+"""More means over fresh draws of a randomized defense that must agree before an error counts in linf, l2 and l1."""
 SURE: Final = 2.0
+"""In l0 its mean margin is so many standard deviations of the draws above 0,"""
 SURE_DRAWS: Final = 10
-"""An error's mean margin is `SURE` standard deviations of the draws above 0, and so many draws more are all wrong."""
+"""and so many more draws are all wrong, or a few more than that."""
 STEP: Final = ThreatModel("l2", 1.0)
 """Steps follow the gradient divided by its l2 norm, whatever the norm of the attack (algorithm 1)."""
 STEP_SIZE: Final[dict[str, float]] = {"linf": 3.0, "l2": 1.0, "l1": 3.0, "l0": 1.0}
