@@ -42,8 +42,8 @@ class FMN(Attack):
     an upper bound of the distance to the nearest error; the nearest one met is returned where it lies within eps, the
     original elsewhere. The search does not depend on eps, and draws nothing.
     Cost per image: `steps` forward and backward passes and `2 + refine` forwards (l0: `2 + 2 * refine`), times EOT; on
-    a randomized defense no refinement, but up to three forwards for each error that is nearer than those before. An
-    image that is wrong from the start costs one forward.
+    a randomized defense no refinement, but up to three forwards (l0: one, or ten draws) for each error that is nearer
+    than those before. An image that is wrong from the start costs one forward.
 
     Departures. (1) Until the first error the radius grows by gamma at least: where the box cuts the ball, the paper's
     linear estimate falls short of the boundary at every step and never reaches it. After it the radius stays below the
@@ -121,7 +121,7 @@ class FMN(Attack):
             radius = _next_radius(radius, gamma, unit, needed=needed, wrong=wrong, nearest=nearest.distance)
             step_size = _anneal(first_step, last_step, step / self.steps)
             x_adv = (x + project(x_adv + step_size * STEP.steepest(found.grad) - x, radius)).clamp(0, 1)
-        nearest.update(victim, x_adv, margin(victim.logits(x_adv), y))
+        nearest.ask(victim, x_adv)
         if not victim.randomized:
             self._shrink(victim, nearest, threat)
             if threat.norm == "l0":
@@ -136,7 +136,7 @@ class FMN(Attack):
         for _ in range(self.refine):
             radius = (lower + upper) / 2
             x_adv = (nearest.x + _PROJECTIONS[threat.norm](delta, radius)).clamp(0, 1)
-            wrong = nearest.update(victim, x_adv, margin(victim.logits(x_adv), nearest.y))
+            wrong = nearest.ask(victim, x_adv)
             lower, upper = torch.where(wrong, lower, radius), torch.where(wrong, radius, upper)
 
     def _restore_pixels(self, victim: Victim, nearest: _Nearest) -> None:
@@ -146,7 +146,7 @@ class FMN(Attack):
         for rank in range(min(self.refine, order.shape[1])):
             restored = torch.zeros_like(size, dtype=torch.bool).scatter_(1, order[:, rank : rank + 1], True)
             x_adv = torch.where(restored.view(-1, 1, *nearest.x.shape[2:]), nearest.x, nearest.x_adv)
-            nearest.update(victim, x_adv, margin(victim.logits(x_adv), nearest.y))
+            nearest.ask(victim, x_adv)
 
 
 class _Nearest:
@@ -156,6 +156,10 @@ class _Nearest:
         self.x, self.y, self.threat = x, y, threat
         self.x_adv = x.clone()
         self.distance = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
+
+    def ask(self, victim: Victim, x_adv: Images) -> Mask:
+        """Asks for the margins of x_adv; then as `update`."""
+        return self.update(victim, x_adv, margin(victim.logits(x_adv), self.y))
 
     def update(self, victim: Victim, x_adv: Images, margins: PerExample) -> Mask:
         """Keeps the errors that are nearer; returns where x_adv is an error."""

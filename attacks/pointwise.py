@@ -117,8 +117,9 @@ class Pointwise(Attack):
 
     def passes_with_eot(self, norm: str, eot: int) -> int:
         """As `passes_in`, of which in linf and l2 a few have all draws."""
-        all_draws = self.passes_in(norm) if norm == "l0" else min(VOTES, self.passes_in(norm))
-        return eot * all_draws + self.draws_of(eot, norm) * (self.passes_in(norm) - all_draws)
+        queries = self.passes_in(norm)
+        votes = 0 if norm == "l0" else min(VOTES, queries)
+        return votes * eot + (queries - votes) * self.draws_of(eot, norm)
 
     def __call__(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """Attacks a batch; see the class."""
@@ -145,10 +146,9 @@ class Pointwise(Attack):
             return x.clone()
         asked = started.oracle
         oracle = HeldOracle.begin(asked.victim, started.x, asked.y, asked.left, self.draws_of(victim.eot, threat.norm))
-        near = bisect(oracle, started.x, started.x_adv, "l2", BISECTIONS)
-        return started.finish(
-            x, _set_back(oracle, torch.arange(len(near), device=x.device), started.x, near, draw=True), threat
-        )
+        x_adv = bisect(oracle, started.x, started.x_adv, "l2", BISECTIONS)
+        x_adv = _set_back(oracle, torch.arange(len(x_adv), device=x.device), started.x, x_adv, draw=True)
+        return started.finish(x, x_adv, threat)
 
     def _search_pixels(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel, limit: int) -> Images:
         """One restart in l0: errors of which no pixel can be set back; the original where no start was found."""

@@ -51,13 +51,13 @@ class Watched:
         """Keeps what is better: images of the examples `rows`, which are all different, with the logits on them."""
         margins, originals = margin(logits, self.labels[rows]), self.originals[rows]
         distances = self.threat.distance(originals, images)
+        best_margins, best_distances = self.margin[rows], self.distance[rows]
         if self.goal == "minimal":
             margins = torch.where(distances > 0, margins, margins.clamp_max(0))  # the original itself is no find
-        best_margins, best_distances = self.margin[rows], self.distance[rows]
-        better = margins > best_margins
-        if self.goal == "minimal":
             nearer = (margins > 0) & (distances < best_distances)
-            better = torch.where(best_margins > 0, nearer, better)
+            better = torch.where(best_margins > 0, nearer, margins > best_margins)
+        else:
+            better = margins > best_margins
         better &= self.threat.contains(originals, images)
         chosen = rows[better.cpu()]
         self.best[chosen], self.margin[chosen], self.distance[chosen] = (
