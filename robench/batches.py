@@ -47,7 +47,13 @@ class RowsByDevice:
         return self.cpu if next(defense.parameters()).device.type == "cpu" else self.gpu
 
 
-def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, together: int | None = None) -> list[T]:
+def pass_in_batches(
+    defense: Defense,
+    call: Callable[..., T],
+    *tensors: Tensor,
+    together: int | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[T]:
     """Calls `call` on slices of tensors of equal length, of at most `batch_rows` rows each; returns its results.
 
     Where a slice does not fit into memory, `defense.batch_rows` is halved until it does, and stays there; see
@@ -59,6 +65,7 @@ def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, 
         *tensors: images first.
         together: rows that may share a draw; those of a defense that draws once for a pass are cut at its multiples.
             None: all.
+        on_rows: called with the number of rows after each slice (progress).
 
     Raises:
         RuntimeError: out of memory with a single row, or what `call` raises.
@@ -76,6 +83,8 @@ def pass_in_batches(defense: Defense, call: Callable[..., T], *tensors: Tensor, 
             if size == 1 or not is_out_of_memory(error):
                 raise
         else:
+            if on_rows is not None:
+                on_rows(min(size, rows - start))
             start += size
             continue
         defense.batch_rows = size // 2  # outside the handler, whose traceback keeps the pass's tensors alive

@@ -87,7 +87,7 @@ def judge(
         defense: what is judged.
         x: images in [0, 1].
         repeats: answers per image; draws come from torch's global generator.
-        on_query: called with the number of images after each pass (progress).
+        on_query: called with the number of images after each batch (progress).
         on_answers: called with the answers of each pass, `b`.
 
     Raises:
@@ -96,13 +96,11 @@ def judge(
     votes = torch.zeros(len(x), defense.num_classes, dtype=torch.int64)
     with torch.no_grad():
         for _ in range(repeats):
-            passes = pass_in_batches(defense, lambda rows: answer(defense, rows), x, together=1)
+            passes = pass_in_batches(defense, lambda rows: answer(defense, rows), x, together=1, on_rows=on_query)
             answers = torch.cat(passes).cpu()
             votes += functional.one_hot(answers, defense.num_classes)
             if on_answers is not None:
                 on_answers(answers)
-            if on_query is not None:
-                on_query(len(x))
     return votes
 
 

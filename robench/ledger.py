@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robench.attack import Goal
-from robench.errors import BudgetExhausted
+from robench.errors import BudgetExhausted, PluginError
 from robench.losses import margin
 from robench.threat import ThreatModel
 from robench.types import Images, Labels, Logits, PerExample
@@ -82,14 +82,14 @@ class Ledger:
         backwards: backward passes of each example.
         budget: the most forwards plus backwards of one example; None: no limit.
         watched: the best images so far; None where no budget may cut the attack off.
-        on_query: called with the number of passes after each query.
+        on_passes: called with the number of passes that were made, after each batch of them.
     """
 
     forwards: Tensor
     backwards: Tensor
     budget: int | None = None
     watched: Watched | None = None
-    on_query: Callable[[int], None] | None = field(default=None, repr=False)
+    on_passes: Callable[[int], None] | None = field(default=None, repr=False)
 
     @property
     def best(self) -> Images | None:
@@ -101,17 +101,34 @@ class Ledger:
         if self.watched is not None and self.watched.goal == "budget":
             self.watched.margin[rows] = -torch.inf
 
-    def charge(self, rows: Tensor, *, forwards: int, backwards: int) -> None:
-        """Counts passes of each of the examples `rows`.
+    def charge(self, rows: Tensor, count: int, *, forwards: int, backwards: int) -> None:
+        """Counts a query about the examples `rows`.
+
+        Args:
+            rows: the examples, all different.
+            count: images in the query: one or several candidates of each example.
+            forwards: forward passes of each image.
+            backwards: backward passes of each image.
 
         Raises:
+            PluginError: the images are not as many for each example.
             BudgetExhausted: one of them would exceed the budget; nothing is counted.
         """
+        candidates, rest = divmod(count, max(len(rows), 1))
+        if rest or not candidates or not len(rows):
+            raise PluginError(
+                f"a query must have one row for each of the victim's {len(rows)} examples, or a multiple of that; "
+                f"got {count}. Use victim.subset for some of them"
+            )
+        forwards, backwards = candidates * forwards, candidates * backwards
         if self.budget is not None:
             spent = (self.forwards + self.backwards)[rows].max()
             if int(spent) + forwards + backwards > self.budget:
                 raise BudgetExhausted(f"query budget of {self.budget} passes per image is used up")
         self.forwards[rows] += forwards
         self.backwards[rows] += backwards
-        if self.on_query is not None:
-            self.on_query(len(rows) * (forwards + backwards))
+
+    def tell(self, passes: int) -> None:
+        """Tells whoever hears of progress that so many passes were made."""
+        if self.on_passes is not None:
+            self.on_passes(passes)

@@ -305,7 +305,7 @@ def _attack(scene: _Scene, entry: AttackEntry, threat: ThreatModel, wanted: Tens
         precision=spec.precision,
         dataset=spec.dataset,
         start=start,
-        on_query=functools.partial(scene.work.tell, "attack"),
+        on_passes=functools.partial(scene.work.tell, "attack"),
     )
     originals, labels = scene.x[mask], scene.y[mask]
     if spec.query_budget is not None:

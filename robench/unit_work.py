@@ -32,7 +32,7 @@ class UnitWork:
         x: all images of the run.
         y: their labels.
         index: position of each image in its split.
-        on_query: called after each query with the number of passes and who asked: `judge` or `attack`. Also told, for
+        on_query: called with the number of passes just made and who asked: `judge` or `attack`. Also told, for
             the time left: `begun`, the passes of attacks that a unit takes at most, `spared`, those of them that turn
             out not to be needed, and `recalled judge` and `recalled attack`; see `RECALLED`.
         drafts: what a unit found before it was interrupted, and where to keep what it finds; None keeps nothing.

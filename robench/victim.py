@@ -71,7 +71,7 @@ class Victim:
         precision: str = "float32",
         dataset: str = "",
         start: Images | None = None,
-        on_query: Callable[[int], None] | None = None,
+        on_passes: Callable[[int], None] | None = None,
     ) -> None:
         """Prepares an empty ledger.
 
@@ -86,7 +86,7 @@ class Victim:
             precision: of gradient queries: `float32` or `bfloat16`.
             dataset: the dataset's name, for an attack that looks for weights of its own; empty where it has none.
             start: images at which the same attack ended within a smaller bound.
-            on_query: called with the number of passes after each query (progress).
+            on_passes: called with the number of passes after each batch of them (progress).
         """
         self._defense = defense
         self._access = access
@@ -102,7 +102,7 @@ class Victim:
         self._precision = precision
         self._rows = torch.arange(examples)
         zeros = torch.zeros(examples, dtype=torch.int64)
-        self.ledger = Ledger(zeros, zeros.clone(), budget, on_query=on_query)
+        self.ledger = Ledger(zeros, zeros.clone(), budget, on_passes=on_passes)
 
     def subset(self, index: Tensor) -> Self:
         """The victim for some of the examples: row i of a query then belongs to example `index[i]` (or mask).
@@ -233,12 +233,12 @@ class Victim:
             BudgetExhausted: the query budget would be exceeded.
         """
         self._open("gradient", "loss_grad")
-        self._charge(len(x), forwards=self.eot, backwards=self.eot)
+        self.ledger.charge(self._rows, len(x), forwards=self.eot, backwards=self.eot)
         aimed = aim(loss, target)
         goal = y if target is None else target
         with self._controlled(x):
             losses, grads, logits = self._over_draws(
-                lambda x, y, goal: self._differentiate(x, y, goal, aimed), *map(self._spread, (x, y, goal))
+                lambda x, y, goal: self._differentiate(x, y, goal, aimed), *map(self._spread, (x, y, goal)), passes=2
             )
         mean = Gradient(
             losses.mean(0), mend_gradients(self._defense, grads).mean(0), logits.mean(0), standard_error(losses)
@@ -247,17 +247,22 @@ class Victim:
         self._remember(x, result.logits)
         return result
 
-    def _over_draws(self, call: Callable[..., tuple[Tensor, ...]], *spread: Tensor) -> list[Tensor]:
+    def _over_draws(self, call: Callable[..., tuple[Tensor, ...]], *spread: Tensor, passes: int = 1) -> list[Tensor]:
         """What `call` returns for the draws of each row, with these as the first axis: eot b ...
 
         Args:
             call: returns tensors of one row for each given row, or where the draws share layers, of eot x those rows.
             *spread: what `_spread` made of images and so on.
+            passes: what `call` makes of one draw: a forward, or a backward too.
         """
+        draws, together = (self.eot, None) if self._at_once else (1, len(spread[0]) // self.eot)
+
+        def tell(rows: int) -> None:
+            self.ledger.tell(rows * draws * passes)
+
+        parts = pass_in_batches(self._defense, call, *spread, together=together, on_rows=tell)
         if self._at_once:
-            parts = pass_in_batches(self._defense, call, *spread)
             return [torch.cat(part, 1) for part in zip(*parts, strict=True)]
-        parts = pass_in_batches(self._defense, call, *spread, together=len(spread[0]) // self.eot)
         return [torch.cat(part).unflatten(0, (self.eot, -1)) for part in zip(*parts, strict=True)]
 
     def _differentiate(self, x: Images, y: Labels, target: Labels, loss: TargetedLoss) -> tuple[Tensor, ...]:
@@ -321,15 +326,18 @@ class Victim:
         self._open("gradient", "differentiable")
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self._draw(x).mean(0)
-        self._charge(len(x), forwards=self.eot, backwards=0)
+
+        def come_back(grad: Tensor) -> Tensor:
+            self.ledger.tell(len(x) * self.eot)
+            return mend_gradients(self._defense, grad.unflatten(0, (-1, len(x)))).flatten(0, 1)
+
+        self.ledger.charge(self._rows, len(x), forwards=self.eot, backwards=0)
         with self._controlled(x):
             seen = self._spread(x)
-            seen.register_hook(
-                lambda grad: mend_gradients(self._defense, grad.unflatten(0, (-1, len(x)))).flatten(0, 1)
-            )
+            seen.register_hook(come_back)
             (draws,) = self._over_draws(lambda rows: (self._adapt(rows),), seen)
         logits = draws.mean(0)
-        logits.register_hook(lambda grad: self._charge(len(grad), forwards=0, backwards=self.eot))
+        logits.register_hook(lambda grad: self.ledger.charge(self._rows, len(grad), forwards=0, backwards=self.eot))
         self._remember(x.detach(), logits.detach())
         return logits
 
@@ -352,7 +360,7 @@ class Victim:
 
     def _draw(self, x: Images, *, in_all: bool = False) -> Tensor:
         """Logits of `eot` draws, eot b k; what is remembered as wrong is so in their mean, or `in_all`."""
-        self._charge(len(x), forwards=self.eot, backwards=0)
+        self.ledger.charge(self._rows, len(x), forwards=self.eot, backwards=0)
         fast = self._fast(x) if self.randomized else contextlib.nullcontext()
         with torch.no_grad(), self._controlled(x), fast:
             (draws,) = self._over_draws(lambda rows: (self._answer(rows),), self._spread(x))
@@ -382,15 +390,6 @@ class Victim:
             raise PluginError(
                 f'an attack that declares access "{self._access}" called victim.{query}, which needs "{needed}"'
             )
-
-    def _charge(self, count: int, *, forwards: int, backwards: int) -> None:
-        candidates, rest = divmod(count, max(len(self._rows), 1))
-        if rest or not candidates or not len(self._rows):
-            raise PluginError(
-                f"a query must have one row for each of the victim's {len(self._rows)} examples, or a multiple of "
-                f"that; got {count}. Use victim.subset for some of them"
-            )
-        self.ledger.charge(self._rows, forwards=candidates * forwards, backwards=candidates * backwards)
 
     def _remember(self, x: Images, logits: Logits) -> None:
         if self.ledger.watched is None:

@@ -46,6 +46,12 @@ def test_several_tensors_are_cut_alike() -> None:
     assert [len(part[1]) for part in parts] == [2, 2, 1]
 
 
+def test_each_slice_is_told_when_it_is_done() -> None:
+    told: list[int] = []
+    pass_in_batches(Tight(most=2), Tight(most=2), grid_images(5)[0], on_rows=told.append)
+    assert told == [2, 2, 1], "and nothing of those that did not fit"
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_one_image_too_many_is_an_error(error: type[BaseException]) -> None:
     with pytest.raises(error, match="out of memory"):

@@ -203,9 +203,9 @@ class Counting(Victim):
 
     asked: Tensor
 
-    def _charge(self, count: int, *, forwards: int, backwards: int) -> None:
-        super()._charge(count, forwards=forwards, backwards=backwards)
-        self.asked[self._rows] += count // len(self._rows)
+    def _draw(self, x: Tensor, *, in_all: bool = False) -> Tensor:
+        self.asked[self._rows] += len(x) // len(self._rows)
+        return super()._draw(x, in_all=in_all)
 
 
 @pytest.mark.parametrize("norm", list(WIDE))

@@ -53,13 +53,38 @@ def best(victim: Victim) -> Tensor:
 def test_each_query_counts_its_draws(defense: Defense, draws: int) -> None:
     x, y = grid_images(3)
     heard: list[int] = []
-    victim = Victim(defense, "gradient", 3, eot=4, on_query=heard.append)
+    victim = Victim(defense, "gradient", 3, eot=4, on_passes=heard.append)
     victim.logits(x)
     assert passes(victim) == [(draws, 0)] * 3
     victim.labels(x)
     victim.loss_grad(x, y)
     assert passes(victim) == [(3 * draws, draws)] * 3
     assert heard == [3 * draws, 3 * draws, 6 * draws]
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("labels", [5, 5, 2]),
+        ("loss_grad", [10, 10, 4]),
+        ("gradient", [10, 10, 4]),
+        ("differentiable", [5, 5, 2, 12]),
+    ],
+)
+@pytest.mark.parametrize("draws_at_once", [False, True], ids=["each draw", "draws at once"])
+def test_passes_are_told_batch_by_batch(query: str, told: list[int], draws_at_once: bool) -> None:
+    defense = NoisyHead() if draws_at_once else Noisy()
+    defense.batch_rows = 5
+    if draws_at_once:  # of three rows, which are fewer than a batch, all four draws
+        told = [sum(told)] if query != "differentiable" else [12, 12]
+    x, y = grid_images(3)
+    heard: list[int] = []
+    victim = Victim(defense, "gradient", 3, eot=4, on_passes=heard.append)
+    answer = QUERIES[query](victim, x.requires_grad_(query == "differentiable"), y)
+    if isinstance(answer, Tensor) and answer.requires_grad:
+        answer.sum().backward()
+    assert heard == told
+    assert sum(heard) == sum(map(sum, passes(victim)))
 
 
 def test_a_subset_counts_for_its_own_examples() -> None:
