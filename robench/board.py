@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from robench.bundle import Bundle, bundle_folder, read_bundle
 from robench.errors import DataError, RobenchError, UsageError
 from robench.leaderboard import Row, find_changed, is_complete, is_masked, read_rows
@@ -209,26 +207,17 @@ def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
     shares of it, Student's paired test, which is not exact. None where no images are shared, or those of one position
     bear different labels: then the rows are of different splits.
     """
-    from robench.audit.statistics import compare
+    from robench.paired import compare_answers, shared_answers
 
     if second is None or first.bundle is None or second.bundle is None:
         return None
     if not (is_complete(first.row) and is_complete(second.row)) or first.row["protocol"] != second.row["protocol"]:
         return None
-    shares, labels = [], []
-    for bundle in (first.bundle, second.bundle):
-        answers = bundle.figures.answers(WORST)
-        if answers is None:
-            return None
-        places = bundle.figures.indices.tolist()
-        shares.append(dict(zip(places, (answers.right / answers.repeats).tolist(), strict=True)))
-        labels.append(dict(zip(places, answers.labels.tolist(), strict=True)))
-    common = sorted(shares[0].keys() & shares[1].keys())
-    if not common or any(labels[0][index] != labels[1][index] for index in common):
+    shared = shared_answers(first.bundle.figures, second.bundle.figures, WORST)
+    if shared is None:
         return None
-    one, other = (np.array([share[index] for index in common]) for share in shares)
-    level = min(compare(one, other).p, compare(other, one).p)
-    return Neighbours(level <= LEVEL / 2, len(common), f"{second.row['rank']}. {second.row['defense']}")
+    gap, images = compare_answers(*shared), len(shared[0].labels)
+    return Neighbours(gap.p <= LEVEL, images, f"{second.row['rank']}. {second.row['defense']}")
 
 
 def read_references(path: Path) -> list[Reference]:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import robench
+from robench.cli_compare import compare
 from robench.cli_leaderboard import leaderboard_app
 from robench.cli_options import DataDir, Device, Json, Trust, end_with_report, print_json
 from robench.cli_reproduce import reproduce
@@ -293,6 +294,9 @@ def verify(
     end_with_report(
         lambda: verify_folder(place, device=device, data_dir=data_dir, trust=trust, seed=seed, images=images), as_json
     )
+
+
+app.command()(compare)
 
 
 @app.command()

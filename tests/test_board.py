@@ -118,7 +118,7 @@ def test_neighbours_are_told_apart_by_the_paired_test(tmp_path: Path, monkeypatc
     figures = entries[1].bundle.figures
     found = figures.answers(WORST)
     assert found is not None
-    monkeypatch.setattr(figures, "answers", lambda attack: Answers(found.votes, (found.labels + 1) % 10))
+    monkeypatch.setattr(figures, "answers", lambda attack, eps: Answers(found.votes, (found.labels + 1) % 10))
     assert _compare(entries[0], entries[1]) is None, "positions of another split are no shared images"
     assert _compare(entries[0], Entry(make_row(), None, "")) is None
 
