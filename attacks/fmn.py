@@ -106,8 +106,8 @@ class FMN(Attack):
 
     def _search(self, victim: Victim, x: Images, y: Labels, threat: ThreatModel) -> Images:
         """The nearest error met, whatever eps; the original where there was none."""
-        nearest = _Nearest(x, y, threat)
         sure = victim.randomized and threat.norm == "l0"
+        nearest = _Nearest(x, y, threat, sure=sure)
         project, unit = _PROJECTIONS[threat.norm], 1.0 if threat.norm == "l0" else 0.0
         first_step = self.step_size or STEP_SIZE[threat.norm]
         last_step = STEP_DECAY[threat.norm] * first_step
@@ -150,10 +150,10 @@ class FMN(Attack):
 
 
 class _Nearest:
-    """The nearest error of each image so far."""
+    """The nearest error of each image so far; `sure`: one counts if wrong in more single draws, not more means."""
 
-    def __init__(self, x: Images, y: Labels, threat: ThreatModel) -> None:
-        self.x, self.y, self.threat = x, y, threat
+    def __init__(self, x: Images, y: Labels, threat: ThreatModel, *, sure: bool) -> None:
+        self.x, self.y, self.threat, self.sure = x, y, threat, sure
         self.x_adv = x.clone()
         self.distance = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
 
@@ -173,14 +173,14 @@ class _Nearest:
         return wrong
 
     def _ask_again(self, victim: Victim, x_adv: Images, nearer: Mask) -> Mask:
-        """Where x_adv is an error in every one of the further means, or in l0 draws."""
-        agreed, in_l0 = nearer.clone(), self.threat.norm == "l0"
-        for _ in range(math.ceil(SURE_DRAWS / victim.eot) if in_l0 else CONFIRMATIONS):
+        """Where x_adv is an error in every one of the further means, or draws."""
+        agreed = nearer.clone()
+        for _ in range(math.ceil(SURE_DRAWS / victim.eot) if self.sure else CONFIRMATIONS):
             asked = agreed.nonzero()[:, 0]
             if len(asked) == 0:
                 break
             part = victim.subset(asked)
-            if in_l0:
+            if self.sure:
                 agreed[asked] = (part.labels_per_draw(x_adv[asked]) != self.y[asked]).all(0)
             else:
                 agreed[asked] = margin(part.logits(x_adv[asked]), self.y[asked]) > 0
