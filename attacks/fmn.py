@@ -150,7 +150,7 @@ class FMN(Attack):
 
 
 class _Nearest:
-    """The nearest error of each image so far; `sure`: one counts if wrong in more single draws, not more means."""
+    """The nearest error of each image so far; `sure`: it is wrong in further single draws, else in further means."""
 
     def __init__(self, x: Images, y: Labels, threat: ThreatModel, *, sure: bool) -> None:
         self.x, self.y, self.threat, self.sure = x, y, threat, sure

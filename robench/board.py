@@ -16,6 +16,7 @@ from typing import Any, Final
 from robench.bundle import Bundle, bundle_folder, read_bundle
 from robench.errors import DataError, RobenchError, UsageError
 from robench.leaderboard import Row, find_changed, is_complete, is_masked, read_rows
+from robench.paired import LEVEL, compare_answers, shared_answers
 from robench.plan import RunSpec
 from robench.protocol import find_protocol
 from robench.publish import EVIDENCE, boards
@@ -29,8 +30,6 @@ REFERENCE: Final = "reference"
 """The folder of figures that others published, one CSV file for each leaderboard, of the same name."""
 REFERENCE_COLUMNS: Final = ("defense", "clean_acc", "robust_acc", "attack", "source", "date", "note")
 NAME: Final = r"(.+)-(linf|l2|l1|l0)-(\d[\d._e-]*)"
-LEVEL: Final = 0.05
-"""Of the paired test between neighbours, two-sided."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,6 @@ def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
     shares of it, Student's paired test, which is not exact. None where no images are shared, or those of one position
     bear different labels: then the rows are of different splits.
     """
-    from robench.paired import compare_answers, shared_answers
-
     if second is None or first.bundle is None or second.bundle is None:
         return None
     if not (is_complete(first.row) and is_complete(second.row)) or first.row["protocol"] != second.row["protocol"]:

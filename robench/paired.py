@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
-from robench.audit.statistics import Gap, compare
 from robench.bundle import MANIFEST, read_bundle
-from robench.errors import UsageError
+from robench.errors import DataError, UsageError
 from robench.estimate import Answers, Estimate
 from robench.files import Place
 from robench.plan import RunSpec
 from robench.result import Evaluation
-from robench.threat import ThreatModel, format_eps
+from robench.stats import PairedTest, paired_test
+from robench.store import SPEC_FILE
+from robench.threat import ThreatModel, exact_eps
 from robench.unit_table import CLEAN, WORST
 
 LEVEL: Final = 0.05
 """Of the paired test, two-sided, at which two defenses count as distinct."""
-TOLD: Final = ("protocol", "cascade", "query_budget", "precision", "robench_version", "torch_version", "device")
-"""What is told of two runs where they differ in it."""
+TOLD: Final = ("protocol", "query_budget", "precision", "robench_version", "torch_version", "device")
+TOLD_OF_DRAWS: Final = ("eot", "judge_repeats")
+"""What is told of two runs where they differ in it; the latter where both defenses draw."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,14 @@ class Difference:
         eps: the bound; 0 of `clean`.
         first: the first run's.
         second: the second run's.
-        gap: first minus second, image by image, with the two-sided level of its test.
+        gap: first minus second, image by image.
     """
 
     what: str
     eps: float
     first: Estimate
     second: Estimate
-    gap: Gap
+    gap: PairedTest
 
     @property
     def distinct(self) -> bool:
@@ -49,13 +52,13 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
-        gap = {"mean": self.gap.mean, "low": self.gap.low, "high": self.gap.high}
+        gap = {key: round(value, 6) for key, value in asdict(self.gap).items() if key != "p"}
         return {
             "what": self.what,
             "eps": self.eps,
             "first": self.first.to_json(),
             "second": self.second.to_json(),
-            "difference": {key: round(value, 6) for key, value in gap.items()},
+            "difference": gap,
             "p": self.gap.p,
             "distinct": self.distinct,
         }
@@ -69,7 +72,8 @@ class Comparison:
         first: the spec of one run.
         second: that of the other.
         images: how many images both have.
-        differences: the clean accuracy, then at each bound of both each attack of both and the worst case.
+        differences: the clean accuracy; then at each bound of both the worst case, and before it each attack of both,
+            where its figures are of one kind.
         notes: in what the runs are unlike, so that a difference may not be the defenses'.
     """
 
@@ -81,7 +85,7 @@ class Comparison:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the two are called: the defenses, or where they have one name, what tells them apart."""
+        """What the two are called: the defenses, or where they have one name, which of the two."""
         first, second = (spec.defense or spec.defense_name for spec in (self.first, self.second))
         return (first, second) if first != second else (f"{first} (first)", f"{second} (second)")
 
@@ -94,10 +98,11 @@ class Comparison:
         """A robust accuracy's difference in a sentence."""
         first, second = self.names
         threat, gap = ThreatModel(self.first.norm, one.eps), one.gap
-        on = f"on the same {self.images} images (p = {gap.p:.2g})"
+        unlike = "" if _keys(self.first) == _keys(self.second) else ", under unlike attacks"
+        on = f"on the same {count_images(self.images)} (p = {gap.p:.2g}){unlike}"
         if not one.distinct:
             return (
-                f"{threat}: {first} and {second} cannot be told apart {on}: "
+                f"{threat}: {first} and {second} cannot be told apart {on}; "
                 f"the difference is between {100 * gap.low:+.1f} and {100 * gap.high:+.1f} points"
             )
         size, low, high, more, less = (
@@ -129,37 +134,45 @@ def compare_places(first: Place, second: Place) -> Comparison:
         UsageError: see `compare_runs`, or one of them is neither.
         DataError: one of them is damaged.
     """
-    return compare_runs(*(_read(place) for place in (first, second)))
+    (one, of_first), (other, of_second) = (_read(place) for place in (first, second))
+    comparison = compare_runs(one, other)
+    verdicts = {"first": of_first, "second": of_second}
+    told = [
+        f"the audit calls the {word} {verdict}" for word, verdict in verdicts.items() if verdict not in ("", "pass")
+    ]
+    return replace(comparison, notes=(*told, *comparison.notes))
 
 
 def compare_runs(first: Evaluation, second: Evaluation) -> Comparison:
-    """Compares the accuracies of two runs on the images that both have, image by image.
+    """Compares the accuracies of two runs on the images that both have, image by image; see `paired_test`.
 
     What scatters between images is the same for both, so that far smaller differences show than the intervals of the
-    two accuracies would let one think. Where each image is right or wrong in both, the test is McNemar's, exact; where
-    the answers of a randomized defense make shares of it, Student's paired test.
+    two accuracies would let one think.
 
     Raises:
         UsageError: the runs are of other data or another norm, or have no bound or no image in common.
+        DataError: a run's table does not fit together.
     """
     for what in ("norm", "dataset"):
         one, other = (getattr(run.spec, what) or "images of the caller" for run in (first, second))
         if one != other:
             raise UsageError(f"two runs to compare need one {what}; these have {one} and {other}")
-    bounds = [eps for eps in first.spec.eps if eps in second.spec.eps]
+    bounds = [
+        (eps, same) for eps in first.spec.eps for same in second.spec.eps if math.isclose(eps, same, rel_tol=1e-6)
+    ]
     if not bounds:
-        told = (", ".join(format_eps(eps, run.spec.norm) for eps in run.spec.eps) for run in (first, second))
+        told = (", ".join(exact_eps(eps, run.spec.norm) for eps in run.spec.eps) for run in (first, second))
         raise UsageError(f"the runs have no bound in common: {' and '.join(told)}")
     clean = shared_answers(first, second, CLEAN)
     if clean is None:
-        raise UsageError("the runs have no images in common: their data or splits are others")
-    found = _differences(first, second, bounds)
-    notes = (*_notes(first.spec, second.spec), *_tell_failed(first, second, bounds))
-    return Comparison(first.spec, second.spec, len(clean[0].labels), tuple(found), notes)
+        raise UsageError(_why_apart(first, second))
+    found, images = tuple(_differences(first, second, bounds)), len(clean[0].labels)
+    notes = (*_tell_images(first.spec, second.spec, images), *_notes(first.spec, second.spec))
+    return Comparison(first.spec, second.spec, images, found, (*notes, *_tell_failed(first, second, bounds)))
 
 
 def shared_answers(
-    first: Evaluation, second: Evaluation, what: str, eps: float | None = None
+    first: Evaluation, second: Evaluation, what: str, bounds: tuple[float | None, float | None] = (None, None)
 ) -> tuple[Answers, Answers] | None:
     """The judge's answers of both runs on the images that both have, in one order.
 
@@ -170,56 +183,134 @@ def shared_answers(
         first: a run.
         second: the other one.
         what: `clean`, an attack's key, or `worst`.
-        eps: the bound; None: the largest of each.
+        bounds: that of each; None: the largest.
+
+    Raises:
+        DataError: a run's table does not fit together.
     """
-    found = [run.answers(what, eps) for run in (first, second)]
+    of_caller = not (first.spec.dataset and second.spec.dataset)
+    if of_caller and first.spec.data_digest != second.spec.data_digest:
+        return None
+    found = [_placed_answers(run, what, eps) for run, eps in zip((first, second), bounds, strict=True)]
     if found[0] is None or found[1] is None:
         return None
-    if not first.spec.dataset and first.spec.data_digest != second.spec.data_digest:
-        return None
-    _, *places = np.intersect1d(first.indices, second.indices, assume_unique=True, return_indices=True)
+    _, *rows = np.intersect1d(found[0][0], found[1][0], assume_unique=True, return_indices=True)
     one, other = (
-        Answers(answers.votes[rows], answers.labels[rows])
-        for answers, rows in zip((found[0], found[1]), places, strict=True)
+        Answers(answers.votes[row], answers.labels[row])
+        for (_, answers), row in zip((found[0], found[1]), rows, strict=True)
     )
     return (one, other) if len(one.labels) and (one.labels == other.labels).all() else None
 
 
-def compare_answers(first: Answers, second: Answers) -> Gap:
-    """How much larger the first accuracy is on the same images, below 0 if it is smaller, with the two-sided level."""
-    one, other = (answers.right / answers.repeats for answers in (first, second))
-    gap = compare(one, other)
-    return replace(gap, p=min(2 * gap.p, 2 * compare(other, one).p, 1.0))
+def compare_answers(first: Answers, second: Answers) -> PairedTest:
+    """How much larger the first accuracy is on the same images, below 0 if it is smaller."""
+    return paired_test(first.right / first.repeats, second.right / second.repeats)
 
 
-def _differences(first: Evaluation, second: Evaluation, bounds: list[float]) -> Iterator[Difference]:
-    keys = [entry.key for entry in first.spec.attacks if entry.key in {other.key for other in second.spec.attacks}]
-    for what, eps in [(CLEAN, 0.0), *((what, eps) for eps in bounds for what in (*keys, WORST))]:
-        failed = what == WORST and (first.failed_at(eps) or second.failed_at(eps))
-        answers = None if failed else shared_answers(first, second, what, eps)
+def count_images(images: int) -> str:
+    """`1 image`, `2 images`."""
+    return f"{images} image{'' if images == 1 else 's'}"
+
+
+def _placed_answers(run: Evaluation, what: str, eps: float | None) -> tuple[Any, Answers] | None:
+    """Positions in the dataset, and the answers there."""
+    answers = run.answers(what, eps)
+    if answers is None:
+        return None
+    bound = 0.0 if what == CLEAN else run.spec.eps[-1] if eps is None else eps
+    places = run.table[(run.table["attack"] == what) & (run.table["eps"] == bound)]["index"].to_numpy()
+    votes = answers.votes.sum(1)
+    if (
+        len(np.unique(places)) < len(places)
+        or set(places) != set(run.indices)
+        or (votes != votes[0]).any()
+        or not votes[0]
+    ):
+        raise DataError(
+            f'{run.folder or "a run"}: its table does not hold the answers under "{what}" to each of its images'
+        )
+    return places, answers
+
+
+def _differences(first: Evaluation, second: Evaluation, bounds: Sequence[tuple[float, float]]) -> Iterator[Difference]:
+    keys = _like_attacks(first.spec, second.spec)
+    for what, pair in [(CLEAN, (0.0, 0.0)), *((what, pair) for pair in bounds for what in (*keys, WORST))]:
+        failed = what == WORST and (first.failed_at(pair[0]) or second.failed_at(pair[1]))
+        answers = None if failed else shared_answers(first, second, what, pair)
         if answers is not None:
-            yield Difference(what, eps, answers[0].accuracy(), answers[1].accuracy(), compare_answers(*answers))
+            gap = compare_answers(*answers)
+            yield Difference(what, pair[0], answers[0].accuracy(), answers[1].accuracy(), gap)
+
+
+def _keys(spec: RunSpec) -> list[str]:
+    return [entry.key for entry in spec.attacks]
+
+
+def _like_attacks(first: RunSpec, second: RunSpec) -> list[str]:
+    """The attacks of both whose figures are of one kind.
+
+    In a cascade an attack's figure is of what those before it left, and of a randomized defense it counts answers anew.
+    """
+    mine, others = _keys(first), _keys(second)
+    if not (first.cascade or second.cascade):
+        return [key for key in mine if key in others]
+    if first.cascade != second.cascade or first.randomized != second.randomized:
+        return []
+    same = [one == other for one, other in zip(mine, others, strict=False)]
+    return mine[: same.index(False) if False in same else len(same)]
+
+
+def _why_apart(first: Evaluation, second: Evaluation) -> str:
+    one, other = first.spec, second.spec
+    if not one.dataset:
+        return "images of the caller compare only where both runs have the same; these have others"
+    if set(first.indices) & set(second.indices):
+        return f"images of {one.dataset} at one position bear other labels: the runs are of different splits or parts"
+    if one.seed != other.seed:
+        return (
+            f"the runs have no images in common: seed {one.seed} drew {one.n} and seed {other.seed} {other.n} others. "
+            "Run both with one --seed"
+        )
+    return f"the runs have no images of {one.dataset} in common"
+
+
+def _tell_images(first: RunSpec, second: RunSpec, images: int) -> Iterator[str]:
+    if images < min(first.n, second.n):
+        seeds = "" if first.seed == second.seed else f", drawn by seeds {first.seed} and {second.seed}"
+        yield f"only {count_images(images)} of {first.n} and {second.n} are in both{seeds}; run both with one --seed"
 
 
 def _notes(first: RunSpec, second: RunSpec) -> Iterator[str]:
-    for name in TOLD:
+    names = (*TOLD, *TOLD_OF_DRAWS) if first.randomized and second.randomized else TOLD
+    for name in names:
         one, other = (getattr(spec, name) for spec in (first, second))
         if one != other:
             yield f"{name.replace('_', ' ')}: {one or 'none'} and {other or 'none'}"
-    if first.randomized and second.randomized and first.eot != second.eot:
-        yield f"eot: {first.eot} and {second.eot}"
-    keys = [[entry.key for entry in spec.attacks] for spec in (first, second)]
-    for mine, others, word in ((keys[0], keys[1], "first"), (keys[1], keys[0], "second")):
+    if first.defense == second.defense and first.weights_digest != second.weights_digest:
+        yield f"weights: {first.weights_digest[:16]} and {second.weights_digest[:16]}"
+    for mine, others, word in ((_keys(first), _keys(second), "first"), (_keys(second), _keys(first), "second")):
         if alone := [key for key in mine if key not in others]:
             yield f"only the {word} was attacked by {', '.join(alone)}"
+    hidden = [key for key in _keys(first) if key in _keys(second) and key not in _like_attacks(first, second)]
+    if hidden:
+        yield (
+            f"not compared one by one: {', '.join(hidden)}. In a cascade an attack's figure depends on those before it "
+            "and on whether the defense draws"
+        )
 
 
-def _tell_failed(first: Evaluation, second: Evaluation, bounds: list[float]) -> Iterator[str]:
-    for eps in bounds:
-        for run, word in ((first, "first"), (second, "second")):
+def _tell_failed(first: Evaluation, second: Evaluation, bounds: Sequence[tuple[float, float]]) -> Iterator[str]:
+    for pair in bounds:
+        for run, eps, word in zip((first, second), pair, ("first", "second"), strict=True):
             if failed := ", ".join(run.failed_at(eps)):
                 yield f"no robust accuracy of the {word} at {ThreatModel(run.spec.norm, eps)}: {failed} failed"
 
 
-def _read(place: Place) -> Evaluation:
-    return read_bundle(place).figures if (place / MANIFEST).exists() else Evaluation.load(place)
+def _read(place: Place) -> tuple[Evaluation, str]:
+    """The run at a place, and the verdict of the audit that lies with it."""
+    if (place / MANIFEST).exists():
+        bundle = read_bundle(place)
+        return bundle.figures, "" if bundle.audit is None else str(bundle.audit["verdict"])
+    if not (place / SPEC_FILE).exists():
+        raise UsageError(f"{place} is neither a run folder nor the evidence of a row (leaderboards/evidence/DIGEST)")
+    return Evaluation.load(place), ""

@@ -214,3 +214,58 @@ def paired_interval(
         return mean, -1.0, 1.0
     half = float(t.ppf((1 + level) / 2, len(gaps) - 1)) * float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
     return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """How much larger one accuracy is than another on the same examples; see `paired_test`.
+
+    Attributes:
+        mean: the mean difference, first minus second, in [-1, 1].
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p: the two-sided level of the test.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_test(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], level: float = 0.95) -> PairedTest:
+    """Tests whether two accuracies on the same examples differ; the interval holds 0 just where the test sees nothing.
+
+    Where every example is right or wrong in both: McNemar's exact test of those that differ. Its interval is the wider
+    of two at either end: Clopper and Pearson's of the share of these that the first has right, which is the test turned
+    about but takes their number for given, and Student's with one pair added in either direction. If none differs, it
+    reaches to the share of which none would be seen. Where examples have shares of right answers: Student's paired
+    test, which is not exact. One example tells nothing.
+
+    Args:
+        first: a value in [0, 1] for each example.
+        second: the same of the other accuracy.
+        level: two-sided confidence.
+    """
+    gaps = first - second
+    n, mean = len(gaps), float(gaps.mean()) if len(gaps) else 0.0
+    if n < 2:
+        return PairedTest(mean, -1.0, 1.0, 1.0)
+    is_share = not np.isin(gaps, (-1.0, 0.0, 1.0)).all()
+    spread = (
+        gaps if is_share and gaps.std() > 0 else np.concatenate([gaps, (-1.0, 1.0)])
+    )  # some scatter, if none is seen
+    error = float(spread.std(ddof=1)) / math.sqrt(len(spread))
+    half = float(t.ppf((1 + level) / 2, n - 1)) * error
+    if is_share:
+        p = 2 * float(t.sf(abs(mean) / error, n - 1))
+        return PairedTest(mean, max(mean - half, -1.0), min(mean + half, 1.0), p)
+    differ, ahead, tail = int(np.count_nonzero(gaps)), int((gaps > 0).sum()), (1 - level) / 2
+    behind = differ - ahead
+    p = min(1.0, 2 * float(binom.cdf(min(ahead, behind), differ, 0.5)))
+    low = (2 * float(beta.ppf(tail, ahead, behind + 1)) - 1) * differ / n if ahead else -differ / n
+    high = (2 * float(beta.ppf(1 - tail, ahead + 1, behind)) - 1) * differ / n if behind else differ / n
+    unseen = 0.0 if differ else 1 - tail ** (1 / n)
+    return PairedTest(
+        mean, max(min(low, mean - half, mean - unseen), -1.0), min(max(high, mean + half, mean + unseen), 1.0), p
+    )

@@ -169,7 +169,8 @@ class RunStore:
         if hashlib.sha256(content).hexdigest() != path.stem.split("-")[1]:
             raise DataError(f"{path} is damaged: its content does not have the digest in its name. {advice}")
         try:
-            table = pq.read_table(io.BytesIO(content))
+            # by this thread alone: one of Arrow's that still holds a Python object at exit would abort the process
+            table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
             check_columns(table)
         except (pa.ArrowException, OSError, ValueError, DataError) as error:  # ValueError: a name is no UTF-8
             raise DataError(f"{path} is no table of a unit: {error}. {advice}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+from board_toys import make_boards
 from engine_toys import Bad, Linear, Noisy, Prototypes, grid_images
-from scipy.stats import ttest_rel
+from scipy.stats import binomtest, t, ttest_rel
 
+from robench import paired
+from robench.bundle import AUDIT, read_bundle
 from robench.cli import main
-from robench.errors import UsageError
+from robench.errors import DataError, UsageError
 from robench.estimate import Answers
 from robench.evaluate import evaluate
 from robench.paired import Comparison, Difference, compare_answers, compare_places, compare_runs, shared_answers
 from robench.publish import publish
 from robench.report.paired import comparison_table
 from robench.result import Evaluation
+from robench.stats import PairedTest, paired_test
 from robench.threat import ThreatModel
 from robench.unit_table import CLEAN, WORST
 
@@ -58,13 +63,17 @@ def find(comparison: Comparison, what: str, eps: float) -> Difference:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_answers_are_compared_by_mcnemars_exact_test_of_two_sides(turned: bool) -> None:
-    """Eight images of 20 differ, seven one way: twice P(at least 7 of 8) is 18 / 256."""
+    """Eight images of 20 differ, seven one way: twice P(at least 7 of 8) is 18 / 256; Clopper and Pearson by scipy."""
     more = [1] * 7 + [0] + [1] * 12
     less = [0] * 7 + [1] + [1] * 12
     gap = compare_answers(*map(as_answers, (less, more) if turned else (more, less)))
     assert gap.mean == pytest.approx(-0.3 if turned else 0.3)
     assert gap.p == pytest.approx(18 / 256)
-    assert gap.low < gap.mean < gap.high
+    ends = binomtest(1 if turned else 7, 8).proportion_ci(0.95, method="exact")
+    padded = np.array([1.0] * 7 + [-1.0] + [0.0] * 12 + [1.0, -1.0])
+    half = t.ppf(0.975, 19) * padded.std(ddof=1) / np.sqrt(22)
+    assert gap.low == pytest.approx(min((2 * ends.low - 1) * 8 / 20, gap.mean - half))
+    assert gap.high == pytest.approx(max((2 * ends.high - 1) * 8 / 20, gap.mean + half))
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -76,6 +85,34 @@ def test_shares_of_a_randomized_defense_are_compared_by_students_paired_test(tur
     interval = test.confidence_interval()
     assert (gap.p, gap.mean) == pytest.approx((test.pvalue, (first - second).mean() / 10))
     assert (gap.low, gap.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_the_interval_holds_0_just_where_the_test_sees_nothing() -> None:
+    for n in (2, 8, 20, 200):
+        for ahead in range(min(n, 24) + 1):
+            for behind in range(min(n - ahead, 24) + 1):
+                gaps = np.array([1.0] * ahead + [-1.0] * behind + [0.0] * (n - ahead - behind))
+                found = paired_test(gaps.clip(0), (-gaps).clip(0))
+                assert (found.low <= 0 <= found.high) == (found.p > 0.05), (n, ahead, behind)
+                assert -1 <= found.low <= found.mean <= found.high <= 1
+    generator = np.random.Generator(np.random.PCG64(2))
+    for n in (2, 3, 10, 50):
+        for _ in range(200):
+            found = paired_test(generator.random(n), generator.random(n))
+            assert (found.low <= 0 <= found.high) == (found.p > 0.05)
+            assert -1 <= found.low <= found.high <= 1
+
+
+def test_few_examples_without_scatter_show_nothing() -> None:
+    assert paired_test(np.array([1.0]), np.array([0.0])) == PairedTest(1.0, -1.0, 1.0, 1.0)
+    assert paired_test(np.array([0.75]), np.array([0.5])) == PairedTest(0.25, -1.0, 1.0, 1.0)
+    alike = paired_test(np.full(3, 0.6), np.full(3, 0.5))
+    assert alike.p > 0.5
+    assert alike.low < 0 < alike.high
+    assert paired_test(np.full(1000, 0.6), np.full(1000, 0.5)).p < 0.01
+    same = paired_test(np.ones(1000), np.ones(1000))
+    assert (same.mean, same.p) == (0, 1)
+    assert same.high == pytest.approx(0.00368, abs=1e-5), "of so many in a thousand none is seen once in 40 times"
 
 
 # runs
@@ -115,7 +152,7 @@ def test_the_same_images_in_another_order_meet_their_own() -> None:
     turned = Evaluation(
         first.spec, [first.units.take(pa.array(range(first.units.num_rows))[::-1])], folder=None, created=""
     )
-    answers = shared_answers(first, turned, WORST, 0.05)
+    answers = shared_answers(first, turned, WORST, (0.05, 0.05))
     assert answers is not None
     assert (answers[0].votes == answers[1].votes).all()
     assert (answers[0].labels == answers[1].labels).all()
@@ -123,11 +160,57 @@ def test_the_same_images_in_another_order_meet_their_own() -> None:
 
 def test_what_the_runs_are_unlike_in_is_told() -> None:
     one = evaluate(Noisy(), "pgd(steps=2)", BOUNDS, grid_images(12), eot=2, judge_repeats=5)
-    other = evaluate(Noisy(), "pgd(steps=2)", BOUNDS, grid_images(12), eot=4, judge_repeats=5, query_budget=9)
-    assert compare_runs(one, other).notes == ("query budget: none and 9", "eot: 2 and 4")
+    other = evaluate(Noisy(), "pgd(steps=2)", BOUNDS, grid_images(12), eot=4, judge_repeats=6, query_budget=9)
+    assert compare_runs(one, other).notes == ("query budget: none and 9", "eot: 2 and 4", "judge repeats: 5 and 6")
     assert compare_runs(one, one).notes == ()
     settled = evaluate(Linear(), "pgd(steps=2)", BOUNDS, grid_images(12))
     assert compare_runs(one, settled).notes == (), "a deterministic defense has one draw"
+
+
+@pytest.mark.parametrize("name", ["protocol", "precision", "robench_version", "torch_version", "device"])
+def test_each_setting_that_may_matter_is_told(name: str) -> None:
+    run_, changes = run(n=5), dict[str, Any]({name: "another"})
+    other = run_.under(dataclasses.replace(run_.spec, **changes))
+    (note,) = compare_runs(run_, other).notes
+    assert note == f"{name.replace('_', ' ')}: {getattr(run_.spec, name) or 'none'} and another"
+    changed = run_.under(dataclasses.replace(run_.spec, weights_digest=64 * "a"))
+    assert compare_runs(run_, changed).notes == (f"weights: {run_.spec.weights_digest[:16]} and {16 * 'a'}",)
+
+
+def test_in_cascades_only_like_figures_are_compared_attack_by_attack() -> None:
+    """After those before it an attack has other images left, and a randomized defense's answers are counted anew."""
+    ahead, behind = "noise(tries=1)", "fgsm"
+
+    def attacks(first: Evaluation, second: Evaluation) -> list[str]:
+        found = compare_runs(first, second)
+        told = [one.what for one in found.differences if one.what not in (CLEAN, WORST)]
+        hidden = [note for note in found.notes if "not compared one by one" in note]
+        assert len(hidden) == (len(set(told)) < 2)
+        return sorted(set(told))
+
+    cascade = run(f"{ahead},{behind}", cascade=True)
+    assert attacks(cascade, cascade) == [behind, ahead]
+    assert attacks(cascade, run(f"{behind},{ahead}", cascade=True)) == []
+    assert attacks(cascade, run(f"{ahead},{behind}")) == []
+    assert attacks(cascade, run(f"{ahead},pgd(steps=2),{behind}", cascade=True)) == [ahead]
+    randomized = cascade.under(dataclasses.replace(cascade.spec, randomized=True))
+    assert attacks(cascade, randomized) == []
+    free = run(f"{ahead},{behind}")
+    assert attacks(free, run(f"{behind},{ahead}")) == [behind, ahead]
+
+
+def test_bounds_that_are_written_otherwise_are_the_same() -> None:
+    first, second = run(threat=ThreatModel("linf", 8 / 255)), run(threat=ThreatModel("linf", 0.0313725490196))
+    assert [one.eps for one in compare_runs(first, second).worst] == [8 / 255]
+
+
+def test_a_table_that_lacks_answers_is_refused() -> None:
+    first = run()
+    attack, eps = (first.units[name].to_pylist() for name in ("attack", "eps"))
+    (last,) = [[row for row, one in enumerate(zip(attack, eps, strict=True)) if one == (WORST, 0.05)][-1:]]
+    kept = first.units.take([row for row in range(first.units.num_rows) if row not in last])
+    with pytest.raises(DataError, match='does not hold the answers under "worst" to each of its images'):
+        compare_runs(first, Evaluation(first.spec, [kept], folder=None, created=""))
 
 
 def test_a_failed_attack_leaves_no_robust_accuracy_but_the_others() -> None:
@@ -153,8 +236,18 @@ def test_what_does_not_compare_is_refused() -> None:
 def test_images_of_the_caller_are_shared_only_if_they_are_the_same() -> None:
     first, same, other = (evaluate(Linear(), "fgsm", BOUNDS, grid_images(12, salt)) for salt in (0, 0, 1))
     assert compare_runs(first, same).images == 12
-    with pytest.raises(UsageError, match="no images in common"):
+    with pytest.raises(UsageError, match="both runs have the same; these have others"):
         compare_runs(first, other)
+
+
+def test_images_drawn_by_other_seeds_are_told() -> None:
+    with pytest.raises(UsageError, match="seed 0 drew 3 and seed 1 4 others"):
+        compare_runs(run(n=3), run(n=4, seed=1))
+    few = compare_runs(run(n=256), run(n=256, seed=1))
+    assert 0 < few.images < 20
+    assert few.notes == (
+        f"only {few.images} images of 256 and 256 are in both, drawn by seeds 0 and 1; run both with one --seed",
+    )
 
 
 def test_positions_of_another_split_are_no_shared_images() -> None:
@@ -163,7 +256,7 @@ def test_positions_of_another_split_are_no_shared_images() -> None:
         [(label + 1) % 10 for label in first.units["label"].to_pylist()], first.units.schema.field("label").type
     )
     units = first.units.set_column(first.units.schema.get_field_index("label"), "label", labels)
-    with pytest.raises(UsageError, match="no images in common"):
+    with pytest.raises(UsageError, match="bear other labels: the runs are of different splits"):
         compare_runs(first, Evaluation(first.spec, [units], folder=None, created=""))
 
 
@@ -172,7 +265,7 @@ def test_positions_of_another_split_are_no_shared_images() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
-    ("differ", "told"), [(8, "keeps 40.0 points ["), (1, "cannot be told apart on the same 20 images")]
+    ("differ", "told"), [(8, "keeps 40.0 points ["), (1, "cannot be told apart on the same 20 images (p = 1); ")]
 )
 def test_the_verdict_names_who_keeps_more(differ: int, told: str, turned: bool) -> None:
     spec = run(n=5).spec
@@ -211,6 +304,8 @@ def test_the_command_compares_a_run_with_the_evidence_of_a_row(
     printed = capsys.readouterr().out
     assert "the same 60 images" in printed
     assert "(first) keeps" in printed
+    assert printed.rstrip().endswith("under unlike attacks")
+    assert "note: only the second was attacked by pgd(steps=5)" in printed
     assert call(monkeypatch, evidence, tmp_path / "strong", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     places = compare_places(evidence, tmp_path / "strong")
@@ -218,7 +313,7 @@ def test_the_command_compares_a_run_with_the_evidence_of_a_row(
     assert [one["what"] for one in told["differences"]] == ["clean", "worst"]
     assert told["differences"][1]["distinct"] is True
     assert call(monkeypatch, evidence, tmp_path / "nothing") == 2
-    assert "nothing is not a run folder" in capsys.readouterr().err
+    assert "nothing is neither a run folder nor the evidence of a row" in capsys.readouterr().err
 
 
 def test_the_table_tells_the_bound_where_there_are_several() -> None:
@@ -230,3 +325,45 @@ def test_the_table_tells_the_bound_where_there_are_several() -> None:
     ]
     single = compare_runs(run(threat=BOUNDS[0], n=10, cascade=True), run(threat=BOUNDS[0], n=10, cascade=True))
     assert list(comparison_table(single).columns[0].cells) == ["clean accuracy", "after fgsm", "robust accuracy"]
+
+
+def test_a_row_of_the_table_has_each_figure_in_its_column() -> None:
+    found = compare_runs(run("noise(tries=1)", threat=BOUNDS[1]), run("fgsm", threat=BOUNDS[1]))
+    (worst,) = found.worst
+    row = [list(column.cells)[-1] for column in comparison_table(found).columns]
+    gap = worst.gap
+    assert worst.first.value > worst.second.value
+    assert row == [
+        "robust accuracy",
+        str(worst.first).replace(" %", ""),
+        str(worst.second).replace(" %", ""),
+        f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
+        f"{gap.p:.2g}",
+    ]
+
+
+def test_an_audit_that_does_not_pass_is_told(tmp_path: Path) -> None:
+    boards = make_boards(tmp_path)
+    (evidence,) = (boards / "evidence").iterdir()
+    verdict = json.loads((evidence / AUDIT).read_text())["verdict"]
+    found = compare_places(tmp_path / "run", evidence).notes
+    assert found == (() if verdict == "pass" else (f"the audit calls the second {verdict}",))
+    bundle = read_bundle(evidence)
+    for kind in ("masked", "suspect", "pass"):
+        told = dataclasses.replace(bundle, audit={**bundle.audit, "verdict": kind} if bundle.audit else None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paired, "read_bundle", lambda _, told=told: told)
+            assert compare_places(evidence, tmp_path / "run").notes == (
+                () if kind == "pass" else (f"the audit calls the first {kind}",)
+            )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_finished_ends_the_command_with_status_2(tmp_path: Path) -> None:
+    """Arrow's threads that held Python objects at exit aborted every other such process, with status 134."""
+    run("fgsm", n=60, unit_size=10, out=tmp_path / "run", defense_spec=TOY)
+    sorted((tmp_path / "run" / "units").iterdir())[-1].unlink()
+    words = [sys.executable, "-m", "robench", "compare", str(tmp_path / "run"), str(tmp_path / "run")]
+    for _ in range(5):
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (ended.returncode, "is missing. Finish it with" in ended.stderr) == (2, True), ended.stderr

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from robench.paired import count_images
 from robench.threat import format_eps
 from robench.unit_table import CLEAN, WORST
 
@@ -19,7 +20,7 @@ def print_comparison(comparison: Comparison) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(comparison_table(comparison))
     for note in comparison.notes:
-        console.print(f"unlike  {note}")
+        console.print(f"note: {note}")
     for one in comparison.worst:
         console.print(comparison.verdict(one))
 
@@ -28,7 +29,7 @@ def comparison_table(comparison: Comparison) -> Table:
     """A row for each accuracy; the differences are in points, first minus second."""
     first = comparison.first
     table = Table(
-        title=f"{first.dataset or 'images of the caller'}, {first.norm}, the same {comparison.images} images, %",
+        title=f"{first.dataset or 'images of the caller'}, {first.norm}, the same {count_images(comparison.images)}, %",
         title_justify="left",
         caption="difference in points, image by image; [low, high]: 95 % interval; p: two-sided, of the paired test",
         caption_justify="left",
