@@ -252,9 +252,7 @@ def paired_test(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64],
     if n < 2:
         return PairedTest(mean, -1.0, 1.0, 1.0)
     is_share = not np.isin(gaps, (-1.0, 0.0, 1.0)).all()
-    spread = (
-        gaps if is_share and gaps.std() > 0 else np.concatenate([gaps, (-1.0, 1.0)])
-    )  # some scatter, if none is seen
+    spread = gaps if is_share and gaps.std() > 0 else np.concatenate([gaps, (-1.0, 1.0)])
     error = float(spread.std(ddof=1)) / math.sqrt(len(spread))
     half = float(t.ppf((1 + level) / 2, n - 1)) * error
     if is_share:
@@ -265,7 +263,5 @@ def paired_test(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64],
     p = min(1.0, 2 * float(binom.cdf(min(ahead, behind), differ, 0.5)))
     low = (2 * float(beta.ppf(tail, ahead, behind + 1)) - 1) * differ / n if ahead else -differ / n
     high = (2 * float(beta.ppf(1 - tail, ahead + 1, behind)) - 1) * differ / n if behind else differ / n
-    unseen = 0.0 if differ else 1 - tail ** (1 / n)
-    return PairedTest(
-        mean, max(min(low, mean - half, mean - unseen), -1.0), min(max(high, mean + half, mean + unseen), 1.0), p
-    )
+    half = half if differ else max(half, 1 - tail ** (1 / n))
+    return PairedTest(mean, max(min(low, mean - half), -1.0), min(max(high, mean + half), 1.0), p)
