@@ -200,12 +200,7 @@ def _entry(row: Row, evidence: Path) -> Entry:
 
 
 def _compare(first: Entry, second: Entry | None) -> Neighbours | None:
-    """The paired test of the images that two rows of one protocol share.
-
-    The exact McNemar test where each image is right or wrong in both; where the answers of a randomized defense make
-    shares of it, Student's paired test, which is not exact. None where no images are shared, or those of one position
-    bear different labels: then the rows are of different splits.
-    """
+    """The paired test of the images that two rows of one protocol share; see `robench.paired`. None where none are."""
     if second is None or first.bundle is None or second.bundle is None:
         return None
     if not (is_complete(first.row) and is_complete(second.row)) or first.row["protocol"] != second.row["protocol"]:

@@ -219,13 +219,8 @@ def _placed_answers(run: Evaluation, what: str, eps: float | None) -> tuple[Any,
         return None
     bound = 0.0 if what == CLEAN else run.spec.eps[-1] if eps is None else eps
     places = run.table[(run.table["attack"] == what) & (run.table["eps"] == bound)]["index"].to_numpy()
-    votes = answers.votes.sum(1)
-    if (
-        len(np.unique(places)) < len(places)
-        or set(places) != set(run.indices)
-        or (votes != votes[0]).any()
-        or not votes[0]
-    ):
+    asked = (answers.votes.sum(1) == max(answers.repeats, 1)).all()
+    if not (asked and np.array_equal(np.sort(places), np.unique(run.indices))):
         raise DataError(
             f'{run.folder or "a run"}: its table does not hold the answers under "{what}" to each of its images'
         )
@@ -276,8 +271,9 @@ def _why_apart(first: Evaluation, second: Evaluation) -> str:
 
 def _tell_images(first: RunSpec, second: RunSpec, images: int) -> Iterator[str]:
     if images < min(first.n, second.n):
-        seeds = "" if first.seed == second.seed else f", drawn by seeds {first.seed} and {second.seed}"
-        yield f"only {count_images(images)} of {first.n} and {second.n} are in both{seeds}; run both with one --seed"
+        seeds = f", drawn by seeds {first.seed} and {second.seed}; run both with one --seed"
+        why = "" if first.seed == second.seed else seeds
+        yield f"only {count_images(images)} of {first.n} and {second.n} are in both{why}"
 
 
 def _notes(first: RunSpec, second: RunSpec) -> Iterator[str]:
@@ -288,11 +284,11 @@ def _notes(first: RunSpec, second: RunSpec) -> Iterator[str]:
             yield f"{name.replace('_', ' ')}: {one or 'none'} and {other or 'none'}"
     if first.defense == second.defense and first.weights_digest != second.weights_digest:
         yield f"weights: {first.weights_digest[:16]} and {second.weights_digest[:16]}"
-    for mine, others, word in ((_keys(first), _keys(second), "first"), (_keys(second), _keys(first), "second")):
-        if alone := [key for key in mine if key not in others]:
+    keys, others, like = _keys(first), _keys(second), _like_attacks(first, second)
+    for mine, theirs, word in ((keys, others, "first"), (others, keys, "second")):
+        if alone := [key for key in mine if key not in theirs]:
             yield f"only the {word} was attacked by {', '.join(alone)}"
-    hidden = [key for key in _keys(first) if key in _keys(second) and key not in _like_attacks(first, second)]
-    if hidden:
+    if hidden := [key for key in keys if key in others and key not in like]:
         yield (
             f"not compared one by one: {', '.join(hidden)}. In a cascade an attack's figure depends on those before it "
             "and on whether the defense draws"
