@@ -235,14 +235,14 @@ def _refuse_beside_study(options: dict[str, object]) -> None:
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path("curve.png"),
     as_json: Json = False,
 ) -> None:
     """Draw accuracy against eps for every defense in the runs given."""
     from robench.report.curve import plot_runs
 
-    drawn = plot_runs(runs, out)
+    drawn = plot_runs([as_place(one) for one in runs], out)
     if as_json:
         print_json({"plot": str(out), "curves": drawn})
     else:

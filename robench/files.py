@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -40,10 +41,16 @@ def as_place(where: str | Place) -> Place:
         return Path(where)
     try:
         import upath
-
-        remote: Any = upath.UPath(where, use_listings_cache=False)  # others write there at the same time
     except ImportError as error:
         raise UsageError(f"{where} needs a package: {error}. pip install 'robench[remote]'") from None
+    try:
+        remote: Any = upath.UPath(where, use_listings_cache=False)  # others write there at the same time
+        _ = remote.fs  # imports the file system's own package
+    except ImportError as error:  # which says what to install, most often in these words
+        found = re.search(r"nstall ([\w-]+) (?:to|for) access", str(error))
+        raise UsageError(
+            f"{where} needs another package: {error}{f'. pip install {found[1]}' if found else ''}"
+        ) from None
     except ValueError as error:
         raise UsageError(f"{where} cannot be opened: {error}") from None
     return remote

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_a_path_stays_a_path_and_text_with_a_scheme_is_a_url(tmp_path: Path) -> 
     assert not isinstance(as_place(URL), Path)
     with pytest.raises(UsageError, match="nosuch://x"):
         as_place("nosuch://x")
+
+
+def test_a_file_system_whose_package_is_missing_is_told_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "paramiko", None)  # of sftp
+    with pytest.raises(UsageError, match=r"s3://runs/first needs .*pip install s3fs$"):
+        as_place("s3://runs/first")
+    with pytest.raises(UsageError, match=r"sftp://host/first needs .*paramiko"):
+        as_place("sftp://host/first")
 
 
 def test_a_run_behind_a_url_is_that_of_a_folder(tmp_path: Path) -> None:

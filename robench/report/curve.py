@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from robench.errors import UsageError
+from robench.files import Place
 from robench.report.drawing import find_figure
 from robench.result import Evaluation
 from robench.threat import format_eps
@@ -25,7 +26,7 @@ AXES: Final = {
 }
 
 
-def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
+def plot_runs(folders: Sequence[Place], out: Path) -> list[str]:
     """Draws the curves of finished runs into one picture; returns their labels.
 
     Bounds at which an attack failed are left out, and named on standard error.
