@@ -221,9 +221,8 @@ def _placed_answers(run: Evaluation, what: str, eps: float | None) -> tuple[Any,
     places = run.table[(run.table["attack"] == what) & (run.table["eps"] == bound)]["index"].to_numpy()
     asked = (answers.votes.sum(1) == max(answers.repeats, 1)).all()
     if not (asked and np.array_equal(np.sort(places), np.unique(run.indices))):
-        raise DataError(
-            f'{run.folder or "a run"}: its table does not hold the answers under "{what}" to each of its images'
-        )
+        whose = run.folder or f"the evidence of {run.spec.defense or run.spec.defense_name}"
+        raise DataError(f'{whose}: its table does not hold the answers under "{what}" to each of its images')
     return places, answers
 
 

@@ -209,7 +209,7 @@ def test_a_table_that_lacks_answers_is_refused() -> None:
     attack, eps = (first.units[name].to_pylist() for name in ("attack", "eps"))
     (last,) = [[row for row, one in enumerate(zip(attack, eps, strict=True)) if one == (WORST, 0.05)][-1:]]
     kept = first.units.take([row for row in range(first.units.num_rows) if row not in last])
-    with pytest.raises(DataError, match='does not hold the answers under "worst" to each of its images'):
+    with pytest.raises(DataError, match=r'^the evidence of prototypes: .*the answers under "worst" to each'):
         compare_runs(first, Evaluation(first.spec, [kept], folder=None, created=""))
 
 
