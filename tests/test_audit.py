@@ -408,6 +408,15 @@ def test_compare_is_mcnemars_exact_test_on_answers() -> None:
     assert compare(smaller, larger).verdict(0.3) == "pass"
 
 
+@pytest.mark.parametrize(("differ", "seen"), [(5, False), (6, True)])
+def test_the_interval_holds_0_where_mcnemars_test_sees_nothing(differ: int, seen: bool) -> None:
+    """Of two sides 2 / 2^5 is above 0.05, 2 / 2^6 below, where Student's interval leaves 0 out for both."""
+    larger, smaller = np.ones(20), np.ones(20)
+    smaller[:differ] = 0
+    assert (compare(larger, smaller).low > 0) == seen
+    assert (compare(smaller, larger).high < 0) == seen
+
+
 def test_compare_of_shares_is_students_paired_test() -> None:
     from scipy.stats import ttest_rel
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest, t
 
 from robench.check_names import Verdict
+from robench.stats import paired_test, wilson
 
 LEVEL: Final = 0.005
 """A check fails only at this one-sided level: with about 15 checks a sound defense fails by chance once in 14 audits
@@ -70,17 +71,12 @@ class Gap:
 def compare(larger: npt.NDArray[np.float64], smaller: npt.NDArray[np.float64]) -> Gap:
     """Tests whether `larger` exceeds `smaller` on the same images, one value in [0, 1] for each.
 
-    Where all values are 0 or 1 the exact McNemar test of the images that differ, else Student's paired test. The
-    interval is Student's, so that it agrees with that test; where the test is McNemar's, or all pairs differ by the
-    same, it is with one pair in either direction added, which gives it a width where all pairs agree.
+    Where all values are 0 or 1 the exact McNemar test of the images that differ, else Student's paired test, one-sided;
+    the interval is that of `paired_test`.
     """
-    gaps = larger - smaller
-    n = len(gaps)
-    p, error = _test(gaps)
-    padded = np.concatenate([gaps, (-1.0, 1.0)])
-    half = float(t.ppf(0.975, max(n - 1, 1))) * (error or float(padded.std(ddof=1)) / math.sqrt(len(padded)))
-    mean = float(gaps.mean()) if n else 0.0
-    return Gap(mean, mean - half, mean + half, p, n, error)
+    p, error = _test(larger - smaller)
+    found = paired_test(larger, smaller)
+    return Gap(found.mean, found.low, found.high, p, len(larger), error)
 
 
 def compare_both_ways(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> Gap:
@@ -104,7 +100,5 @@ def _test(gaps: npt.NDArray[np.float64]) -> tuple[float, float | None]:
 
 def share_interval(hits: npt.NDArray[np.bool_]) -> tuple[float, float, float]:
     """The share of true values with its 95 % interval (Wilson)."""
-    from robench.stats import wilson
-
     count = int(hits.sum())
     return (count / len(hits), *wilson(count, len(hits))) if len(hits) else (0.0, 0.0, 1.0)
