@@ -168,9 +168,9 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
     shown = settings.progress and bool(missing)
     totals, weights = expected_passes(work, missing), {"judge": work.defense.forward_cost}
     with Progress(work.spec.defense_name, totals, weights=weights, enabled=shown) as progress:
-        work.on_query = functools.partial(_hear, progress)
+        work.on_passes = functools.partial(_hear, progress)
         if settings.workers > 1 and store is not None:
-            for unit, taken in _run_by_workers(store, missing, settings, work.on_query):
+            for unit, taken in _run_by_workers(store, missing, settings, work.on_passes):
                 store.note_time(unit, taken)
         else:
             run_here(missing, work_on)
@@ -178,7 +178,7 @@ def _run(work: UnitWork, store: RunStore | None, settings: Settings) -> tuple[li
 
 
 def _hear(progress: Progress, passes: int, kind: str) -> None:
-    """Takes what units tell; see `UnitWork.on_query`."""
+    """Takes what units tell; see `UnitWork.on_passes`."""
     if kind == "begun":
         progress.begin(passes, "attack")
     elif kind == "spared":

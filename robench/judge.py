@@ -75,7 +75,7 @@ def judge(
     x: Images,
     repeats: int,
     *,
-    on_query: Callable[[int], None] | None = None,
+    on_rows: Callable[[int], None] | None = None,
     on_answers: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Counts how often the defense answers each class: `repeats` independent answers, `b k` int64.
@@ -87,7 +87,7 @@ def judge(
         defense: what is judged.
         x: images in [0, 1].
         repeats: answers per image; draws come from torch's global generator.
-        on_query: called with the number of images after each batch (progress).
+        on_rows: called with the number of images after each batch (progress).
         on_answers: called with the answers of each pass, `b`.
 
     Raises:
@@ -96,7 +96,7 @@ def judge(
     votes = torch.zeros(len(x), defense.num_classes, dtype=torch.int64)
     with torch.no_grad():
         for _ in range(repeats):
-            passes = pass_in_batches(defense, lambda rows: answer(defense, rows), x, together=1, on_rows=on_query)
+            passes = pass_in_batches(defense, lambda rows: answer(defense, rows), x, together=1, on_rows=on_rows)
             answers = torch.cat(passes).cpu()
             votes += functional.one_hot(answers, defense.num_classes)
             if on_answers is not None:
@@ -110,7 +110,7 @@ def judge_in_units(
     """As `judge`, some images after others as in a run, with progress: a slow defense takes minutes."""
     with Progress(f"{defense.name}: judged again", {"answers": len(x) * repeats}, brief=True) as progress:
         votes = [
-            judge(defense, rows, repeats, on_query=progress.advance, on_answers=on_answers)
+            judge(defense, rows, repeats, on_rows=progress.advance, on_answers=on_answers)
             for rows in x.split(unit_size)
         ]
     return torch.cat(votes)

@@ -106,7 +106,7 @@ class _Scene:
 
         def ask() -> dict[str, Tensor]:
             with seeded(*purpose, device=x.device):
-                votes = judge(work.defense, x, work.spec.judge_repeats, on_query=functools.partial(work.tell, "judge"))
+                votes = judge(work.defense, x, work.spec.judge_repeats, on_rows=functools.partial(work.tell, "judge"))
                 check_unseeded(*purpose, who=f'defense "{work.defense.name}"')
             return {"votes": votes}
 

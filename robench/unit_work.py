@@ -32,7 +32,7 @@ class UnitWork:
         x: all images of the run.
         y: their labels.
         index: position of each image in its split.
-        on_query: called with the number of passes just made and who asked: `judge` or `attack`. Also told, for
+        on_passes: called with the number of passes just made and who asked: `judge` or `attack`. Also told, for
             the time left: `begun`, the passes of attacks that a unit takes at most, `spared`, those of them that turn
             out not to be needed, and `recalled judge` and `recalled attack`; see `RECALLED`.
         drafts: what a unit found before it was interrupted, and where to keep what it finds; None keeps nothing.
@@ -48,7 +48,7 @@ class UnitWork:
     x: Images
     y: Labels
     index: Tensor
-    on_query: Callable[[int, str], None] | None = None
+    on_passes: Callable[[int, str], None] | None = None
     drafts: Callable[[Unit], Drafts] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     passes: Counter[str] = field(default_factory=Counter)
@@ -61,8 +61,8 @@ class UnitWork:
     def tell(self, kind: str, passes: int) -> None:
         """Tells whoever hears of progress."""
         self.passes[kind.removeprefix(RECALLED)] += passes
-        if self.on_query is not None and passes > 0:
-            self.on_query(passes, kind)
+        if self.on_passes is not None and passes > 0:
+            self.on_passes(passes, kind)
 
     def expected(self, entry: AttackEntry, images: int, eps: float) -> int:
         """Passes of an attack on images at one bound if none of them goes wrong before its end.

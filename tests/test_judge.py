@@ -88,7 +88,7 @@ def test_another_shape_or_dtype_is_refused(found: Tensor) -> None:
 def test_votes_of_a_deterministic_defense_are_unanimous() -> None:
     x, y = grid_images(7)
     heard: list[int] = []
-    votes = judge(Linear(), x, 3, on_query=heard.append)
+    votes = judge(Linear(), x, 3, on_rows=heard.append)
     assert votes.dtype == torch.int64
     assert votes.tolist() == (3 * torch.nn.functional.one_hot(y, 3)).tolist()
     assert heard == [7, 7, 7]

@@ -127,7 +127,7 @@ def do_unit(request: UnitRequest, hear: Hear | None) -> float:
     started = time.monotonic()
     work, store = _prepare(request.folder, request.data_dir)
     with store.locked(shared=True) if request.shared else contextlib.nullcontext():
-        work.on_query = hear
+        work.on_passes = hear
         table = run_unit(work, request.unit)
         try:
             work.check_unchanged()
