@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,15 @@ from robench.paper import Cell, Context, Figure, Outcome, leave_out
 from robench.registry import load_defense
 from robench.report.markdown import escape
 from robench.report.paper_curves import _panels
-from robench.report.reproduced import COLUMNS, as_csv, as_page, as_tables, finish_outcomes, from_csv
+from robench.report.reproduced import (
+    COLUMNS,
+    as_csv,
+    as_page,
+    as_tables,
+    finish_outcomes,
+    from_csv,
+    print_outcomes,
+)
 from robench.reproduce import ReproduceRequest, _choose, load_tables
 from robench.threat import ThreatModel
 from robench.train.named import train_named
@@ -351,6 +360,28 @@ def test_a_remark_names_the_cells_it_is_about(
     assert out.count("odd") == 1
     assert "one; two (b); three: odd" in out
     assert "not comparable" not in out
+
+
+def test_what_the_protocol_leaves_under_many_attacks_is_shown_once_for_each_bound(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def attacked(defense: str, attacks: Sequence[str], worst: Figure | None) -> list[Outcome]:
+        cells = [dataclasses.replace(CELLS[1], defense=defense, row=f"{defense}, {one}", attack=one) for one in attacks]
+        return [Outcome(cell, Figure(50, 40, 60, 10), worst) for cell in cells]
+
+    often = [
+        *attacked("first", ("fgsm", "pgd", "square"), Figure(25, 9, 53, 16)),
+        *attacked("second", ("fgsm", "pgd", "square"), Figure(50, 30, 70, 97)),
+        *attacked("third", ("fgsm", "pgd", "square"), None),
+    ]
+    page = as_tables(often, "standard")
+    assert page.count("25.0 [9.0, 53.0] of 16") == page.count("50.0 [30.0, 70.0] of 97") == 1
+    assert "What `standard` leaves, and of how many images:\n\n|  | first | second |\n" in page
+    assert "\n| FGSM | 25.0 [9.0, 53.0] of 16 | 50.0 [30.0, 70.0] of 97 |\n" in page
+    print_outcomes(often, "standard")
+    assert "What standard leaves, and of how many images" in capsys.readouterr().out
+    assert "leaves" not in as_tables([*often[:2], *often[3:5]], "standard")  # two attacks: as far to read
+    assert "leaves" not in as_tables([dataclasses.replace(one, worst=None) for one in often], "")
 
 
 def test_other_data_are_told_once_where_the_cells_name_them() -> None:

@@ -66,6 +66,11 @@ def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
         console.print(table)
         for line in _remarks(group):
             console.print(f"  {line}")
+        if headings := _defenses_attacked_often(group):
+            table = Table("", *headings, title=_title_at_a_glance(protocol), title_justify="left")
+            for row in _at_a_glance(group, headings):
+                table.add_row(*row)
+            console.print(table)
 
 
 def write_outcomes(
@@ -115,13 +120,20 @@ def as_page(outcomes: Sequence[Outcome], request: ReproduceRequest, pictures: Ma
 
 
 def as_tables(outcomes: Sequence[Outcome], protocol: str, pictures: Mapping[str, str] | None = None) -> str:
-    """One table in Markdown for each of the paper's, with its picture above and what differs below it."""
+    """One table in Markdown for each of the paper's, with its picture above and what differs below it.
+
+    Where most bounds are under more than two attacks, what the protocol leaves there comes first, each once.
+    """
     parts = []
     for name, group in _by_table(outcomes):
         picture = (pictures or {}).get(name)
         shown = f"![accuracy against eps, {escape(name)}]({picture})\n\n" if picture else ""
         rows = [_cells(outcome, protocol) for outcome in group]
-        parts.append(f"\n## {escape(name)}\n\n{shown}{markdown_table(_headings(protocol), rows)}\n")
+        parts.append(f"\n## {escape(name)}\n\n{shown}")
+        if headings := _defenses_attacked_often(group):
+            glance = markdown_table(["", *headings], _at_a_glance(group, headings))
+            parts.append(f"{_title_at_a_glance(protocol, '`')}:\n\n{glance}\nAttack by attack:\n\n")
+        parts.append(f"{markdown_table(_headings(protocol), rows)}\n")
         parts += [f"- {escape(line)}\n" for line in _remarks(group)]
     return "".join(parts)
 
@@ -163,6 +175,24 @@ def _cells(outcome: Outcome, protocol: str) -> list[str]:
         "" if difference is None else f"{difference:+.2f}",
         *([str(outcome.worst) if outcome.worst else ""] if protocol else []),
     ]
+
+
+def _defenses_attacked_often(outcomes: Sequence[Outcome]) -> list[str]:
+    """The defenses of a table where most figures under the protocol stand more than twice; else none."""
+    cells = [outcome.cell for outcome in outcomes if outcome.worst]
+    bounds = {(cell.defense, cell.column) for cell in cells}
+    return list(dict.fromkeys(cell.defense for cell in cells)) if len(cells) > 2 * len(bounds) else []
+
+
+def _title_at_a_glance(protocol: str, mark: str = "") -> str:
+    return f"What {mark}{protocol}{mark} leaves, and of how many images"
+
+
+def _at_a_glance(outcomes: Sequence[Outcome], defenses: Sequence[str]) -> list[list[str]]:
+    """A line for each of the paper's columns: what the protocol leaves of each defense."""
+    left = {(one.cell.column, one.cell.defense): f"{one.worst} of {one.worst.n}" for one in outcomes if one.worst}
+    columns = dict.fromkeys(column for column, _ in left)
+    return [[column, *(left.get((column, defense), "") for defense in defenses)] for column in columns]
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
