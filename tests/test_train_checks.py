@@ -23,9 +23,10 @@ from robench.defenses.fortified import Fortified
 from robench.defenses.fortified.train import FortifiedRecipe
 from robench.defenses.jem import JEM
 from robench.precision import training_precision
+from robench.progress import Progress
 from robench.rng import seeded
 from robench.threat import ThreatModel
-from robench.train import Recipe, Stage, TrainSettings, run, train
+from robench.train import Recipe, Stage, TrainSettings, loop, run, train
 from robench.train.adversarial import Inner, perturb
 from robench.types import Images, Labels, Logits
 
@@ -138,6 +139,26 @@ def test_checks_are_kept_in_the_card(images: Dataset, tmp_path: Path) -> None:
     largest = [row["largest"] for row in card["checks"]]
     assert largest == sorted(largest)
     assert largest[-1] == pytest.approx(defense.weight.abs().max().item())
+
+
+def test_a_loss_that_was_not_a_number_is_told_once(
+    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average goes on from before, as the weights do."""
+    told: list[str] = []
+
+    class Heard(Progress):
+        def advance(self, *args: Any, note: str = "", **more: Any) -> None:
+            told.append(note)
+            super().advance(*args, note=note, **more)
+
+    monkeypatch.setattr(loop, "Progress", Heard)
+    defense = Mean()
+    recipe = Watched(defense, bad_at=6, nan=True)
+    train(defense, recipe, images, tmp_path, SETTINGS)
+    assert recipe.pace < 1, "it was rolled back"
+    assert len(told) == 12
+    assert not [note for note in told if "loss nan" in note]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ def _train_stage(run: Run, stage: Stage, optimizer_state: dict[str, Any] | None,
             reseed(settings.seed, stage.name, iteration)
             rate = settings.lr_scale * run.recipe.rate_share * stage.rate(int(iteration / settings.scale))
             loss = _update(stage, optimizer, x, y, rate)
-            average += (loss - average) * max(0.02, 1 / (iteration - first + 1))
+            if _is_sane(loss):
+                average += (loss - average) * max(0.02, 1 / (iteration - first + 1))
             run.state.iteration, run.state.step = iteration + 1, run.state.step + 1
             checks = len(run.checks)
             _look(run, stage, optimizer, loss)
