@@ -578,7 +578,8 @@ def test_training_goes_on_from_weights_at_a_later_stage(trained: TrainJob, tmp_p
     assert [stage["name"] for stage in further["stages"]] == ["second"]
     assert list(further["held_out"]) == ["images", "second"]
     told = ("weights_digest", "dataset", "recipe", "stages", "train_digest", "seed", "split_seed", "scale", "precision")
-    assert further["init"] == {name: card[name] for name in (*told, "held_out")}
+    hardware = ("device", "wall_time_s")
+    assert further["init"] == {name: card[name] for name in (*told, *hardware, "held_out")}
 
 
 def test_same_seed_same_weights_other_seed_others(job: TrainJob, tmp_path: Path) -> None:

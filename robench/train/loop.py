@@ -41,6 +41,8 @@ HISTORY: Final = (
     "scale",
     "lr_scale",
     "precision",
+    "device",
+    "wall_time_s",
     "held_out",
 )
 """What a card says of the weights that training started from."""
