@@ -16,13 +16,14 @@ import pyarrow as pa
 import pytest
 from board_toys import make_boards
 from engine_toys import Bad, Linear, Noisy, Prototypes, grid_images
+from rich.console import Console
 from scipy.stats import binomtest, t, ttest_rel
 
 from robench import paired
 from robench.bundle import AUDIT, read_bundle
 from robench.cli import main
 from robench.errors import DataError, UsageError
-from robench.estimate import Answers
+from robench.estimate import Answers, Estimate
 from robench.evaluate import evaluate
 from robench.paired import Comparison, Difference, compare_answers, compare_places, compare_runs, shared_answers
 from robench.publish import publish
@@ -320,11 +321,11 @@ def test_the_table_tells_the_bound_where_there_are_several() -> None:
     found = compare_runs(run(n=10), run(n=10))
     cells = list(comparison_table(found).columns[0].cells)
     assert cells == [
-        "clean accuracy",
-        *(f"{what} at {eps}" for eps in ("0.02", "0.05") for what in ("under fgsm", "robust accuracy")),
+        "clean",
+        *(f"{what} at {eps}" for eps in ("0.02", "0.05") for what in ("under fgsm", "robust")),
     ]
     single = compare_runs(run(threat=BOUNDS[0], n=10, cascade=True), run(threat=BOUNDS[0], n=10, cascade=True))
-    assert list(comparison_table(single).columns[0].cells) == ["clean accuracy", "after fgsm", "robust accuracy"]
+    assert list(comparison_table(single).columns[0].cells) == ["clean", "after fgsm", "robust"]
 
 
 def test_a_row_of_the_table_has_each_figure_in_its_column() -> None:
@@ -334,12 +335,24 @@ def test_a_row_of_the_table_has_each_figure_in_its_column() -> None:
     gap = worst.gap
     assert worst.first.value > worst.second.value
     assert row == [
-        "robust accuracy",
+        "robust",
         str(worst.first).replace(" %", ""),
         str(worst.second).replace(" %", ""),
-        f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
+        f"{100 * gap.mean:+.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}]",
         f"{gap.p:.2g}",
     ]
+    assert gap.p > 0.001
+    sure = dataclasses.replace(found, differences=(dataclasses.replace(worst, gap=PairedTest(0.2, 0.1, 0.3, 1e-9)),))
+    assert list(comparison_table(sure).columns[4].cells) == ["<0.001"]
+
+
+def test_the_table_of_a_thousand_images_fits_a_terminal_of_80_columns() -> None:
+    found, accuracy = compare_runs(run(), run()), Estimate(0.585, 0.554, 0.615)
+    wide = PairedTest(-0.194, -0.222, -0.166, 1e-9)
+    told = tuple(dataclasses.replace(one, first=accuracy, second=accuracy, gap=wide) for one in found.differences)
+    specs = {which: dataclasses.replace(found.first, defense=which) for which in ("convnet_at", "fortified")}
+    named = Comparison(*specs.values(), 1000, told[:1], ())
+    assert Console(width=200).measure(comparison_table(named)).maximum <= 80
 
 
 def test_an_audit_that_does_not_pass_is_told(tmp_path: Path) -> None:

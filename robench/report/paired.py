@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,9 @@ from robench.unit_table import CLEAN, WORST
 
 if TYPE_CHECKING:
     from robench.paired import Comparison, Difference
+
+SMALLEST_P: Final = 0.001
+"""Below it a table tells no more of a p than that; `--json` does."""
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -26,13 +29,16 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A row for each accuracy; the differences are in points, first minus second."""
+    """A row for each accuracy, within 80 columns; the differences are in points, first minus second."""
     first = comparison.first
     table = Table(
-        title=f"{first.dataset or 'images of the caller'}, {first.norm}, the same {count_images(comparison.images)}, %",
+        title=f"accuracy, %: {first.dataset or 'images of the caller'}, {first.norm}, the same "
+        f"{count_images(comparison.images)}",
         title_justify="left",
         caption="difference in points, image by image; [low, high]: 95 % interval; p: two-sided, of the paired test",
         caption_justify="left",
+        show_edge=False,
+        pad_edge=False,
     )
     for heading in ("", *comparison.names, "difference", "p"):
         table.add_column(heading, overflow="fold")
@@ -45,13 +51,13 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{_heading(one, word)}{bound}",
             str(one.first).replace(" %", ""),
             str(one.second).replace(" %", ""),
-            f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
-            f"{gap.p:.2g}",
+            f"{100 * gap.mean:+.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}]",
+            f"{gap.p:.2g}" if gap.p >= SMALLEST_P else f"<{SMALLEST_P}",
             end_section=one.what in (CLEAN, WORST),
         )
     return table
 
 
 def _heading(one: Difference, word: str) -> str:
-    named = {CLEAN: "clean accuracy", WORST: "robust accuracy"}
+    named = {CLEAN: "clean", WORST: "robust"}
     return named.get(one.what, f"{word} {one.what}")
