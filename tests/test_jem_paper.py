@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hub_toys import write_svhn
 
 from robench import UsageError, load_data
 from robench.attack import Attack
@@ -18,7 +20,7 @@ from robench.detection import auroc, expected_calibration_error
 from robench.outliers import make_outliers
 from robench.paper import Cell, Context, Figure
 from robench.registry import load_attack, parse_spec
-from robench.reproduce import load_tables
+from robench.reproduce import ReproduceRequest, load_tables, reproduce_all
 from robench.rng import seeded
 
 
@@ -157,3 +159,19 @@ def test_a_figure_is_kept_for_the_weights_that_it_is_of() -> None:
         (paper.CALIBRATION, "jem"),
         (paper.CALIBRATION, "convnet"),
     }
+
+
+@pytest.mark.slow
+def test_svhn_is_trained_on_and_measured_from_the_hubs_layout(tmp_path: Path) -> None:
+    """On made-up images: the cell of the paper's 96.7 % runs from its recipe to a figure."""
+    data = write_svhn(tmp_path / "data", train=540, test=2000)
+    asked = ReproduceRequest("jem", tmp_path / "out", (paper.CLEAN,), protocol="", dataset="svhn", data_dir=data)
+    asked = dataclasses.replace(asked, n=20, train=True, scale=0.001)
+    (outcome,) = reproduce_all(asked)
+    assert (outcome.cell.published, outcome.problem) == (96.7, "")
+    assert outcome.trained == "informative, scale 0.001"
+    assert outcome.ours is not None
+    assert outcome.ours.n == 2000
+    (card,) = (json.loads(path.read_text()) for path in (tmp_path / "out" / "trained").glob("*/svhn.json"))
+    assert [stage["name"] for stage in card["stages"]] == ["warmup", "joint"]
+    assert (card["dataset"], card["recipe"]) == ("svhn", "informative")

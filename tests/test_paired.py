@@ -350,8 +350,8 @@ def test_the_table_of_a_thousand_images_fits_a_terminal_of_80_columns() -> None:
     found, accuracy = compare_runs(run(), run()), Estimate(0.585, 0.554, 0.615)
     wide = PairedTest(-0.194, -0.222, -0.166, 1e-9)
     told = tuple(dataclasses.replace(one, first=accuracy, second=accuracy, gap=wide) for one in found.differences)
-    specs = {which: dataclasses.replace(found.first, defense=which) for which in ("convnet_at", "fortified")}
-    named = Comparison(*specs.values(), 1000, told[:1], ())
+    first, second = (dataclasses.replace(found.first, defense=which) for which in ("convnet_at", "fortified"))
+    named = Comparison(first, second, 1000, told[:1], ())
     assert Console(width=200).measure(comparison_table(named)).maximum <= 80
 
 

@@ -148,9 +148,9 @@ def test_a_loss_that_was_not_a_number_is_told_once(
     told: list[str] = []
 
     class Heard(Progress):
-        def advance(self, *args: Any, note: str = "", **more: Any) -> None:
+        def advance(self, steps: int = 1, kind: str = "", note: str = "") -> None:
             told.append(note)
-            super().advance(*args, note=note, **more)
+            super().advance(steps, kind, note)
 
     monkeypatch.setattr(loop, "Progress", Heard)
     defense = Mean()
