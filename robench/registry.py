@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from robench.errors import PluginError, RobenchError, UsageError
 from robench.origin import note_origin
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from robench.defense import Defense
 
 Kind = Literal["defense", "attack"]
+SWITCHES: Final = {"true": True, "false": False}
+"""Bare words of an option that are no text."""
 
 
 def builtin_names(kind: Kind) -> list[str]:
@@ -63,6 +65,8 @@ def names(kind: Kind) -> list[str]:
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     """Splits `pgd(steps=100, loss="dlr")` into its name and options; values are Python literals or bare words.
 
+    `true` and `false` are what they say, not words: the text "false" would be true where an option is a switch.
+
     Raises:
         UsageError: it is not of that form.
     """
@@ -85,7 +89,7 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
 
 def _literal(node: ast.expr, text: str) -> object:
     if isinstance(node, ast.Name):
-        return node.id  # loss=dlr, as one types it in a shell
+        return SWITCHES.get(node.id, node.id)  # loss=dlr, as one types it in a shell
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):

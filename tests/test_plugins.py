@@ -275,6 +275,12 @@ def test_spec_round_trip(name: str, options: dict[str, Any]) -> None:
     assert parse_spec(spec_of(name, options)) == (name, options)
 
 
+def test_a_switch_is_no_text_unless_it_is_quoted() -> None:
+    """The text "false" is true; "none" stays a word, as options have it."""
+    assert parse_spec("a(x=false, y=true, z=none)") == ("a", {"x": False, "y": True, "z": "none"})
+    assert parse_spec("a(x='false')") == ("a", {"x": "false"})
+
+
 @given(specs=st.lists(st.tuples(WORDS, OPTIONS), max_size=4))
 def test_list_of_specs_round_trip(specs: list[tuple[str, dict[str, Any]]]) -> None:
     texts = [spec_of(name, options) for name, options in specs]
