@@ -137,11 +137,15 @@ def build(cls: type[D], options: dict[str, Any]) -> D:
     """
     from robench.registry import plugin_errors
 
+    signature = inspect.signature(cls)
     try:
-        inspect.signature(cls).bind(**options)
+        given = signature.bind(**options).arguments
     except TypeError as error:
-        takes = ", ".join(inspect.signature(cls).parameters) or "none"
+        takes = ", ".join(signature.parameters) or "none"
         raise UsageError(f'defense "{cls.name}": {error}; its options are: {takes}') from None
+    for name, value in given.items():
+        if isinstance(signature.parameters[name].default, bool) and isinstance(value, str):  # any text would be true
+            raise UsageError(f'defense "{cls.name}": {name} must be true or false; got "{value}"')
     try:
         with plugin_errors(f'defense "{cls.name or cls.__name__}": its constructor'):
             return cls(**options)

@@ -325,6 +325,14 @@ def test_card_with_an_option_that_does_not_exist(saved: Path) -> None:
         load_defense("shortrun", weights=saved)
 
 
+@pytest.mark.parametrize("written", ["'false'", "no"])
+def test_a_switch_takes_no_text(saved: Path, written: str) -> None:
+    """Any text would be true."""
+    word = written.strip("'")
+    with pytest.raises(UsageError, match=f'^defense "shortrun": recompute must be true or false; got "{word}"$'):
+        load_defense(f"shortrun(recompute={written})", weights=saved)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_option_of_the_wrong_kind(saved: Path) -> None:
     with pytest.raises(UsageError, match=r'^defense "shortrun": an option is of the wrong kind: .*$'):
