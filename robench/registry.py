@@ -96,6 +96,16 @@ def _literal(node: ast.expr, text: str) -> object:
         raise UsageError(f'option values must be numbers, words, True, False or None; got "{text}"') from None
 
 
+def check_switch(what: str, name: str, default: object, value: object) -> None:
+    """Checks that an option which is true or false by default got no text, all of which would be true.
+
+    Raises:
+        UsageError: it did.
+    """
+    if isinstance(default, bool) and isinstance(value, str):
+        raise UsageError(f'{what}: {name} must be true or false; got "{value}"')
+
+
 def split_specs(text: str) -> list[str]:
     """Splits a list at the commas outside parentheses and quotes: `fgsm,pgd(steps=5,loss='dlr')` has two entries."""
     parts, depth, quote, escaped = [""], 0, "", False
@@ -360,9 +370,12 @@ def load_attack(name: str, **options: Any) -> Attack:
         near = difflib.get_close_matches(wrong[0], sorted(fields), n=1)
         meant = f'did you mean "{near[0]}"? ' if near else ""
         raise UsageError(f'attack "{plugin}" has no option "{wrong[0]}"; {meant}Options: {", ".join(sorted(fields))}')
+    given = {**written, **options}
+    for field in dataclasses.fields(cls):
+        check_switch(f'attack "{plugin}"', field.name, field.default, given.get(field.name))
     try:
         with plugin_errors(f'attack "{plugin}": its constructor'):
-            attack = cls(**{**written, **options})
+            attack = cls(**given)
     except PluginError as error:
         if not isinstance(error.__cause__, TypeError | ValueError):
             raise

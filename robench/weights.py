@@ -135,7 +135,7 @@ def build(cls: type[D], options: dict[str, Any]) -> D:
         UsageError: it has no such option, or one is of the wrong kind or out of range.
         PluginError: its constructor failed otherwise.
     """
-    from robench.registry import plugin_errors
+    from robench.registry import check_switch, plugin_errors
 
     signature = inspect.signature(cls)
     try:
@@ -144,8 +144,7 @@ def build(cls: type[D], options: dict[str, Any]) -> D:
         takes = ", ".join(signature.parameters) or "none"
         raise UsageError(f'defense "{cls.name}": {error}; its options are: {takes}') from None
     for name, value in given.items():
-        if isinstance(signature.parameters[name].default, bool) and isinstance(value, str):  # any text would be true
-            raise UsageError(f'defense "{cls.name}": {name} must be true or false; got "{value}"')
+        check_switch(f'defense "{cls.name}"', name, signature.parameters[name].default, value)
     try:
         with plugin_errors(f'defense "{cls.name or cls.__name__}": its constructor'):
             return cls(**options)

@@ -279,6 +279,9 @@ def test_a_switch_is_no_text_unless_it_is_quoted() -> None:
     """The text "false" is true; "none" stays a word, as options have it."""
     assert parse_spec("a(x=false, y=true, z=none)") == ("a", {"x": False, "y": True, "z": "none"})
     assert parse_spec("a(x='false')") == ("a", {"x": "false"})
+    assert load_attack("pgd(random_start=false)") == load_attack("pgd(random_start=False)")
+    with pytest.raises(UsageError, match=r'^attack "pgd": random_start must be true or false; got "no"$'):
+        load_attack("pgd(random_start=no)")
 
 
 @given(specs=st.lists(st.tuples(WORDS, OPTIONS), max_size=4))
