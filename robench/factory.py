@@ -12,7 +12,7 @@ from torch import nn
 from robench.data_names import KNOWN
 from robench.defense import Defense
 from robench.errors import PluginError, UsageError
-from robench.registry import plugin_errors
+from robench.registry import check_switch, plugin_errors
 
 
 def make_defense(name: str, found: object, dataset: str | None, options: Mapping[str, Any]) -> Defense:
@@ -51,13 +51,25 @@ def make_defense(name: str, found: object, dataset: str | None, options: Mapping
 
 
 def _call(what: str, make: Any, options: Mapping[str, Any]) -> object:
-    try:
-        inspect.signature(make).bind(**options)
-    except TypeError as error:
-        takes = ", ".join(inspect.signature(make).parameters) or "none"
-        raise UsageError(f"{what}: {error}; its options are: {takes}") from None
+    bind_options(what, make, options)
     with plugin_errors(what):
         return make(**options)
+
+
+def bind_options(what: str, make: Any, options: Mapping[str, Any]) -> None:
+    """Checks that what makes a defense, a class or a function, takes these options.
+
+    Raises:
+        UsageError: it has no such option, or one that is true or false got a text.
+    """
+    signature = inspect.signature(make)
+    try:
+        given = signature.bind(**options).arguments
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "none"
+        raise UsageError(f"{what}: {error}; its options are: {takes}") from None
+    for name, value in given.items():
+        check_switch(what, name, signature.parameters[name].default, value)
 
 
 def _advise(name: str, code: str, dataset: str | None) -> str:

@@ -135,16 +135,10 @@ def build(cls: type[D], options: dict[str, Any]) -> D:
         UsageError: it has no such option, or one is of the wrong kind or out of range.
         PluginError: its constructor failed otherwise.
     """
-    from robench.registry import check_switch, plugin_errors
+    from robench.factory import bind_options
+    from robench.registry import plugin_errors
 
-    signature = inspect.signature(cls)
-    try:
-        given = signature.bind(**options).arguments
-    except TypeError as error:
-        takes = ", ".join(signature.parameters) or "none"
-        raise UsageError(f'defense "{cls.name}": {error}; its options are: {takes}') from None
-    for name, value in given.items():
-        check_switch(f'defense "{cls.name}"', name, signature.parameters[name].default, value)
+    bind_options(f'defense "{cls.name}"', cls, options)
     try:
         with plugin_errors(f'defense "{cls.name or cls.__name__}": its constructor'):
             return cls(**options)

@@ -284,6 +284,12 @@ def test_a_switch_is_no_text_unless_it_is_quoted() -> None:
         load_attack("pgd(random_start=no)")
 
 
+def test_a_switch_of_a_function_takes_no_text(tmp_path: Path) -> None:
+    (tmp_path / "made.py").write_text("def make(noisy=True):\n    raise AssertionError('was called')\n")
+    with pytest.raises(UsageError, match=r'noisy must be true or false; got "no"$'):
+        load_defense(f"{tmp_path}/made.py:make(noisy=no)", "fashion_mnist")
+
+
 @given(specs=st.lists(st.tuples(WORDS, OPTIONS), max_size=4))
 def test_list_of_specs_round_trip(specs: list[tuple[str, dict[str, Any]]]) -> None:
     texts = [spec_of(name, options) for name, options in specs]

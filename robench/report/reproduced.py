@@ -66,9 +66,9 @@ def print_outcomes(outcomes: Sequence[Outcome], protocol: str) -> None:
         console.print(table)
         for line in _remarks(group):
             console.print(f"  {line}")
-        if headings := _defenses_attacked_often(group):
-            table = Table("", *headings, title=_title_at_a_glance(protocol), title_justify="left")
-            for row in _at_a_glance(group, headings):
+        if lines := _at_a_glance(group):
+            table = Table(*lines[0], title=_title_at_a_glance(protocol), title_justify="left")
+            for row in lines[1:]:
                 table.add_row(*row)
             console.print(table)
 
@@ -130,8 +130,8 @@ def as_tables(outcomes: Sequence[Outcome], protocol: str, pictures: Mapping[str,
         shown = f"![accuracy against eps, {escape(name)}]({picture})\n\n" if picture else ""
         rows = [_cells(outcome, protocol) for outcome in group]
         parts.append(f"\n## {escape(name)}\n\n{shown}")
-        if headings := _defenses_attacked_often(group):
-            glance = markdown_table(["", *headings], _at_a_glance(group, headings))
+        if lines := _at_a_glance(group):
+            glance = markdown_table(lines[0], lines[1:])
             parts.append(f"{_title_at_a_glance(protocol, '`')}:\n\n{glance}\nAttack by attack:\n\n")
         parts.append(f"{markdown_table(_headings(protocol), rows)}\n")
         parts += [f"- {escape(line)}\n" for line in _remarks(group)]
@@ -177,22 +177,20 @@ def _cells(outcome: Outcome, protocol: str) -> list[str]:
     ]
 
 
-def _defenses_attacked_often(outcomes: Sequence[Outcome]) -> list[str]:
-    """The defenses of a table where most figures under the protocol stand more than twice; else none."""
-    cells = [outcome.cell for outcome in outcomes if outcome.worst]
-    bounds = {(cell.defense, cell.column) for cell in cells}
-    return list(dict.fromkeys(cell.defense for cell in cells)) if len(cells) > 2 * len(bounds) else []
-
-
 def _title_at_a_glance(protocol: str, mark: str = "") -> str:
     return f"What {mark}{protocol}{mark} leaves, and of how many images"
 
 
-def _at_a_glance(outcomes: Sequence[Outcome], defenses: Sequence[str]) -> list[list[str]]:
-    """A line for each of the paper's columns: what the protocol leaves of each defense."""
+def _at_a_glance(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """What the protocol leaves of each defense at each of the paper's columns, below a line of headings.
+
+    Empty unless most of these figures stand more than twice in the table.
+    """
     left = {(one.cell.column, one.cell.defense): f"{one.worst} of {one.worst.n}" for one in outcomes if one.worst}
-    columns = dict.fromkeys(column for column, _ in left)
-    return [[column, *(left.get((column, defense), "") for defense in defenses)] for column in columns]
+    if sum(one.worst is not None for one in outcomes) <= 2 * len(left):
+        return []
+    columns, defenses = (list(dict.fromkeys(names)) for names in zip(*left, strict=True))
+    return [["", *defenses], *([column, *(left.get((column, one), "") for one in defenses)] for column in columns)]
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
